@@ -1,0 +1,220 @@
+"""Any CLIP as one object: open_clip by name, an open_clip folder, or the embedded model."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.settings import ClipSettings
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from PIL.Image import Image
+
+
+EMBEDDED_REVISION = "1"
+"""Raised whenever the embedded model's features change."""
+EMBEDDED_NOTE = (
+    "This is not a CLIP. It is the fallback for people without CLIP weights: an ImageNet image tower and a sentence "
+    "encoder, joined without an image. `clip: {model: ViT-B-32, pretrained: laion2b_s34b_b79k}` runs the real thing."
+)
+
+
+class ModelError(Exception):
+    """A model cannot be loaded or used as asked; the message says what to change."""
+
+
+@dataclass
+class Clip:
+    """A dual encoder, ready to use.
+
+    Attributes:
+        model: module with ``encode_image(pixels)``, ``encode_text(tokens)`` and ``logit_scale`` like open_clip's.
+        tokenizer: list of n strings -> ``(n, context)`` int64.
+        preprocess: any PIL image -> ``(3, height, width)`` float32, the evaluation transform.
+        dim: width of the joint embedding.
+        note: what a reader of results should know about this model; empty for an ordinary CLIP.
+    """
+
+    name: str
+    model: torch.nn.Module
+    tokenizer: Callable[[list[str]], torch.Tensor]
+    preprocess: Callable[[Image], torch.Tensor]
+    dim: int
+    note: str = ""
+
+    def image_embeds(self, pixels: torch.Tensor) -> torch.Tensor:
+        """``(n, 3, h, w)`` -> ``(n, dim)`` float32, not normalised, without gradient."""
+        import torch
+
+        with torch.inference_mode():
+            return self.model.encode_image(pixels).float()  # type: ignore[operator]
+
+    def text_features(self, texts: Sequence[str], batch: int = 256) -> np.ndarray:
+        """Unit rows ``(len(texts), dim)`` float32; equal texts are encoded once."""
+        import numpy as np
+        import torch
+
+        distinct = sorted(set(texts), key=lambda text: (len(text), text))
+        rows = []
+        with torch.inference_mode():
+            for start in range(0, len(distinct), batch):
+                embeds = self.model.encode_text(self.tokenizer(distinct[start : start + batch]))  # type: ignore[operator]
+                rows.append(torch.nn.functional.normalize(embeds.float(), dim=-1).numpy())
+        features = np.concatenate(rows) if rows else np.zeros((0, self.dim), np.float32)
+        place = {text: index for index, text in enumerate(distinct)}
+        return features[[place[text] for text in texts]]
+
+    @property
+    def scale(self) -> float:
+        """exp(logit_scale)."""
+        return float(self.model.logit_scale.detach().exp())  # type: ignore[operator,union-attr]
+
+
+def class_features(text_features: np.ndarray, templates: int) -> np.ndarray:
+    """Mean direction of each class's prompts.
+
+    Args:
+        text_features: unit rows ``(classes * templates, dim)``, class by class.
+
+    Returns:
+        Unit rows ``(classes, dim)``.
+    """
+    import numpy as np
+
+    mean = text_features.reshape(-1, templates, text_features.shape[1]).mean(axis=1)
+    return mean / np.linalg.norm(mean, axis=1, keepdims=True)
+
+
+def is_centred(settings: ClipSettings) -> bool:
+    """Whether the adapted model works on domain-centred embeddings."""
+    return settings.model == "embedded" if settings.centre is None else settings.centre
+
+
+def identity(settings: ClipSettings) -> dict[str, Any]:
+    """What tells this model from any other, for fingerprints: names for published weights, digests for local files."""
+    found: dict[str, Any] = {"model": settings.model, "pretrained": settings.pretrained, "resize": settings.resize}
+    folder = _folder(settings.model)
+    if settings.model == "embedded":
+        found["revision"] = EMBEDDED_REVISION
+    elif folder is not None:
+        found["model"] = "folder"
+        found["revision"] = _digest(sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors")))
+    elif settings.pretrained and Path(settings.pretrained).is_file():
+        found["pretrained"] = "file"
+        found["revision"] = _digest([Path(settings.pretrained)])
+    return found
+
+
+def load(settings: ClipSettings) -> Clip:
+    """Load the model for inference.
+
+    Raises:
+        ModelError: unknown name or weights, unreadable folder, missing package; with the nearest known names.
+    """
+    if settings.model == "embedded":
+        return _load_embedded(settings)
+    return _load_open_clip(settings)
+
+
+def _load_embedded(settings: ClipSettings) -> Clip:
+    from models.embedded import MissingWeights, build_embedded
+
+    try:
+        model = build_embedded(cache_folder())
+    except MissingWeights as error:
+        raise ModelError(f"clip.model 'embedded': {error}") from error
+    return Clip("embedded", model, model.tokenizer, model.preprocess(settings.resize), model.dim, EMBEDDED_NOTE)
+
+
+def _load_open_clip(settings: ClipSettings) -> Clip:
+    import open_clip
+    import torch
+
+    name, pretrained = settings.model, settings.pretrained
+    folder = _folder(name)
+    if folder is not None:
+        if (folder / "latteflow_embedded.json").is_file():
+            from models.embedded import load as load_embedded
+
+            embedded = load_embedded(folder)
+            preprocess = embedded.preprocess(settings.resize)
+            return Clip(name, embedded, embedded.tokenizer, preprocess, embedded.dim, EMBEDDED_NOTE)
+        if not list(folder.glob("*.safetensors")):
+            raise ModelError(f"clip.model {name!r}: the folder has no .safetensors weights; pickled ones are not read")
+        name, pretrained = f"local-dir:{folder}", None
+    else:
+        _check_name(name, pretrained)
+    try:
+        model, _, transform = open_clip.create_model_and_transforms(name, pretrained=pretrained, precision="fp32")
+        tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:
+        # Hub clients, tokenizers and checkpoints fail in many ways; all mean that this model cannot be had here.
+        raise ModelError(
+            f"clip.model {settings.model!r} with pretrained {settings.pretrained!r} cannot be loaded "
+            f"({type(error).__name__}: {error}); check the connection, or give an open_clip folder"
+        ) from error
+    model.eval()
+    prepare = functools.partial(_prepare, transform=transform, pad=settings.resize == "pad")
+    with torch.inference_mode():
+        dim = model.encode_text(tokenizer(["a"])).shape[1]
+    return Clip(settings.model, model, tokenizer, prepare, dim)
+
+
+def _check_name(name: str, pretrained: str | None) -> None:
+    import open_clip
+
+    if name.startswith("hf-hub:"):
+        return
+    known = open_clip.list_models()
+    if name not in known:
+        near = difflib.get_close_matches(name, [*known, "embedded"], 3, 0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ModelError(f"clip.model {name!r} is neither an open_clip name nor a folder{hint}")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained is None or (pretrained not in tags and not Path(pretrained).is_file()):
+        raise ModelError(
+            f"clip.pretrained {pretrained!r} names no weights of {name}; "
+            f"choose from {', '.join(tags) or '(none are published)'}"
+        )
+
+
+def _prepare(image: Image, *, transform: Callable[[Image], torch.Tensor], pad: bool) -> torch.Tensor:
+    from PIL import ImageOps
+
+    from models.images import to_rgb
+
+    image = to_rgb(image)
+    if pad:
+        image = ImageOps.pad(image, (max(image.size),) * 2, color=(255, 255, 255))
+    return transform(image)
+
+
+def cache_folder() -> Path:
+    """Where built models are kept between runs: $LATTEFLOW_CACHE, else ~/.cache/latteflow."""
+    return Path(os.environ.get("LATTEFLOW_CACHE") or Path.home() / ".cache" / "latteflow")
+
+
+def _folder(model: str) -> Path | None:
+    if not model.startswith(("/", "local-dir:")):
+        return None
+    path = Path(model.removeprefix("local-dir:"))
+    if not path.is_dir():
+        raise ModelError(f"clip.model {model!r}: there is no such folder")
+    return path
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    digests = {}
+    for path in paths:
+        with path.open("rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Data that ships with the models, each beside the script that makes it."""

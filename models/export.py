@@ -1,0 +1,105 @@
+"""Export: an adapted model as a folder that open_clip (or, for the embedded model, this package) loads by itself.
+
+Files: the model (``open_clip_config.json`` and ``open_clip_model.safetensors``, or the embedded model's own three), and
+beside it the classifier, ``classifier.safetensors`` (prototypes, centre, scale) with ``classes.json``. For one image:
+``scale * unit(encode_image(pixels) - centre) @ prototypes.T``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from models.clip import Clip, ModelError
+from models.embedded import EmbeddedClip
+from models.embedded import save as save_embedded
+
+# Where towers keep the matrix that ends them, as open_clip names them.
+_IMAGE_PROJECTIONS = ("image_projection", "visual.proj", "visual.head.proj", "visual.attnpool.c_proj")
+_TEXT_PROJECTIONS = ("text_projection", "text.text_projection", "text.proj")
+
+
+def export(
+    clip: Clip,
+    folder: Path,
+    *,
+    classes: Sequence[str],
+    prototypes: Tensor,
+    centre: Tensor,
+    scale: float,
+    image_map: Tensor | None = None,
+    text_map: Tensor | None = None,
+) -> None:
+    """Write the adapted model.
+
+    Args:
+        clip: the model with its trained towers in place; it is not changed.
+        folder: created if need be.
+        classes: names, in the order of the prototypes.
+        prototypes: unit rows ``(classes, dim)``.
+        centre: subtracted from image embeddings before the map, ``(dim,)``.
+        image_map, text_map: ``(dim, dim)``, multiplied into the towers' projections.
+
+    Raises:
+        ModelError: there is a map, and the tower ends without a projection it could be multiplied into.
+    """
+    model = copy.deepcopy(clip.model)
+    if image_map is not None:
+        fold(model, _IMAGE_PROJECTIONS, image_map)
+        centre = centre @ image_map
+    if text_map is not None:
+        fold(model, _TEXT_PROJECTIONS, text_map)
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad():
+        model.logit_scale.fill_(torch.tensor(scale).log())  # type: ignore[operator,union-attr]
+    if isinstance(model, EmbeddedClip):
+        save_embedded(model, folder)
+    else:
+        _save_open_clip(clip, model, folder)
+    head = {"prototypes": prototypes, "centre": centre, "scale": torch.tensor([scale])}
+    save_file({name: tensor.contiguous() for name, tensor in head.items()}, folder / "classifier.safetensors")
+    (folder / "classes.json").write_text(
+        json.dumps(list(classes), ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+    )
+
+
+def fold(model: nn.Module, places: Sequence[str], change: Tensor) -> None:
+    """Multiply a map on the right of a tower's embeddings into the matrix that ends the tower.
+
+    Raises:
+        ModelError: none of the places is a matrix or a linear layer.
+    """
+    with torch.no_grad():
+        for place in places:
+            owner: Any = model
+            for name in place.split("."):
+                owner = getattr(owner, name, None)
+            if isinstance(owner, nn.Linear):
+                owner.weight.copy_(change.T @ owner.weight)
+                if owner.bias is not None:
+                    owner.bias.copy_(owner.bias @ change)
+                return
+            if isinstance(owner, nn.Parameter):
+                owner.copy_(owner @ change)
+                return
+    raise ModelError(
+        f"{type(model).__name__} has none of {', '.join(places)}, so the tuned projections cannot be folded into it; "
+        "tune with `train: prototypes` or `train: last_blocks`"
+    )
+
+
+def _save_open_clip(clip: Clip, model: nn.Module, folder: Path) -> None:
+    import open_clip
+
+    name = clip.name if not Path(clip.name).is_dir() else f"local-dir:{clip.name}"
+    config = {"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": dict(model.visual.preprocess_cfg)}  # type: ignore[union-attr,arg-type]
+    state = {key: tensor.contiguous().clone() for key, tensor in model.state_dict().items()}
+    save_file(state, folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

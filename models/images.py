@@ -1,0 +1,55 @@
+"""One way to turn any picture PIL can open into plain RGB, used before every model."""
+
+import struct
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
+
+ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+INTEGER_RANGES = (2**8 - 1, 2**16 - 1, 2**32 - 1)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The picture as a person would see it: upright, on white, 8 bits a channel.
+
+    EXIF rotation is applied, transparency of any kind is composited on white, greys of 16 or 32 bits are scaled to 8
+    bits (not cut off at 255, as PIL's own conversion does), palettes, CMYK, YCbCr, HSV and LAB are converted. Of an
+    animation the current frame is used. The input is not changed; an upright RGB picture is returned as it is.
+
+    Raises:
+        OSError: PIL cannot read the pixels (truncated or damaged file).
+    """
+    image = _upright(image)
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _eight_bits(image).convert("RGB")
+    if image.mode == "LAB":  # PIL converts this one by colour profiles only
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        assert converted is not None  # None only when converted in place
+        return converted
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except (SyntaxError, ValueError, struct.error):  # damaged EXIF in a sound picture: shown as stored, as browsers do
+        return image
+    return image if orientation == 1 else ImageOps.exif_transpose(image)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Greys of mode I, I;16* or F as mode L. Their full scale is the first usual one that holds the largest value."""
+    values = np.nan_to_num(np.asarray(image).astype(np.float64))
+    if image.mode.startswith("I;16"):
+        full_scale: float = 2**16 - 1
+    else:
+        ranges = (1.0, *INTEGER_RANGES) if image.mode == "F" else INTEGER_RANGES
+        full_scale = next((r for r in ranges if values.max(initial=0) <= r), values.max(initial=0))
+    return Image.fromarray(np.rint(values.clip(0) * (255 / full_scale)).astype(np.uint8))

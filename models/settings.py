@@ -1,0 +1,96 @@
+"""Settings of the models. Apart from the models themselves, so that reading a domain file does not load torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Settings(BaseModel):
+    """Immutable, and a mistyped key is an error, not a silent default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ClipSettings(Settings):
+    """Which CLIP is adapted."""
+
+    model: str = "embedded"
+    """``embedded`` (ships with packages, no download), an open_clip name such as ViT-B-32, or the path of an
+    open_clip folder, beginning with ``/`` or ``./``."""
+    pretrained: str | None = None
+    """open_clip's tag of the weights, for example laion2b_s34b_b79k."""
+    resize: Literal["crop", "pad"] = "crop"
+    """crop: short side, then centre crop (photos). pad: to a square on white (icons, cut-outs)."""
+    centre: bool | None = None
+    """Subtract the domain's mean image embedding before normalising. Default: on for embedded, off otherwise."""
+
+
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+
+
+class LatteClipSettings(Settings):
+    """Every choice LatteCLIP leaves. Where a default is not the paper's, its text says what the paper has."""
+
+    train: Literal["prototypes", "projections", "last_blocks", "all"] = "projections"
+    """What the loss trains besides the prototypes. prototypes: nothing. projections: a linear map at the end of each
+    tower, on cached features. last_blocks: each tower's last `n_blocks` and projection. all: as in the paper."""
+    text_tower: Literal["trainable", "frozen"] = "trainable"
+    """Whether the text side learns as well. Its gradient is `alpha` times the image side's."""
+    n_blocks: int = Field(default=2, ge=1)
+    """Blocks of each tower that `last_blocks` trains."""
+    alpha: float = Field(default=0.01, ge=0, le=1)
+    """Share of the texts in a target, and so how far a prototype moves per step."""
+    labels: Literal["both", "zero_shot", "tuned"] = "both"
+    """Pseudo-labels in use: those of the untouched CLIP, those of the nearest prototype, or both."""
+    use_class_texts: bool = True
+    """Class descriptions enter the mixer."""
+    use_image_texts: bool = True
+    """Image descriptions enter the mixer."""
+    use_group_texts: bool = True
+    """Group descriptions enter the mixer."""
+    mixer_axis: Literal["row", "column"] = "row"
+    """What the mixer's class weight runs along: samples, or, as in the released code, features (batch_size = width)."""
+    zero_shot_class_weight: Literal["own", "shared"] = "own"
+    """Class weight of the zero-shot branch: its own, or, as in the released code, the tuned branch's."""
+    mixer_prototypes: Literal["epoch", "live"] = "epoch"
+    """Prototypes that the mixer's weights are measured on: those at the epoch's start, or the latest."""
+    batch_size: int = Field(default=512, ge=1)
+    """Images per step."""
+    sampling: Literal["with_replacement", "without_replacement"] = "without_replacement"
+    """without_replacement: each image once per epoch. with_replacement: full batches with repeats, as in the paper."""
+    epochs: int = Field(default=100, ge=1)
+    """Passes over the images; the paper has 15 to 100, so that `(1 - alpha) ** steps` is below 0.003."""
+    lr: float | None = Field(default=None, ge=0)
+    """Highest learning rate. Default: 1e-3 for projections, else the paper's 1e-7."""
+    warmup: int = Field(default=10, ge=0)
+    """Steps of linear warm-up; the paper has about one epoch."""
+    weight_decay: float = Field(default=0.2, ge=0)
+    """AdamW's decay of matrices. Vectors and the scale have none."""
+    betas: tuple[Momentum, Momentum] = (0.9, 0.98)
+    """AdamW's averaging factors."""
+    eps: float = Field(default=1e-6, gt=0)
+    """AdamW's epsilon."""
+    augment: bool = True
+    """Train on augmented views; only where pixels are used."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic inside trained towers. Margins, pseudo-labels and losses are always float32."""
+
+    @property
+    def peak_lr(self) -> float:
+        """The highest learning rate of a run."""
+        if self.train == "prototypes":
+            return 0.0
+        return self.lr if self.lr is not None else 1e-3 if self.train == "projections" else 1e-7
+
+    @property
+    def trains_towers(self) -> bool:
+        """Whether images and texts go through the towers at every step."""
+        return self.train in ("last_blocks", "all")
+
+    @model_validator(mode="after")
+    def _has_text(self) -> LatteClipSettings:
+        if not (self.use_class_texts or self.use_image_texts or self.use_group_texts):
+            raise ValueError("the mixer has no text: turn on use_class_texts, use_image_texts or use_group_texts")
+        return self

@@ -1,0 +1,272 @@
+"""The domain file: one YAML that says what to adapt to, checked as a whole before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from models.settings import ClipSettings, LatteClipSettings, Settings
+
+
+class ConfigError(Exception):
+    """The domain file is wrong; the message lists every mistake with its line."""
+
+
+def _one_or_many(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+OneOrMore = Annotated[list[str], Field(min_length=1), BeforeValidator(_one_or_many)]
+
+
+class EvaluationSettings(Settings):
+    """What only `evaluate` reads."""
+
+    labels: str
+    """CSV or Parquet with columns ``path`` and ``class``; paths relative to this file's folder."""
+    source: OneOrMore | None = None
+    """Images that nothing was tuned on. Default: the training images themselves (transductive)."""
+
+
+class DescriberSettings(Settings):
+    """Who writes the texts."""
+
+    kind: Literal["tags", "sidecar"] = "tags"
+    """tags: zero-shot tags of the CLIP itself, no language model. sidecar: texts that came with the images."""
+    texts: str | None = None
+    """sidecar only: CSV or Parquet with columns ``path`` and ``text``, or a folder with one .txt for each image."""
+
+    @model_validator(mode="after")
+    def _texts_belong_to_sidecar(self) -> DescriberSettings:
+        if (self.kind == "sidecar") != (self.texts is not None):
+            raise PydanticCustomError(
+                "texts", "`texts` (where the sidecar texts are) goes with `kind: sidecar`, and only there"
+            )
+        return self
+
+
+class GroupSettings(Settings):
+    """Texts about look-alikes."""
+
+    size: int = Field(default=4, ge=2, le=16)
+    """Images in a group, all with the same pseudo-label (LatteCLIP uses 4)."""
+
+
+class ShardSettings(Settings):
+    """How images are packed, and which are refused."""
+
+    images: int = Field(default=1000, ge=1, le=100_000)
+    """Images in a shard: the unit of work and of resume."""
+    max_pixels: int = Field(default=100_000_000, ge=1)
+    """Larger images are quarantined before they are decoded."""
+    max_aspect: float = Field(default=100.0, ge=1)
+    """Images longer than this many times their shorter side are quarantined."""
+
+
+class EmbedSettings(Settings):
+    """How features are computed; does not change them."""
+
+    batch: int = Field(default=64, ge=1, le=4096)
+    """Images in one forward pass."""
+
+
+Method = Literal["latteclip"]
+
+
+class Domain(Settings):
+    """One image domain: its images, its class names, and how to adapt to it. Only the first three are required."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
+    """Lower-case letters, digits, - and _; names the folder of the results."""
+    source: OneOrMore
+    """Folder(s) or fsspec URL(s) with the unlabelled images."""
+    classes: list[str]
+    """Class names, or the path of a text file with one name on each line."""
+    templates: OneOrMore = Field(default=["a photo of a {}."])
+    """Sentences with one {} for the class name."""
+    evaluation: EvaluationSettings | None = None
+    """Labels for evaluation; nothing that trains ever sees them."""
+    clip: ClipSettings = ClipSettings()
+    describer: DescriberSettings = DescriberSettings()
+    method: Annotated[list[Method], Field(min_length=1), BeforeValidator(_one_or_many)] = Field(default=["latteclip"])
+    latteclip: LatteClipSettings = LatteClipSettings()
+    seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
+    """One adapted model for each; figures are means over them."""
+    shard: ShardSettings = ShardSettings()
+    embed: EmbedSettings = EmbedSettings()
+    group: GroupSettings = GroupSettings()
+    store: str = "runs/store"
+    """Where artifacts live: a folder or any fsspec URL with atomic create (s3, gs, abfs)."""
+    single_writer: bool = False
+    """Accept a store without atomic create; only for one process at a time."""
+    output: str = "runs"
+    """Local folder for what people read: OUTPUT/<name>/report.html and metrics.json."""
+
+    @model_validator(mode="after")
+    def _classes_are_distinct_names(self) -> Domain:
+        if len(self.classes) < 2:
+            raise PydanticCustomError("classes", f"`classes`: {len(self.classes)} given, at least 2 are needed")
+        empty = [index for index, name in enumerate(self.classes) if not name.strip()]
+        if empty:
+            raise PydanticCustomError("classes", f"`classes`: number {empty[0] + 1} is empty")
+        counts = Counter(self.prompt_name(name) for name in self.classes)
+        twice = [name for name in self.classes if counts[self.prompt_name(name)] > 1]
+        if twice:
+            raise PydanticCustomError(
+                "classes", f"`classes`: {', '.join(map(repr, twice))} say the same thing; keep one, or tell them apart"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _templates_have_one_gap(self) -> Domain:
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise PydanticCustomError(
+                    "templates", f"`templates`: {template!r} needs exactly one {{}} for the class name"
+                )
+        return self
+
+    @staticmethod
+    def prompt_name(name: str) -> str:
+        """The class name as it stands in a sentence: lower case (tokenizers fold it anyway), underscores as spaces."""
+        return " ".join(name.replace("_", " ").lower().split())
+
+    def prompts(self) -> list[list[str]]:
+        """For each class, its sentences."""
+        return [
+            [template.replace("{}", self.prompt_name(name)) for template in self.templates] for name in self.classes
+        ]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Domain:
+        """Read a domain file.
+
+        Raises:
+            ConfigError: listing every mistake with its line, and what was probably meant.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            near = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob("*.y*ml")], 1)
+            hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+            raise ConfigError(f"domain file {path} cannot be read: {error}{hint}") from error
+        try:
+            raw = YAML(typ="rt").load(text)
+        except YAMLError as error:
+            raise ConfigError(f"domain file {path} is not valid YAML: {error}") from error
+        if not isinstance(raw, Mapping):
+            raise ConfigError(
+                f"domain file {path}: expected `name:`, `source:` and `classes:`, found {type(raw).__name__}"
+            )
+        plain = _plain(raw)
+        try:
+            _resolve(plain, path.parent.resolve())
+            return cls.model_validate(plain)
+        except ValidationError as error:
+            lines = [_explain(each, raw) for each in error.errors()]
+            raise ConfigError("\n".join([f"domain file {path} has {len(lines)} mistake(s):", *lines])) from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(each) for each in value]
+    if isinstance(value, bool) or value is None:
+        return value
+    for kind in (int, float, str):  # ruamel's scalars remember their formatting; settings should not
+        if isinstance(value, kind):
+            return kind(value)
+    return value
+
+
+def _resolve(raw: dict[str, Any], folder: Path) -> None:
+    """Make paths of the file absolute, relative to the file; read the class list if it is a file."""
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, list):
+            return [absolute(each) for each in value]
+        if not isinstance(value, str) or "://" in value or "::" in value:
+            return value
+        return str((folder / Path(value).expanduser()).resolve())
+
+    for section, field in [
+        (raw, "source"),
+        (raw, "store"),
+        (raw, "output"),
+        (raw.get("evaluation"), "source"),
+        (raw.get("evaluation"), "labels"),
+        (raw.get("describer"), "texts"),
+    ]:
+        if isinstance(section, dict) and section.get(field) is not None:
+            section[field] = absolute(section[field])
+    clip = raw.get("clip")
+    if isinstance(clip, dict) and isinstance(clip.get("model"), str) and clip["model"].startswith((".", "/", "~")):
+        clip["model"] = absolute(clip["model"])
+    if isinstance(raw.get("classes"), str):
+        file = Path(absolute(raw["classes"]))
+        try:
+            raw["classes"] = [
+                line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()
+            ]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"`classes: {raw['classes']}`: the class list cannot be read ({error}); "
+                "give a text file with one name on each line, or the names themselves as [a, b, ...]"
+            ) from error
+
+
+def _explain(error: Mapping[str, Any], raw: Any) -> str:
+    """One line of the message: where, what, and a suggestion."""
+    where = [part for part in error["loc"] if not str(part).startswith("function-")]
+    field = ".".join(map(str, where))
+    message = str(error["msg"])
+    if error["type"] == "extra_forbidden":
+        known = list(_section(Domain, where[:-1]))
+        near = difflib.get_close_matches(str(where[-1]), known, 1, 0.6)
+        message = "unknown key; " + (f"did you mean `{near[0]}`?" if near else f"known are {', '.join(known)}")
+    elif error["type"] == "missing":
+        message = "is missing"
+    elif error["type"] == "string_type":
+        message = f"{error['input']!r} is not text; put it in quotes"
+    elif error["type"] == "literal_error":
+        near = difflib.get_close_matches(
+            str(error["input"]), str(error["ctx"]["expected"]).replace("'", "").split(" or "), 1
+        )
+        message = f"{error['input']!r} is none of {error['ctx']['expected']}" + (
+            f"; did you mean {near[0]}?" if near else ""
+        )
+    elif "input" in error and not isinstance(error["input"], (dict, list, BaseModel)):
+        message = f"{message} (found {error['input']!r})"
+    line = _line(raw, where)
+    return f"  line {line}: {f'`{field}` ' if field and field not in message else ''}{message}"
+
+
+def _section(model: type[BaseModel], where: Sequence[Any]) -> Iterator[str]:
+    for name in where:
+        if name in model.model_fields:
+            for candidate in (model.model_fields[name].annotation, *get_args(model.model_fields[name].annotation)):
+                if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                    model = candidate
+    yield from model.model_fields
+
+
+def _line(raw: Any, where: Sequence[Any]) -> int:
+    """The 1-based line of a field, or of the closest thing around it that is in the file."""
+    line = 1
+    for name in where:
+        try:
+            line = (raw.lc.key(name) if isinstance(raw, Mapping) else raw.lc.item(name))[0] + 1
+            raw = raw[name]
+        except (AttributeError, KeyError, IndexError, TypeError):
+            break
+    return line

@@ -1,0 +1,62 @@
+"""Image features as the `embed` stage stores them and the later stages read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from storage.artifacts import Artifact
+from storage.tables import read_parquet, read_safetensors
+
+
+@dataclass(frozen=True)
+class Features:
+    """The live images of one split, in the order of their shards.
+
+    Attributes:
+        keys: image keys, ``(n,)``.
+        features: unit image features, ``(n, dim)`` float32, not centred.
+        norms: length of each image embedding before it was normalised, ``(n,)``.
+        class_features: unit text features of the classes, ``(classes, dim)``.
+        centre: mean image *embedding* of the split, ``(dim,)``.
+        zero_shot: pseudo-label of each image by the untouched model, ``(n,)`` int64.
+        confidence: its probability, ``(n,)``.
+    """
+
+    keys: list[str]
+    features: np.ndarray
+    norms: np.ndarray
+    class_features: np.ndarray
+    centre: np.ndarray
+    zero_shot: np.ndarray
+    confidence: np.ndarray
+
+    @property
+    def embeds(self) -> np.ndarray:
+        """Image embeddings, ``(n, dim)`` float32."""
+        return self.features * self.norms[:, None]
+
+
+def centred(embeds: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """Unit rows of ``embeds - centre``; a row equal to the centre stays zero."""
+    moved = embeds - centre
+    return moved / np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), 1e-12)
+
+
+def read_features(embedded: Artifact) -> Features:
+    """The features of an `embed` artifact."""
+    labels = read_parquet(embedded.read("zero_shot.parquet"))
+    frames = [read_parquet(embedded.read(name)) for name in embedded.names(".features.parquet")]
+    rows = labels.join(pl.concat(frames), on="key", how="left", maintain_order="left")
+    classes = read_safetensors(embedded.read("classes.safetensors"))
+    return Features(
+        keys=rows["key"].to_list(),
+        features=rows["feature"].to_numpy(),
+        norms=rows["norm"].to_numpy(),
+        class_features=classes["text_features"],
+        centre=classes["centre"],
+        zero_shot=rows["label"].to_numpy(),
+        confidence=rows["probabilities"].list.first().to_numpy(),
+    )

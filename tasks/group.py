@@ -1,0 +1,62 @@
+"""group: look-alikes -> one text for each group of images with the same pseudo-label."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import polars as pl
+
+from storage.artifacts import ArtifactWriter
+from storage.tables import parquet
+from tasks.describe import text_counts
+from tasks.domain import Domain
+from tasks.stage import StageResult, open_store, run_stage
+from tasks.texts import Gallery, describer_identity, write_texts
+
+VERSION = 1
+
+
+def group(domain: Domain, shards: StageResult, embedded: StageResult) -> StageResult:
+    """One group for every live image, and its text.
+
+    Files: ``groups.parquet``: ``label`` (the pseudo-class), ``member_keys`` and the caption columns.
+    """
+    store = open_store(domain)
+    identity = describer_identity(domain, embedded)
+    inputs = {"embed": embedded.ref.digest, "size": domain.group.size, "describer": identity}
+
+    def body(writer: ArtifactWriter) -> Mapping[str, int]:
+        gallery = Gallery(domain, store.open(shards.ref), store.open(embedded.ref))
+        labels, groups = look_alikes(gallery.labels, domain.group.size)
+        texts = write_texts(domain, store, "group", gallery, groups, identity)
+        table = texts.with_columns(label=pl.Series(labels, dtype=pl.Int64))
+        writer.put("groups", inputs, {"groups.parquet": parquet(table)}, rows=table.height, counts=text_counts(table))
+        return {"groups": table.height}
+
+    return run_stage(store, domain, "group", VERSION, inputs, body)
+
+
+def look_alikes(labels: Mapping[str, int], size: int) -> tuple[list[int], list[list[str]]]:
+    """Groups of images that share a pseudo-label, one anchored at every image (LatteCLIP's preparation).
+
+    The official code draws members at random. Here a class's images stand in a ring in the order of their keys, which
+    are digests and so in random order, and a group is the anchor and the next ``size - 1``: membership needs no seed,
+    and a new image changes only the ``size`` groups it enters.
+
+    Args:
+        labels: image key -> pseudo-label.
+        size: images in a group; a class with fewer gives groups of all its images.
+
+    Returns:
+        The groups' pseudo-labels, and their members' keys, sorted within a group so that equal groups are equal.
+    """
+    rings: dict[int, list[str]] = defaultdict(list)
+    for key in sorted(labels):
+        rings[labels[key]].append(key)
+    found: list[tuple[int, list[str]]] = []
+    for label, ring in sorted(rings.items()):
+        for start in range(len(ring)):
+            members = {ring[(start + step) % len(ring)] for step in range(min(size, len(ring)))}
+            found.append((label, sorted(members)))
+    return [label for label, _ in found], [members for _, members in found]

@@ -1,0 +1,252 @@
+"""report: everything a run found out, as one HTML file."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from models import clip
+from models.images import to_rgb
+from storage.artifacts import Artifact, ArtifactStore, ArtifactWriter
+from storage.objects import ObjectStore
+from storage.shards import read_index, read_quarantine, read_records
+from storage.tables import read_parquet
+from tasks import page
+from tasks.decode import open_image
+from tasks.domain import Domain
+from tasks.features import Features, read_features
+from tasks.stage import StageResult, open_store, run_stage
+from tasks.texts import describer_identity
+
+VERSION = 1
+EXAMPLES = 12
+THUMBNAIL = 160
+"""Longer side of an example's picture, in pixels."""
+LABELS = {
+    "zero_shot_plain": "Zero-shot",
+    "zero_shot_centred": "Zero-shot, domain-centred",
+    "latteclip": "LatteCLIP",
+}
+DESCRIBER_NOTES = {
+    "tags": "No language model took part: these are the CLIP's own zero-shot tags, put into sentences.",
+    "sidecar": "These texts came with the images, and may name the class.",
+}
+
+
+def report(
+    domain: Domain,
+    images: StageResult,
+    features: StageResult,
+    texts: StageResult,
+    groups: StageResult,
+    tuned: StageResult,
+    unseen: StageResult,
+    unseen_features: StageResult,
+    scores: StageResult,
+) -> StageResult:
+    """Collect the artifacts of a run into ``report.html``."""
+    store = open_store(domain)
+    stages = list(dict.fromkeys([images, unseen, features, unseen_features, texts, groups, tuned, scores]))
+    inputs = {"stages": {stage.label: stage.ref.digest for stage in stages}, "domain": domain.name}
+
+    def body(writer: ArtifactWriter) -> Mapping[str, int]:
+        found = _Findings(domain, store, stages)
+        writer.put("page", inputs, {"report.html": page.render(found.report()).encode()})
+        return {}
+
+    return run_stage(store, domain, "report", VERSION, inputs, body)
+
+
+def publish(domain: Domain, scores: StageResult, page: StageResult) -> Path:
+    """Put what people read into the output folder; returns the folder."""
+    store = open_store(domain)
+    folder = ObjectStore(str(Path(domain.output) / domain.name))
+    folder.put("metrics.json", store.open(scores.ref).read("metrics.json"))
+    folder.put("report.html", store.open(page.ref).read("report.html"))
+    return Path(domain.output) / domain.name
+
+
+class _Findings:
+    """The artifacts of a run, opened, and what the page says of them."""
+
+    def __init__(self, domain: Domain, store: ArtifactStore, stages: Sequence[StageResult]) -> None:
+        self._domain, self._stages = domain, stages
+        by_label = {stage.label: stage for stage in stages}
+        self._open = {label: store.open(stage.ref) for label, stage in by_label.items()}
+        self._train = self._open["shard train"]
+        self._test = self._open.get("shard test", self._train)
+        self._embedded = by_label["embed train"]
+        self._metrics = json.loads(self._open["evaluate"].read("metrics.json"))
+        self._table = read_parquet(self._open["evaluate"].read("predictions.parquet"))
+        self._texts = _texts(self._open["describe"])
+        self._adapted, self._better = domain.method[0], self._metrics["zero_shot"]["better"]
+
+    def report(self) -> page.Report:
+        domain, found = self._domain, self._metrics
+        better, worse, changed = self._examples()
+        confusion = found.get("confusion", {})
+        return page.Report(
+            domain=domain.name,
+            title=f"{domain.name}: CLIP adapted without labels",
+            classes=domain.classes,
+            n_train=self._open["embed train"].counts["images"],
+            n_test=found["n_test"],
+            model=self._model(),
+            describer=self._describer(),
+            centring=found["centred"],
+            methods=self._methods(),
+            adapted=self._adapted,
+            best_baseline=self._better,
+            counts=self._counts(),
+            label_free=page.LabelFree(**found["label_free"]),
+            gain_interval=tuple(found["methods"][self._adapted]["gain_interval"]) if found["n_test"] else None,
+            per_class=self._per_class(),
+            confusion_before=confusion.get(self._better, ()),
+            confusion_after=confusion.get(self._adapted, ()),
+            examples_better=better,
+            examples_worse=worse,
+            examples_changed=changed,
+            quarantine=self._quarantine(),
+            stages=[self._stage(stage) for stage in self._stages],
+            history=self._history(),
+            lineage={stage.label: stage.ref.fingerprint for stage in self._stages},
+            versions=self._open["evaluate"].manifest["versions"],
+            seeds=domain.seeds,
+        )
+
+    def _model(self) -> page.Component:
+        who = clip.identity(self._domain.clip)
+        name = self._domain.clip.model + (f" ({who['pretrained']})" if who["pretrained"] else "")
+        note = clip.EMBEDDED_NOTE if self._domain.clip.model == "embedded" else ""
+        return page.Component(name=name, revision=str(who.get("revision", "")), note=note)
+
+    def _describer(self) -> page.Component:
+        who = describer_identity(self._domain, self._embedded)
+        note = DESCRIBER_NOTES.get(self._domain.describer.kind, "")
+        return page.Component(name=str(who["model"]), revision=str(who["revision"]), note=note)
+
+    def _methods(self) -> list[page.Method]:
+        scores = {**self._metrics["zero_shot"]["methods"], **self._metrics["methods"]}
+        names = ["zero_shot_plain", "zero_shot_centred", *self._domain.method]
+        kept = ("top1", "interval", "top5", "mean_per_class", "seeds")
+        return [
+            page.Method(id=name, label=LABELS[name], **{key: score[key] for key in kept if score.get(key) is not None})
+            for name in names
+            for score in [scores.get(name, {})]
+        ]
+
+    def _per_class(self) -> list[page.ClassRow]:
+        if not self._metrics["n_test"]:
+            return []
+        before = self._metrics["zero_shot"]["methods"][self._better]["per_class"]
+        after = self._metrics["methods"][self._adapted]["per_class"]
+        return [
+            page.ClassRow(
+                name=name,
+                n=after[str(number)]["n"] if str(number) in after else 0,
+                zero_shot=before[str(number)]["top1"] if str(number) in before else None,
+                adapted=after[str(number)]["top1"] if str(number) in after else None,
+            )
+            for number, name in enumerate(self._domain.classes)
+        ]
+
+    def _counts(self) -> page.Counts:
+        shards = [self._train] if self._test is self._train else [self._train, self._test]
+        kinds = {"image": self._open["describe"].counts["texts"], "group": self._open["group"].counts["texts"]}
+        return page.Counts(
+            images=sum(each.counts["images"] for each in shards),
+            quarantined=sum(each.counts["quarantined"] for each in shards),
+            duplicates=sum(each.counts["duplicates"] for each in shards),
+            texts=sum(kinds.values()),
+            texts_by_kind=kinds,
+        )
+
+    def _quarantine(self) -> list[page.QuarantineRow]:
+        shards = [self._train] if self._test is self._train else [self._train, self._test]
+        rows = pl.concat([read_quarantine(each).select("path", "reason", "detail") for each in shards])
+        return [
+            page.QuarantineRow(path=path, reason=reason, detail=detail) for path, reason, detail in rows.iter_rows()
+        ]
+
+    def _stage(self, stage: StageResult) -> page.StageRow:
+        count = stage.counts.get("texts") or stage.counts.get("images")
+        return page.StageRow(
+            name=stage.label,
+            status="cached" if stage.cached else "computed",
+            seconds=stage.seconds,
+            images_per_s=count / stage.seconds if count and stage.seconds else None,
+            fingerprint=stage.ref.fingerprint,
+            counts=stage.counts,
+        )
+
+    def _history(self) -> dict[str, list[float]]:
+        records = json.loads(self._open["tune"].read(f"seed-{self._domain.seeds[0]}.history.json"))
+        names = ("loss", "agreement", "drift")
+        return {name: [record[name] for record in records] for name in names if records and name in records[0]}
+
+    def _examples(self) -> tuple[list[page.Example], list[page.Example], list[page.Example]]:
+        """The most confident changes: to right, to wrong, and, without labels, at all."""
+        before, after = self._better, self._adapted
+        moved = self._table.filter(pl.col(before) != pl.col(after)).sort(
+            f"{after}_probability", "key", descending=[True, False]
+        )
+        labelled = moved.filter(pl.col("truth").is_not_null())
+        picks = [
+            labelled.filter(pl.col(after) == pl.col("truth")).head(EXAMPLES),
+            labelled.filter(pl.col(before) == pl.col("truth")).head(EXAMPLES),
+            moved.head(0 if self._metrics["n_test"] else EXAMPLES),
+        ]
+        chosen = pl.concat(picks)["key"].to_list()
+        index = read_index(self._test)
+        pictures = {
+            record.key: _thumbnail(record.data)
+            for record in read_records(self._test, index.filter(pl.col("key").is_in(chosen)))
+        }
+        nearest = self._nearest(chosen)
+        return tuple([self._example(row, pictures, nearest) for row in pick.iter_rows(named=True)] for pick in picks)  # type: ignore[return-value]
+
+    def _example(
+        self, row: Mapping[str, Any], pictures: Mapping[str, bytes], nearest: Mapping[str, str]
+    ) -> page.Example:
+        names, key = self._domain.classes, row["key"]
+        own = key in self._texts
+        text = self._texts.get(key if own else nearest[key], "")
+        kind = "image" if own else "nearest training image"
+        return page.Example(
+            image=pictures[key],
+            path=row["path"],
+            before=names[row[self._better]],
+            before_p=row[f"{self._better}_probability"],
+            after=names[row[self._adapted]],
+            after_p=row[f"{self._adapted}_probability"],
+            truth=None if row["truth"] is None else names[row["truth"]],
+            texts=[page.Text(kind=kind, text=text)] if text else [],
+        )
+
+    def _nearest(self, keys: Sequence[str]) -> dict[str, str]:
+        """The most similar training image of some images (itself, where it is one)."""
+        train = read_features(self._open["embed train"])
+        test: Features = read_features(self._open.get("embed test", self._open["embed train"]))
+        place = {key: row for row, key in enumerate(test.keys)}
+        rows = test.features[[place[key] for key in keys]]
+        return dict(zip(keys, (train.keys[i] for i in np.argmax(rows @ train.features.T, axis=1)), strict=True))
+
+
+def _texts(described: Artifact) -> dict[str, str]:
+    frames = [read_parquet(described.read(name)) for name in described.names(".captions.parquet")]
+    table = pl.concat(frames)
+    return dict(zip(table["member_keys"].list.first(), table["text"], strict=True))
+
+
+def _thumbnail(data: bytes) -> bytes:
+    image = to_rgb(open_image(data))
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    out = io.BytesIO()
+    image.save(out, "PNG" if max(image.size) <= 64 else "JPEG", quality=80)
+    return out.getvalue()

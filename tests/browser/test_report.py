@@ -1,0 +1,214 @@
+"""The report in a real browser: runs nothing from outside, asks for nothing, works by hand and by key."""
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.page import render
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+
+spec = importlib.util.spec_from_file_location("report_data", Path(__file__).parents[1] / "tasks" / "test_page.py")
+assert spec and spec.loader
+data = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(data)
+
+REPORTS = {
+    "labelled": lambda: data.make_report(),
+    "unlabelled": lambda: data.make_report(n_test=0),
+    "many": lambda: data.make_report(100, 1000),
+    "hostile": lambda: data.hostile_report(),
+}
+
+
+@pytest.fixture(scope="module")
+def urls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("reports")
+    for name, make in REPORTS.items():
+        (folder / f"{name}.html").write_text(render(make()), encoding="utf-8")
+    return {name: (folder / f"{name}.html").as_uri() for name in REPORTS}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM)
+        yield browser
+        browser.close()
+
+
+class Tab:
+    """A page that remembers every request, complaint and dialog."""
+
+    def __init__(self, browser: Any, **context: Any) -> None:
+        self.context = browser.new_context(
+            **{"viewport": {"width": 1280, "height": 900}, "color_scheme": "light", **context}
+        )
+        self.page = self.context.new_page()
+        self.requests: list[str] = []
+        self.complaints: list[str] = []
+        self.context.on("request", lambda r: self.requests.append(r.url))
+        self.blocked: list[str] = []
+        self.context.on("requestfailed", lambda r: self.blocked.append(f"{r.url} {r.failure}"))
+        self.page.on("console", lambda m: self.complaints.append(m.text))
+        self.page.on("pageerror", lambda e: self.complaints.append(str(e)))
+        self.page.on("dialog", self.dismiss)
+
+    def dismiss(self, dialog: Any) -> None:
+        self.complaints.append(dialog.message)
+        dialog.dismiss()
+
+
+@pytest.fixture
+def open_tab(browser: Any) -> Iterator[Any]:
+    tabs: list[Tab] = []
+
+    def open_tab(url: str, **context: Any) -> Tab:
+        tabs.append(tab := Tab(browser, **context))
+        tab.page.goto(url)
+        return tab
+
+    yield open_tab
+    for tab in tabs:
+        tab.context.close()
+
+
+def background(page: Any) -> str:
+    return str(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_opens_without_a_request_or_a_complaint(open_tab: Any, urls: dict[str, str], name: str) -> None:
+    tab = open_tab(urls[name])
+    tab.page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    tab.page.wait_for_load_state("networkidle")
+    assert [url for url in tab.requests if not url.startswith("data:")] == [urls[name]]
+    assert tab.complaints == []
+    assert tab.page.locator("h1").is_visible()
+    assert tab.page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+
+
+def test_hostile_text_is_read_not_run(open_tab: Any, urls: dict[str, str]) -> None:
+    page = open_tab(urls["hostile"]).page
+    assert page.evaluate("window.pwned") is None
+    assert page.locator("script").count() == 1 and page.locator("img[onerror]").count() == 0
+    assert data.SCRIPT in page.locator(".eyebrow").inner_text()
+    assert "holiday[U+202E]gpj.exe" in page.locator("h1").inner_text()
+
+
+def test_policy_stops_a_script_that_got_in(open_tab: Any, urls: dict[str, str]) -> None:
+    tab = open_tab(urls["labelled"])
+    tab.page.evaluate("""() => {
+        const script = document.createElement("script");
+        script.textContent = "window.pwned = 3";
+        document.body.append(script);
+        const image = "<img src='https://example.invalid/x.png' onerror='window.pwned = 4'>";
+        document.body.insertAdjacentHTML("beforeend", image);
+    }""")
+    tab.page.wait_for_timeout(200)
+    assert tab.page.evaluate("window.pwned") is None
+    assert tab.blocked == ["https://example.invalid/x.png csp"]
+    assert any("Content Security Policy" in complaint for complaint in tab.complaints)
+
+
+@pytest.mark.parametrize("name", REPORTS)
+@pytest.mark.parametrize("width", [320, 390, 820])
+def test_never_wider_than_the_screen(open_tab: Any, urls: dict[str, str], name: str, width: int) -> None:
+    page = open_tab(urls[name], viewport={"width": width, "height": 800}).page
+    page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_phone_plots_do_not_cover_the_numbers(open_tab: Any, urls: dict[str, str]) -> None:
+    page = open_tab(urls["labelled"], viewport={"width": 390, "height": 800}).page
+    covered = page.evaluate("""() => [...document.querySelectorAll("tbody .plot-cell")].filter(cell => {
+        const top = cell.querySelector("svg").getBoundingClientRect().top;
+        return [...cell.parentElement.children].some(other => {
+            if (other === cell) return false;
+            const range = document.createRange();
+            range.selectNodeContents(other);
+            return range.getBoundingClientRect().bottom > top;
+        });
+    }).length""")
+    assert covered == 0
+
+
+def test_theme_follows_the_system_until_someone_chooses(open_tab: Any, urls: dict[str, str]) -> None:
+    page = open_tab(urls["labelled"]).page
+    button = page.get_by_role("button", name="Dark")
+    light = background(page)
+    assert button.get_attribute("aria-pressed") == "false"
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function("document.getElementById('theme').getAttribute('aria-pressed') === 'true'")
+    dark = background(page)
+    assert dark != light
+    button.click()
+    assert background(page) == light and button.get_attribute("aria-pressed") == "false"
+    page.reload()
+    assert background(page) == light, "the choice is kept"
+    button.focus()
+    page.keyboard.press("Enter")
+    assert background(page) == dark
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_charts_take_the_colours_of_the_theme(open_tab: Any, urls: dict[str, str], scheme: str) -> None:
+    page = open_tab(urls["labelled"], color_scheme=scheme).page
+    accent = page.evaluate("getComputedStyle(document.querySelector('.chart .stroke-accent')).stroke")
+    text = page.evaluate("getComputedStyle(document.querySelector('.chart text')).fill")
+    assert accent == {"light": "rgb(28, 105, 173)", "dark": "rgb(114, 180, 238)"}[scheme]
+    assert text == {"light": "rgb(106, 97, 88)", "dark": "rgb(168, 158, 146)"}[scheme]
+
+
+def test_by_key_alone(open_tab: Any, urls: dict[str, str]) -> None:
+    page = open_tab(urls["labelled"]).page
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    assert page.evaluate("document.activeElement.getBoundingClientRect().top") >= 0, "hidden without focus only"
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "summary"
+    page.locator("#matrix-after").focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator(".panel-before").is_visible() and not page.locator(".panel-after").is_visible()
+    summary = page.locator("details.text summary").first
+    summary.focus()
+    page.keyboard.press("Enter")
+    assert page.locator("details.text").first.get_attribute("open") is not None
+    assert page.locator("details.text p bdi").first.is_visible()
+
+
+def test_find_a_class(open_tab: Any, urls: dict[str, str]) -> None:
+    page = open_tab(urls["many"]).page
+    page.locator("#classes details.all > summary").click()
+    page.locator("#classes input[type=search]").fill("Species 04")
+    rows = page.locator("#accuracy-all tbody tr")
+    assert sum(rows.nth(i).is_visible() for i in range(rows.count())) == 10
+    assert page.locator("#classes output").inner_text() == "10 of 100"
+
+
+def test_without_script_everything_is_there(open_tab: Any, urls: dict[str, str]) -> None:
+    page = open_tab(urls["many"], java_script_enabled=False).page
+    assert page.locator("#theme").is_hidden() and page.locator(".filter").first.is_hidden()
+    assert page.locator(".verdict").is_visible() and page.locator("#scatter-title").count() == 1
+    page.locator("label[for=matrix-change]").click()
+    assert page.locator(".panel-change").is_visible()
+
+
+def test_prints_light_and_whole(open_tab: Any, urls: dict[str, str]) -> None:
+    page = open_tab(urls["labelled"], color_scheme="dark").page
+    page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.locator("details:not([open])").count() == 0
+    assert all(page.locator(f".panel-{view}").is_visible() for view in ("after", "before", "change"))
+    assert page.locator("nav").is_hidden()
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("details[open]").count() == 0

@@ -1,0 +1,78 @@
+"""Shared fixtures: a tiny CLIP made on the spot, and a small folder of pictures."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+from tasks.domain import Domain
+
+COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (40, 60, 220)}
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ViT of open_clip's own classes with random weights, saved as an open_clip folder."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    config = {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
+        "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+    }
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**config)
+    folder = tmp_path_factory.mktemp("tiny_clip")
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {"size": 32}}))
+    return folder
+
+
+def draw(number: int, colour: str) -> Image.Image:
+    """A picture that belongs to a colour and is unlike the others."""
+    image = Image.new("RGB", (40, 32), "white")
+    shape = (2 + number % 9, 3 + number % 7, 20 + number % 13, 18 + number % 11)
+    (ImageDraw.Draw(image).ellipse if number % 2 else ImageDraw.Draw(image).rectangle)(shape, fill=COLOURS[colour])
+    image.putpixel((number % 40, number // 40), (number % 256, 0, 0))
+    return image
+
+
+def draw_folder(folder: Path, count: int, first: int = 0) -> dict[str, str]:
+    """Pictures in a folder; returns path -> colour."""
+    folder.mkdir(parents=True, exist_ok=True)
+    truth = {}
+    for number in range(first, first + count):
+        colour = list(COLOURS)[number % 3]
+        draw(number, colour).save(folder / f"{number:03d}.png")
+        truth[f"{number:03d}.png"] = colour
+    return truth
+
+
+@pytest.fixture
+def domain(tmp_path: Path, tiny_clip: Path) -> Domain:
+    """A whole domain of 24 + 12 pictures with labels and sidecar texts, that runs in a few seconds."""
+    train = draw_folder(tmp_path / "train", 24)
+    test = draw_folder(tmp_path / "test", 12, first=100)
+    (tmp_path / "labels.csv").write_text("path,class\n" + "".join(f"test/{path},{name}\n" for path, name in test.items()))
+    (tmp_path / "texts.csv").write_text(
+        "path,text\n" + "".join(f"train/{path},a {name} shape number {path[:3]}\n" for path, name in train.items())
+    )
+    (tmp_path / "domain.yaml").write_text(
+        f"""\
+name: shapes
+source: train
+classes: [red, green, blue]
+templates: ["a {{}} shape."]
+evaluation: {{source: test, labels: labels.csv}}
+clip: {{model: {tiny_clip}, resize: pad}}
+describer: {{kind: sidecar, texts: texts.csv}}
+latteclip: {{epochs: 2, batch_size: 8}}
+seeds: [0, 1]
+shard: {{images: 10}}
+store: store
+output: runs
+"""
+    )
+    return Domain.load(tmp_path / "domain.yaml")

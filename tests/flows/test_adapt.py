@@ -1,0 +1,132 @@
+"""The whole pipeline on a tiny CLIP: what runs, what is cached, what a mistake costs."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import draw, draw_folder
+from flows.adapt import repaired, run_plainly
+from storage.errors import DataError
+from tasks.domain import Domain
+from tasks.stage import StageResult
+
+
+def ran(results: list[StageResult]) -> set[str]:
+    return {result.label for result in results if not result.cached}
+
+
+ALL = {
+    "shard train", "shard test", "embed train", "embed test", "describe", "group", "tune", "evaluate", "report",
+}  # fmt: skip
+
+
+def test_a_run_leaves_metrics_and_a_report(domain: Domain) -> None:
+    results = run_plainly(domain)
+    assert ran(results) == ALL
+    folder = Path(domain.output) / "shapes"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["domain"] == "shapes" and metrics["n_test"] == 12
+    zero_shot = metrics["zero_shot"]
+    assert zero_shot["top1"] == max(zero_shot["plain"], zero_shot["centred"])
+    adapted = metrics["methods"]["latteclip"]
+    assert adapted["interval"][0] <= adapted["top1"] <= adapted["interval"][1]
+    assert adapted["top1"] == pytest.approx(sum(adapted["seeds"]) / 2)
+    assert adapted["gain"] == pytest.approx(adapted["top1"] - zero_shot["top1"])
+    assert "shapes" in (folder / "report.html").read_text()
+
+
+def test_the_second_run_makes_nothing(domain: Domain, tmp_path: Path) -> None:
+    first = run_plainly(domain)
+    (tmp_path / "train" / "000.png").touch()
+    (tmp_path / "unrelated.txt").touch()
+    second = run_plainly(domain)
+    assert ran(second) == set()
+    assert [result.ref for result in second] == [result.ref for result in first]
+
+
+def test_one_new_image_runs_what_depends_on_it(domain: Domain, tmp_path: Path) -> None:
+    before = {result.label: result for result in run_plainly(domain)}
+    draw(500, "red").save(tmp_path / "train" / "new.png")
+    after = {result.label: result for result in run_plainly(domain)}
+    assert ran(list(after.values())) == ALL - {"shard test", "embed test"}
+    assert after["embed train"].counts["images"] == 25
+    store = Path(domain.store) / "shapes"
+    old = [path for path in (store / "embed" / "parts").iterdir() if "shard-0000" in path.read_text()]
+    assert len(old) == 3 + 1 + 2  # three old shards and the new one; two of the test split
+    assert before["embed train"].ref != after["embed train"].ref
+
+
+def test_other_seeds_or_classes_do_not_embed_again(domain: Domain) -> None:
+    run_plainly(domain)
+    more = run_plainly(domain.model_copy(update={"seeds": [0, 1, 2]}))
+    assert ran(more) == {"tune", "evaluate", "report"}
+    store = Path(domain.store) / "shapes"
+    features = {path.name for path in (store / "embed" / "data").glob("*.features.parquet")}
+    run_plainly(domain.model_copy(update={"classes": ["red", "green", "blue", "grey"]}))
+    assert features == {path.name for path in (store / "embed" / "data").glob("*.features.parquet")}
+
+
+def test_labels_change_nothing_but_the_evaluation(domain: Domain, tmp_path: Path) -> None:
+    run_plainly(domain)
+    labels = (tmp_path / "labels.csv").read_text()
+    (tmp_path / "labels.csv").write_text(labels.replace(",red", ",x").replace(",green", ",red").replace(",x", ",green"))
+    assert ran(run_plainly(domain)) == {"evaluate", "report"}
+
+
+def test_without_labels_nothing_is_claimed(domain: Domain) -> None:
+    results = run_plainly(domain.model_copy(update={"evaluation": None}))
+    assert ran(results) == ALL - {"shard test", "embed test"}
+    metrics = json.loads((Path(domain.output) / "shapes" / "metrics.json").read_text())
+    assert metrics["n_test"] == 0
+    assert metrics["zero_shot"]["top1"] is None and metrics["methods"]["latteclip"]["top1"] is None
+    assert 0 <= metrics["label_free"]["agreement"] <= 1
+
+
+def test_bad_images_are_counted_and_the_run_goes_on(domain: Domain, tmp_path: Path) -> None:
+    (tmp_path / "train" / "zero.png").write_bytes(b"")
+    (tmp_path / "train" / "text.jpg").write_text("not a picture")
+    results = {result.label: result for result in run_plainly(domain)}
+    assert results["shard train"].counts["quarantined"] == 2
+    assert results["tune"].counts["models"] == 2
+
+
+def test_a_damaged_file_is_set_aside_and_made_again(domain: Domain) -> None:
+    first = run_plainly(domain)
+    store = Path(domain.store) / "shapes"
+    features = next((store / "embed" / "data").glob("shard-00000.*.features.parquet"))
+    good = features.read_bytes()
+    features.write_bytes(good[:-100] + bytes(100))
+    again = repaired(run_plainly, domain.model_copy(update={"seeds": [5]}))
+    assert features.read_bytes() == good
+    assert next((store / "embed" / "damaged").iterdir()).read_bytes() != good
+    assert {result.label: result.ref for result in again}["embed train"] == first[2].ref
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("path,class\ntest/100.png,rad\n", r"'rad' \(1 images\), did you mean 'red'\?"),
+        ("path,label\ntest/100.png,red\n", "has no column 'class'; its columns are path, label"),
+        ("path,class\nelsewhere/1.png,red\n", r"no class for any of the 12 images: its paths look like"),
+        ("", "is not a table"),
+    ],
+)
+def test_bad_labels_are_one_clear_error(domain: Domain, tmp_path: Path, labels: str, message: str) -> None:
+    (tmp_path / "labels.csv").write_text(labels)
+    with pytest.raises(DataError, match=message):
+        run_plainly(domain)
+
+
+def test_a_class_with_one_image_and_a_few_images_in_all(domain: Domain, tmp_path: Path) -> None:
+    for path in sorted((tmp_path / "train").iterdir())[2:]:
+        path.unlink()
+    assert {result.label for result in run_plainly(domain)} == ALL
+
+
+def test_images_are_their_own_test_set_without_another(domain: Domain, tmp_path: Path) -> None:
+    truth = draw_folder(tmp_path / "train", 24)
+    rows = "".join(f"train/{path},{name}\n" for path, name in truth.items())
+    (tmp_path / "labels.csv").write_text("path,class\n" + rows)
+    evaluation = domain.evaluation.model_copy(update={"source": None})  # type: ignore[union-attr]
+    run_plainly(domain.model_copy(update={"evaluation": evaluation}))
+    assert json.loads((Path(domain.output) / "shapes" / "metrics.json").read_text())["n_test"] == 24

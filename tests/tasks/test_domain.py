@@ -1,0 +1,116 @@
+"""The domain file: every mistake said at once, with its line and what was probably meant."""
+
+from pathlib import Path
+
+import pytest
+from tasks.domain import ConfigError, Domain
+
+GOOD = """\
+name: birds
+source: images
+classes: [robin, wren]
+"""
+
+
+def load(tmp_path: Path, text: str) -> Domain:
+    (tmp_path / "domain.yaml").write_text(text, encoding="utf-8")
+    return Domain.load(tmp_path / "domain.yaml")
+
+
+def test_three_lines_are_enough(tmp_path: Path) -> None:
+    domain = load(tmp_path, GOOD)
+    assert domain.source == [str(tmp_path / "images")]
+    assert domain.clip.model == "embedded"
+    assert domain.prompts() == [["a photo of a robin."], ["a photo of a wren."]]
+
+
+@pytest.mark.parametrize("path", sorted(Path("domains").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_domains_are_valid(path: Path) -> None:
+    assert Domain.load(path).name == path.stem
+
+
+def test_all_mistakes_come_in_one_message(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(
+            tmp_path,
+            """\
+name: Birds of prey
+sorce: images
+classes: [robin, Robin, wren]
+clip:
+  modle: ViT-B-32
+  resize: padd
+method: lattecllip
+group: {size: 1}
+""",
+        )
+    message = str(caught.value)
+    for line in (
+        "line 1: `name`",
+        "line 2: `sorce` unknown key; did you mean `source`?",
+        "line 5: `clip.modle` unknown key; did you mean `model`?",
+        "line 6: `clip.resize` 'padd' is none of 'crop' or 'pad'; did you mean pad?",
+        "line 7: `method.0` 'lattecllip' is none of 'latteclip'; did you mean latteclip?",
+        "line 8: `group.size` Input should be greater than or equal to 2 (found 1)",
+        "`source` is missing",
+    ):
+        assert line in message, message
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ("[robin]", "1 given, at least 2"),
+        ("[robin, Robin]", "'robin', 'Robin' say the same thing"),
+        ("[tree_frog, tree frog]", "say the same thing"),
+        ("[robin, ' ']", "number 2 is empty"),
+        ("[robin, 7]", "line 3: `classes.1` 7 is not text; put it in quotes"),
+        ("classes.txt", "class list cannot be read"),
+    ],
+)
+def test_a_bad_class_list(tmp_path: Path, classes: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, f"name: birds\nsource: images\nclasses: {classes}\n")
+    assert message in str(caught.value)
+
+
+def test_odd_class_names_are_fine(tmp_path: Path) -> None:
+    domain = load(tmp_path, "name: x\nsource: i\nclasses: [km/h sign, no, 'yes', späti, 自転車, 'a{}b']\n")
+    assert domain.classes == ["km/h sign", "no", "yes", "späti", "自転車", "a{}b"]
+    assert domain.prompts()[5] == ["a photo of a a{}b."]
+
+
+def test_a_class_file(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("\ufeffrobin\n\n wren \n", encoding="utf-8")
+    assert load(tmp_path, "name: x\nsource: i\nclasses: names.txt\n").classes == ["robin", "wren"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: [", "not valid YAML"),
+        ("name: a\nname: b\n", "not valid YAML"),
+        ("- a\n", "expected `name:`"),
+        (GOOD + "templates: a photo\n", "needs exactly one {}"),
+        (GOOD + "describer: {kind: sidecar}\n", "goes with `kind: sidecar`"),
+        (GOOD + "describer: {kind: tags, texts: x.csv}\n", "goes with `kind: sidecar`"),
+        (GOOD + "seeds: []\n", "`seeds`"),
+    ],
+)
+def test_other_mistakes(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    assert message in str(caught.value)
+
+
+def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "birds.yaml").write_text(GOOD)
+    with pytest.raises(ConfigError, match=r"did you mean .*birds\.yaml"):
+        Domain.load(tmp_path / "bird.yaml")
+
+
+def test_urls_and_parameters_pass_unchanged(tmp_path: Path) -> None:
+    domain = load(tmp_path, "name: x\nsource: ['s3://bucket/a', local]\nclasses: [a, b]\nstore: s3://bucket/store\n")
+    assert domain.source == ["s3://bucket/a", str(tmp_path / "local")]
+    assert domain.store == "s3://bucket/store"
+    assert Domain.model_validate(domain.model_dump(mode="json")) == domain
