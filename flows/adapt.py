@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from prefect import flow, task
+from prefect import Task, flow
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
@@ -74,8 +74,8 @@ def _submit(stage: Callable[..., StageResult], *args: Any) -> Any:
         return result
 
     split = f"-{args[1]}" if isinstance(args[1], str) else ""
-    name = stage.__name__
-    return task(skin, name=name, task_run_name=f"{name}{split}", cache_policy=NO_CACHE).submit(*args)
+    thin = Task(skin, name=stage.__name__, task_run_name=f"{stage.__name__}{split}", cache_policy=NO_CACHE)
+    return thin.submit(*args)
 
 
 def _finish(domain: Domain, results: list[StageResult]) -> list[StageResult]:

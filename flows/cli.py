@@ -46,6 +46,22 @@ def run(domain: DomainFile) -> None:
     console.print(f"report   {folder / 'report.html'}\nmetrics  {folder / 'metrics.json'}", soft_wrap=True)
 
 
+@app.command()
+def export(
+    domain: DomainFile,
+    folder: Annotated[Path, typer.Argument(help="Where to write the model.", show_default=False)],
+    seed: Annotated[int | None, typer.Option(help="Which of the adapted models; default: the first seed.")] = None,
+) -> None:
+    """Write the adapted model as a folder that open_clip loads."""
+    from flows.adapt import repaired, run_plainly
+    from tasks.tune import export_tuned
+
+    settings = Domain.load(domain)
+    results = {result.label: result for result in repaired(run_plainly, settings)}
+    export_tuned(settings, results["tune"], settings.seeds[0] if seed is None else seed, folder)
+    console.print(f"model    {folder}", soft_wrap=True)
+
+
 def _stages(results: list[StageResult]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("stage", "", "seconds", "artifact", "counts"):

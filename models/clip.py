@@ -76,7 +76,7 @@ class Clip:
     @property
     def scale(self) -> float:
         """exp(logit_scale)."""
-        return float(self.model.logit_scale.detach().exp())  # type: ignore[operator,union-attr]
+        return float(self.model.logit_scale.detach().exp())  # type: ignore[operator]
 
 
 def class_features(text_features: np.ndarray, templates: int) -> np.ndarray:
@@ -114,8 +114,9 @@ def identity(settings: ClipSettings) -> dict[str, Any]:
     return found
 
 
+@functools.lru_cache(maxsize=1)
 def load(settings: ClipSettings) -> Clip:
-    """Load the model for inference.
+    """Load the model for inference. The last one is kept: callers never change it, they copy it.
 
     Raises:
         ModelError: unknown name or weights, unreadable folder, missing package; with the nearest known names.

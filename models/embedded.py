@@ -52,7 +52,7 @@ TEMPLATES = (
 # Both limits are about memory traffic: a chunk's largest activation stays in reach of the caches and below 32 MB, the
 # size from which the C allocator returns every buffer to the system and pays page faults for the next one.
 IMAGES_PER_CHUNK = 6
-TEXTS_PER_CHUNK = 32
+TEXTS_PER_CHUNK = 64
 
 CONFIG_FILE, STATE_FILE, TOKENIZER_FILE = "latteflow_embedded.json", "model.safetensors", "tokenizer.json"
 
@@ -345,7 +345,9 @@ def load(folder: Path) -> EmbeddedClip:
     tokenizer_json = (folder / TOKENIZER_FILE).read_text(encoding="utf-8")
     with torch.device("meta"):  # no time is lost on random weights that are replaced at once
         model = EmbeddedClip(tokenizer_json, n_anchors)
-    model.load_state_dict(load_file(folder / STATE_FILE), assign=True)
+    # Copied out of the mapped file: results depend in the last bit on how tensors lie in memory.
+    state = {name: tensor.clone() for name, tensor in load_file(folder / STATE_FILE).items()}
+    model.load_state_dict(state, assign=True)
     return model.eval()
 
 
@@ -370,9 +372,9 @@ def build_embedded(cache: Path) -> EmbeddedClip:
         save(model, new)
         if entry.exists():
             os.replace(entry, old)
-        with contextlib.suppress(OSError):  # another process was faster, with the same model
+        with contextlib.suppress(OSError):  # another process was faster
             os.replace(new, entry)
-    return model
+    return load(entry)
 
 
 def fit_embedded() -> EmbeddedClip:

@@ -58,7 +58,7 @@ def export(
         fold(model, _TEXT_PROJECTIONS, text_map)
     folder.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
-        model.logit_scale.fill_(torch.tensor(scale).log())  # type: ignore[operator,union-attr]
+        model.logit_scale.fill_(torch.tensor(scale).log())  # type: ignore[operator]
     if isinstance(model, EmbeddedClip):
         save_embedded(model, folder)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import polars as pl
@@ -11,7 +12,7 @@ from storage.fingerprint import canonical_json, sha256
 from storage.tables import parquet
 from tasks.domain import Domain
 from tasks.stage import StageResult, open_store, run_stage
-from tasks.texts import Gallery, describer_identity, write_texts
+from tasks.texts import Gallery, describer_identity, open_describer, write_texts
 
 VERSION = 1
 
@@ -26,11 +27,12 @@ def describe(domain: Domain, shards: StageResult, embedded: StageResult) -> Stag
     inputs = {"shards": shards.ref.digest, "describer": identity}
 
     def body(writer: ArtifactWriter) -> Mapping[str, int]:
-        gallery = Gallery(domain, store.open(shards.ref), store.open(embedded.ref))
+        gallery = Gallery(store.open(shards.ref), store.open(embedded.ref))
+        describer = functools.cache(lambda: open_describer(domain, gallery))
         for shard, keys in gallery.keys_by_shard().items():
             own = {"images": sha256(canonical_json(keys)), "describer": identity}
             if writer.find(shard, own) is None:
-                texts = write_texts(domain, store, "image", gallery, [[key] for key in keys], identity)
+                texts = write_texts(store, describer, "image", gallery, [[key] for key in keys], identity)
                 files = {f"{shard}.captions.parquet": parquet(texts)}
                 writer.put(shard, own, files, rows=texts.height, counts=text_counts(texts))
         return {}

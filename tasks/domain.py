@@ -265,7 +265,7 @@ def _line(raw: Any, where: Sequence[Any]) -> int:
     line = 1
     for name in where:
         try:
-            line = (raw.lc.key(name) if isinstance(raw, Mapping) else raw.lc.item(name))[0] + 1
+            line = (raw.lc.item(name) if isinstance(name, int) else raw.lc.key(name))[0] + 1
             raw = raw[name]
         except (AttributeError, KeyError, IndexError, TypeError):
             break

@@ -100,7 +100,8 @@ def _truth(domain: Domain, paths: Sequence[str]) -> np.ndarray:
             near = difflib.get_close_matches(name, domain.classes, 1)
             lines.append(f"{name!r} ({count} images)" + (f", did you mean {near[0]!r}?" if near else ""))
         raise DataError(
-            f"labels {domain.evaluation.labels!r} have {len(unknown)} class(es) that `classes` does not: {'; '.join(lines)}"
+            f"labels {domain.evaluation.labels!r} name {len(unknown)} class(es) that are not in `classes`: "
+            f"{'; '.join(lines)}"
         )
     return np.array([numbers[domain.prompt_name(labels[path])] if path in labels else -1 for path in paths])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -12,7 +13,7 @@ from storage.tables import parquet
 from tasks.describe import text_counts
 from tasks.domain import Domain
 from tasks.stage import StageResult, open_store, run_stage
-from tasks.texts import Gallery, describer_identity, write_texts
+from tasks.texts import Gallery, describer_identity, open_describer, write_texts
 
 VERSION = 1
 
@@ -27,9 +28,10 @@ def group(domain: Domain, shards: StageResult, embedded: StageResult) -> StageRe
     inputs = {"embed": embedded.ref.digest, "size": domain.group.size, "describer": identity}
 
     def body(writer: ArtifactWriter) -> Mapping[str, int]:
-        gallery = Gallery(domain, store.open(shards.ref), store.open(embedded.ref))
+        gallery = Gallery(store.open(shards.ref), store.open(embedded.ref))
+        describer = functools.cache(lambda: open_describer(domain, gallery))
         labels, groups = look_alikes(gallery.labels, domain.group.size)
-        texts = write_texts(domain, store, "group", gallery, groups, identity)
+        texts = write_texts(store, describer, "group", gallery, groups, identity)
         table = texts.with_columns(label=pl.Series(labels, dtype=pl.Int64))
         writer.put("groups", inputs, {"groups.parquet": parquet(table)}, rows=table.height, counts=text_counts(table))
         return {"groups": table.height}

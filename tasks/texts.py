@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 
 from models import clip
 from models.describers import Describer, Item, Kind
+from models.settings import ClipSettings
 from storage.artifacts import Artifact, ArtifactStore
 from storage.captions import CAPTION_SCHEMA, CaptionStore, caption_key, describer_id
 from storage.fingerprint import canonical_json, sha256
 from storage.shards import read_index
 from tasks.domain import Domain
-from tasks.features import centred, read_features
+from tasks.features import read_features
 from tasks.stage import StageResult
 from tasks.tables import digest_of_table, read_by_path
+
+if TYPE_CHECKING:
+    from models.describers.tags import TagVocabulary
 
 
 class Gallery:
     """The live images of a split with all that a describer may look at, by key."""
 
-    def __init__(self, domain: Domain, images: Artifact, embedded: Artifact) -> None:
+    def __init__(self, images: Artifact, embedded: Artifact) -> None:
         found = read_features(embedded)
         self.index = read_index(images).filter(pl.col("key").is_in(found.keys))
         self._place = {key: row for row, key in enumerate(self.index["key"])}
-        features = centred(found.embeds, found.centre) if clip.is_centred(domain.clip) else found.features
-        self._features = dict(zip(found.keys, features, strict=True))
+        self._features = dict(zip(found.keys, found.features, strict=True))
+        self.mean_feature = found.features.mean(axis=0)
         self.labels = dict(zip(found.keys, found.zero_shot.tolist(), strict=True))
         self._digests, self.paths = self.index["sha256"].to_list(), self.index["path"].to_list()
 
@@ -52,14 +57,19 @@ class Gallery:
 
 
 def write_texts(
-    domain: Domain,
     store: ArtifactStore,
+    describer: Callable[[], Describer],
     kind: Kind,
     gallery: Gallery,
     members: Sequence[Sequence[str]],
     identity: Mapping[str, Any],
 ) -> pl.DataFrame:
     """A text for each tuple of image keys; those that were ever written come from the caption store.
+
+    Args:
+        describer: opened only if a text is missing.
+        members: keys of the images of each text.
+        identity: of the describer.
 
     Returns:
         Columns ``member_keys`` and those of the caption schema, in the order of ``members``.
@@ -72,7 +82,7 @@ def write_texts(
     # The same content may be wanted more than once; it is asked about once.
     missing = list({key: place for place, key in enumerate(wanted) if key not in known}.values())
     if missing:
-        texts = open_describer(domain, gallery).describe(kind, [gallery.item(members[place]) for place in missing])
+        texts = describer().describe(kind, [gallery.item(members[place]) for place in missing])
         rows = [
             {
                 "caption_key": wanted[place],
@@ -114,5 +124,13 @@ def open_describer(domain: Domain, gallery: Gallery) -> Describer:
         return Sidecar(read_by_path(str(domain.describer.texts), "text", domain.source, gallery.paths))
     from models.describers.tags import Tags
 
-    model = clip.load(domain.clip)
-    return Tags(model.text_features, model.scale)
+    return Tags(*_vocabulary(domain.clip), clip.load(domain.clip).scale, gallery.mean_feature)
+
+
+@functools.lru_cache(maxsize=1)
+def _vocabulary(settings: ClipSettings) -> tuple[TagVocabulary, np.ndarray]:
+    """The tags' words and their text features, read once for all stages of a process."""
+    from models.describers.tags import TagVocabulary
+
+    vocabulary = TagVocabulary.imagenet()
+    return vocabulary, clip.load(settings).text_features(vocabulary.prompts)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import polars as pl
 
 from models import clip
 from storage.artifacts import Artifact, ArtifactWriter
+from storage.errors import DataError
 from storage.shards import read_index, read_records
 from storage.tables import read_parquet, read_safetensors, safetensors
 from tasks.decode import pixel_batches
@@ -185,6 +188,33 @@ def tuned_clip(domain: Domain, tuned: Tuned) -> clip.Clip:
     import torch
 
     model = clip.load(domain.clip)
-    state = {name: torch.from_numpy(array) for name, array in tuned.towers.items()}
-    model.model.load_state_dict(state, strict=False)
-    return model
+    if not tuned.towers:
+        return model
+    own = copy.deepcopy(model.model)
+    own.load_state_dict({name: torch.from_numpy(array) for name, array in tuned.towers.items()}, strict=False)
+    return replace(model, model=own)
+
+
+def export_tuned(domain: Domain, tuned: StageResult, seed: int, folder: Path) -> None:
+    """Write one adapted model as a folder of its own (see :mod:`models.export`).
+
+    Raises:
+        DataError: the domain has no model with that seed.
+    """
+    import torch
+
+    from models.export import export
+
+    if seed not in domain.seeds:
+        raise DataError(f"there is no model with seed {seed}; `seeds` are {', '.join(map(str, domain.seeds))}")
+    found = read_tuned(open_store(domain).open(tuned.ref), seed)
+    maps = {name: getattr(found, name) for name in ("image_map", "text_map")}
+    export(
+        tuned_clip(domain, found),
+        folder,
+        classes=domain.classes,
+        prototypes=torch.from_numpy(found.prototypes),
+        centre=torch.from_numpy(found.centre),
+        scale=found.scale,
+        **{name: None if change is None else torch.from_numpy(change) for name, change in maps.items()},
+    )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw
+
 from tasks.domain import Domain
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (40, 60, 220)}
@@ -55,7 +56,9 @@ def domain(tmp_path: Path, tiny_clip: Path) -> Domain:
     """A whole domain of 24 + 12 pictures with labels and sidecar texts, that runs in a few seconds."""
     train = draw_folder(tmp_path / "train", 24)
     test = draw_folder(tmp_path / "test", 12, first=100)
-    (tmp_path / "labels.csv").write_text("path,class\n" + "".join(f"test/{path},{name}\n" for path, name in test.items()))
+    (tmp_path / "labels.csv").write_text(
+        "path,class\n" + "".join(f"test/{path},{name}\n" for path, name in test.items())
+    )
     (tmp_path / "texts.csv").write_text(
         "path,text\n" + "".join(f"train/{path},a {name} shape number {path[:3]}\n" for path, name in train.items())
     )

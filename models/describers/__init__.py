@@ -18,7 +18,7 @@ class Item:
 
     Attributes:
         paths: of the images below their source.
-        features: unit features of the images as the adapted CLIP sees them, ``(images, dim)``.
+        features: unit image features of the untouched CLIP, not centred, ``(images, dim)``.
     """
 
     paths: tuple[str, ...]

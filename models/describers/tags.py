@@ -7,7 +7,7 @@ features that are computed anyway, so no image is decoded for it.
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.data.wordnet import Synset, synsets
+from models.describers import Item, Kind, Text
 
 Floats = NDArray[np.floating]
 
@@ -181,3 +182,26 @@ def _text(vocabulary: TagVocabulary, kind: int, names: list[int]) -> str:
     said = list(dict.fromkeys(with_article(vocabulary.names[name]) for name in names))
     listed = " or ".join(filter(None, (", ".join(said[:-1]), said[-1])))
     return f"{with_article(vocabulary.kinds[kind])}, like {listed}" if kind >= 0 else f"something like {listed}"
+
+
+class Tags:
+    """The describer, for one CLIP and one domain.
+
+    Args:
+        vocabulary: the words.
+        vocabulary_features: their unit text features by the CLIP's own text tower, ``(n_names, dim)``.
+        logit_scale: the model's own, ``exp`` applied.
+        domain_mean: mean of the domain's unit image features, ``(dim,)``.
+    """
+
+    def __init__(
+        self, vocabulary: TagVocabulary, vocabulary_features: Floats, logit_scale: float, domain_mean: Floats
+    ) -> None:
+        self._known = (vocabulary, vocabulary_features, logit_scale, domain_mean)
+
+    def describe(self, kind: Kind, items: Sequence[Item]) -> list[Text]:
+        """One sentence for each item, in order."""
+        if kind == "group":
+            return [Text(describe_group(item.features, *self._known)) for item in items]
+        features = np.concatenate([item.features for item in items])
+        return [Text(text) for text in describe_features(features, *self._known)]

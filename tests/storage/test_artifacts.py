@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from storage.artifacts import Artifact, ArtifactStore
 from storage.errors import Damaged, NotFound, StorageError
 from storage.objects import ObjectStore

@@ -4,6 +4,7 @@ import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from storage.captions import CAPTION_SCHEMA, CaptionStore, caption_key, describer_id
 from storage.objects import ObjectStore
 
@@ -14,7 +15,8 @@ def rows(texts: dict[str, str]) -> pl.DataFrame:
     made = [
         {
             "caption_key": caption_key(WHO, [image]), "kind": "image", "members": [image], "text": text, "flags": [],
-            "finish_reason": "stop", "prompt_tokens": 3, "output_tokens": 4, "model": "m", "revision": "1", "prompt_id": "p",
+            "finish_reason": "stop", "prompt_tokens": 3, "output_tokens": 4,
+            "model": "m", "revision": "1", "prompt_id": "p",
         }
         for image, text in texts.items()
     ]  # fmt: skip

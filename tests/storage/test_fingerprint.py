@@ -5,10 +5,15 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from storage.fingerprint import canonical_json, difference, fingerprint
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )
@@ -27,7 +32,10 @@ def test_known_value() -> None:
 
 def test_everything_counts() -> None:
     base = fingerprint("embed", 1, {"a": 1})
-    assert len({base, fingerprint("tune", 1, {"a": 1}), fingerprint("embed", 2, {"a": 1}), fingerprint("embed", 1, {})}) == 4
+    assert (
+        len({base, fingerprint("tune", 1, {"a": 1}), fingerprint("embed", 2, {"a": 1}), fingerprint("embed", 1, {})})
+        == 4
+    )
 
 
 @pytest.mark.parametrize("value", [{1, 2}, b"bytes", object()])

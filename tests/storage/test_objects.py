@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 
 import pytest
+
 from storage.errors import NotFound, StorageError
 from storage.objects import ObjectStore
 
@@ -78,7 +79,7 @@ def test_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     store = ObjectStore(str(tmp_path))
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageError, match="disk is full.*finished parts are kept"):
+    with pytest.raises(StorageError, match=r"disk is full.*finished parts are kept"):
         store.put_if_absent("x", b"1")
     assert list(tmp_path.iterdir()) == []
 

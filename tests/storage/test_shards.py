@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
+
 from storage.artifacts import Artifact, ArtifactStore
 from storage.errors import DataError
 from storage.images import ImageLimits, ImageRejected, inspect
@@ -82,10 +83,13 @@ def test_plain_webdataset_reads_a_shard(folder: Path, tmp_path: Path) -> None:
 
 def test_members_are_sorted_and_carry_nothing_of_their_maker(folder: Path, tmp_path: Path) -> None:
     artifact = pack(folder, tmp_path / "store")
-    members = tarfile.open(fileobj=io.BytesIO(artifact.read("shard-00000.tar"))).getmembers()
+    with tarfile.open(fileobj=io.BytesIO(artifact.read("shard-00000.tar"))) as tar:
+        members = tar.getmembers()
     names = [member.name.split(".")[0] for member in members]
     assert names == sorted(names)
-    assert {(member.mtime, member.uid, member.gid, member.uname, member.gname) for member in members} == {(0, 0, 0, "", "")}
+    assert {(member.mtime, member.uid, member.gid, member.uname, member.gname) for member in members} == {
+        (0, 0, 0, "", "")
+    }
 
 
 def test_new_images_make_new_shards_and_old_shards_stay(folder: Path, tmp_path: Path) -> None:
@@ -128,7 +132,12 @@ def big_png(width: int, height: int) -> bytes:
         return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
 
     header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
 
 
 HOSTILE = {
@@ -147,7 +156,9 @@ def test_what_cannot_be_used_is_quarantined_with_its_bytes(folder: Path, tmp_pat
         (folder / name).write_bytes(data)
     artifact = pack(folder, tmp_path / "store")
     rows = {row["path"]: row for row in read_quarantine(artifact).iter_rows(named=True)}
-    assert {path: row["reason"] for path, row in rows.items()} == {name: reason for name, (_, reason) in HOSTILE.items()}
+    assert {path: row["reason"] for path, row in rows.items()} == {
+        name: reason for name, (_, reason) in HOSTILE.items()
+    }
     assert all(rows[name]["bytes"] == data for name, (data, _) in HOSTILE.items())
     assert artifact.counts == {
         "images": 10, "quarantined": len(HOSTILE), "duplicates": 0, "removed": 0, "shards": len(artifact.names(".tar")),
@@ -202,7 +213,9 @@ def test_only_what_changed_is_read_again(folder: Path, tmp_path: Path, monkeypat
     (folder / "0.png").touch()
     assert source.digest(source.scan(), StatCache(store, "stat")) != []
     assert read == ["0.png"]
-    assert [image.key for image in source.digest(source.scan(), StatCache(store, "stat"))] == [image.key for image in first]
+    assert [image.key for image in source.digest(source.scan(), StatCache(store, "stat"))] == [
+        image.key for image in first
+    ]
 
 
 def test_several_sources_keep_their_paths_apart(folder: Path, tmp_path: Path) -> None:

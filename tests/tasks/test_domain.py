@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from tasks.domain import ConfigError, Domain
 
 GOOD = """\
