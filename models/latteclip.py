@@ -13,16 +13,15 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from models.losses import at_least_float32, clip_loss
 from models.schedule import steps_per_epoch, warmup_cosine
-from models.settings import Settings
+from models.settings import LatteClipSettings
 
 MARGIN_FLOOR = 1e-6
 MAX_LOG_SCALE = math.log(100)
@@ -152,76 +151,6 @@ def classify(features: Tensor, prototypes: Tensor) -> Tensor:
 
 # --- configuration ----------------------------------------------------------------------------------------------------
 
-Momentum = Annotated[float, Field(ge=0, lt=1)]
-
-
-class LatteClipConfig(Settings):
-    """Every choice LatteCLIP leaves. Where a default is not the paper's, its text says what the paper has."""
-
-    train: Literal["prototypes", "projections", "last_blocks", "all"] = "projections"
-    """What the loss trains besides the prototypes. prototypes: nothing. projections: a linear map at the end of each
-    tower, on cached features. last_blocks: each tower's last `n_blocks` and projection. all: as in the paper."""
-    text_tower: Literal["trainable", "frozen"] = "trainable"
-    """Whether the text side learns as well. Its gradient is `alpha` times the image side's."""
-    n_blocks: int = Field(2, ge=1)
-    """Blocks of each tower that `last_blocks` trains."""
-    alpha: float = Field(0.01, ge=0, le=1)
-    """Share of the texts in a target, and so how far a prototype moves per step."""
-    labels: Literal["both", "zero_shot", "tuned"] = "both"
-    """Pseudo-labels in use: those of the untouched CLIP, those of the nearest prototype, or both."""
-    use_class_texts: bool = True
-    """Class descriptions enter the mixer."""
-    use_image_texts: bool = True
-    """Image descriptions enter the mixer."""
-    use_group_texts: bool = True
-    """Group descriptions enter the mixer."""
-    mixer_axis: Literal["row", "column"] = "row"
-    """What the mixer's class weight runs along: samples, or, as in the released code, features (batch_size = width)."""
-    zero_shot_class_weight: Literal["own", "shared"] = "own"
-    """Class weight of the zero-shot branch: its own, or, as in the released code, the tuned branch's."""
-    mixer_prototypes: Literal["epoch", "live"] = "epoch"
-    """Prototypes that the mixer's weights are measured on: those at the epoch's start, or the latest."""
-    batch_size: int = Field(512, ge=1)
-    """Images per step."""
-    sampling: Literal["with_replacement", "without_replacement"] = "without_replacement"
-    """without_replacement: each image once per epoch. with_replacement: full batches with repeats, as in the paper."""
-    epochs: int = Field(100, ge=1)
-    """Passes over the images; the paper has 15 to 100, so that `(1 - alpha) ** steps` is below 0.003."""
-    lr: float | None = Field(None, ge=0)
-    """Highest learning rate. Default: 1e-3 for projections, else the paper's 1e-7."""
-    warmup: int = Field(10, ge=0)
-    """Steps of linear warm-up; the paper has about one epoch."""
-    weight_decay: float = Field(0.2, ge=0)
-    """AdamW's decay of matrices. Vectors and the scale have none."""
-    betas: tuple[Momentum, Momentum] = (0.9, 0.98)
-    """AdamW's averaging factors."""
-    eps: float = Field(1e-6, gt=0)
-    """AdamW's epsilon."""
-    augment: bool = True
-    """Train on augmented views; only where pixels are used."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic inside trained towers. Margins, pseudo-labels and losses are always float32."""
-    seed: int = Field(0, ge=0)
-    """Seed of batches, group texts and augmentation."""
-
-    @property
-    def peak_lr(self) -> float:
-        """The highest learning rate of a run."""
-        if self.train == "prototypes":
-            return 0.0
-        return self.lr if self.lr is not None else 1e-3 if self.train == "projections" else 1e-7
-
-    @property
-    def trains_towers(self) -> bool:
-        """Whether images and texts go through the towers at every step."""
-        return self.train in ("last_blocks", "all")
-
-    @model_validator(mode="after")
-    def _has_text(self) -> LatteClipConfig:
-        if not (self.use_class_texts or self.use_image_texts or self.use_group_texts):
-            raise ValueError("the mixer has no text: turn on use_class_texts, use_image_texts or use_group_texts")
-        return self
-
 
 # --- one step ---------------------------------------------------------------------------------------------------------
 
@@ -246,7 +175,7 @@ class Step:
 
 
 def latte_step(
-    cfg: LatteClipConfig,
+    cfg: LatteClipSettings,
     image_features: Tensor,
     class_texts: Tensor,
     image_texts: Tensor,
@@ -375,7 +304,7 @@ class TuneData:
     def __len__(self) -> int:
         return len(self.pseudo_labels)
 
-    def check(self, cfg: LatteClipConfig, has_clip: bool) -> None:
+    def check(self, cfg: LatteClipSettings, has_clip: bool) -> None:
         """Raise ValueError when the configuration needs something that is not there."""
         if cfg.trains_towers and not (self.pixels and has_clip):
             raise ValueError(f"train={cfg.train!r} needs clip and pixels; with cached embeds use train='projections'")
@@ -385,7 +314,7 @@ class TuneData:
             texts = getattr(self, name)
             if texts is not None and not texts.is_floating_point() and not has_clip:
                 raise ValueError(f"{name} are tokens and need clip to read them: give clip, or text embeds")
-            if texts is not None and texts.is_floating_point() and cfg.trains_towers and cfg.text_tower == "trainable":
+            if texts is not None and texts.is_floating_point() and cfg.trains_towers and cfg.trains_texts:
                 raise ValueError(f"{name} are embeds, but the text tower trains: give tokens, or text_tower='frozen'")
 
 
@@ -419,13 +348,14 @@ class LatteClipResult:
 _IMAGE_TAILS = {
     "visual.transformer.resblocks": ("visual.ln_post", "visual.proj"),
     "visual.trunk.blocks": ("visual.trunk.norm", "visual.trunk.conv_head", "visual.trunk.bn2", "visual.head"),
-    "image_tower.blocks": ("image_tower.norm", "image_tower.conv_head", "image_tower.bn2"),
+    "visual.blocks": ("visual.norm", "visual.conv_head", "visual.bn2", "image_projection"),
 }
 _TEXT_TAILS = {
     "transformer.resblocks": ("ln_final", "text_projection"),
     "text.transformer.resblocks": ("text.ln_final", "text.text_projection"),
+    "text.layers": ("text_projection",),
 }
-_IMAGE_TOWERS = ("visual.", "image_tower.")
+_IMAGE_TOWERS = ("visual.", "image_projection")
 
 
 def _last_blocks(clip: nn.Module, tails: Mapping[str, tuple[str, ...]], n_blocks: int) -> tuple[str, ...]:
@@ -441,14 +371,14 @@ def _last_blocks(clip: nn.Module, tails: Mapping[str, tuple[str, ...]], n_blocks
     )
 
 
-def _tower_parameters(clip: Any, cfg: LatteClipConfig) -> list[nn.Parameter]:
+def _tower_parameters(clip: Any, cfg: LatteClipSettings) -> list[nn.Parameter]:
     """The parameters that `last_blocks` or `all` trains, without the scale."""
     named = {name: p for name, p in clip.named_parameters() if name != "logit_scale"}
-    if cfg.text_tower == "frozen":
+    if not cfg.trains_texts:
         named = {name: p for name, p in named.items() if name.startswith(_IMAGE_TOWERS)}
     if cfg.train == "last_blocks":
         prefixes = _last_blocks(clip, _IMAGE_TAILS, cfg.n_blocks)
-        if cfg.text_tower == "trainable":
+        if cfg.trains_texts:
             prefixes += _last_blocks(clip, _TEXT_TAILS, cfg.n_blocks)
         named = {name: p for name, p in named.items() if name.startswith(prefixes)}
     return list(named.values())
@@ -488,20 +418,21 @@ class _Encoder(nn.Module):
     once; the others once per step and distinct text.
     """
 
-    def __init__(self, cfg: LatteClipConfig, data: TuneData, clip: Any, scale: float) -> None:
+    def __init__(self, cfg: LatteClipSettings, data: TuneData, clip: Any, scale: float) -> None:
         super().__init__()
         device = data.pseudo_labels.device
         self.clip: Any = None if clip is None else copy.deepcopy(clip).eval().requires_grad_(False)
         self.trains_towers = cfg.trains_towers
-        self.trains_texts = cfg.train != "prototypes" and cfg.text_tower == "trainable"
+        self.trains_texts = cfg.trains_texts
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16")
         self.trims: bool | None = None
         self.pixels = data.pixels
         self.centre = torch.zeros((), device=device) if data.centre is None else data.centre
         self.image_map: nn.Parameter | None = None
         self.text_map: nn.Parameter | None = None
-        log_scale = torch.tensor(math.log(scale)) if self.clip is None else self.clip.logit_scale.detach().clone()
-        self.log_scale = nn.Parameter(log_scale.float().reshape(()).to(device), requires_grad=cfg.train != "prototypes")
+        clip_scale = scale if self.clip is None else float(self.clip.logit_scale.detach().exp())
+        log_scale = torch.tensor(math.log(cfg.first_scale(clip_scale)), device=device)
+        self.log_scale = nn.Parameter(log_scale, requires_grad=cfg.train != "prototypes")
         if cfg.trains_towers:
             for parameter in _tower_parameters(self.clip, cfg):
                 parameter.requires_grad_()
@@ -603,9 +534,10 @@ class NonFiniteLossError(FloatingPointError):
 
 
 def tune(
-    cfg: LatteClipConfig,
+    cfg: LatteClipSettings,
     data: TuneData,
     *,
+    seed: int = 0,
     clip: Any = None,
     scale: float = 100.0,
     on_epoch: Callable[[int, Stats], None] | None = None,
@@ -617,9 +549,10 @@ def tune(
     Args:
         cfg: the configuration.
         data: the domain.
+        seed: of batches, group texts and augmentation.
         clip: module with `encode_image(pixels, normalize=False)`, `encode_text(tokens, normalize=False)` and
             `logit_scale`, as open_clip's. It is not changed. Not needed when texts are embeds and images cached.
-        scale: `exp(logit_scale)` at the start when there is no `clip`.
+        scale: `exp(logit_scale)` of the CLIP that cached embeds are from, where `clip` is not given.
         on_epoch: called with the epoch, from 0, and its entry of the history.
 
     Returns:
@@ -658,10 +591,11 @@ def tune(
 
     trained = [p for p in encoder.parameters() if p.requires_grad]
     optimizer = _adamw(trained, cfg) if trained else None
-    batch_draws, group_draws, view_draws = (torch.Generator().manual_seed(3 * cfg.seed + i) for i in range(3))
+    batch_draws, group_draws, view_draws = (torch.Generator().manual_seed(3 * seed + i) for i in range(3))
     n_steps = steps_per_epoch(n, cfg.batch_size)
+    n_epochs = cfg.n_epochs(n)
     history: list[Stats] = []
-    for epoch in range(cfg.epochs):
+    for epoch in range(n_epochs):
         epoch_prototypes = prototypes
         seen: list[Stats] = []
         for step, drawn in enumerate(_batches(cfg, n, n_steps, batch_draws), start=epoch * n_steps):
@@ -684,7 +618,7 @@ def tune(
             if not loss.isfinite():
                 raise NonFiniteLossError(step, images, batch.losses)
             prototypes = update_prototypes(prototypes, batch.labels, batch.contributions)
-            lr = warmup_cosine(step, cfg.peak_lr, cfg.warmup, cfg.epochs * n_steps)
+            lr = warmup_cosine(step, cfg.peak_lr, cfg.warmup, n_epochs * n_steps)
             if optimizer is not None:
                 _descend(optimizer, loss, lr)
                 encoder.log_scale.data.clamp_(0, MAX_LOG_SCALE)
@@ -701,7 +635,7 @@ def tune(
     return encoder.result(prototypes, history)
 
 
-def _batches(cfg: LatteClipConfig, n: int, n_steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+def _batches(cfg: LatteClipSettings, n: int, n_steps: int, generator: torch.Generator) -> Iterator[Tensor]:
     """The image numbers of each step of an epoch."""
     if cfg.sampling == "with_replacement":
         for _ in range(n_steps):
@@ -729,7 +663,7 @@ def _group_sampler(
     return draw
 
 
-def _adamw(parameters: list[nn.Parameter], cfg: LatteClipConfig) -> torch.optim.AdamW:
+def _adamw(parameters: list[nn.Parameter], cfg: LatteClipSettings) -> torch.optim.AdamW:
     """AdamW that decays matrices only (3.2)."""
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": cfg.weight_decay},

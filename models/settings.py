@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from models.schedule import steps_per_epoch
+
+DEFAULT_STEPS = 640
 
 
 class Settings(BaseModel):
@@ -36,8 +41,9 @@ class LatteClipSettings(Settings):
     train: Literal["prototypes", "projections", "last_blocks", "all"] = "projections"
     """What the loss trains besides the prototypes. prototypes: nothing. projections: a linear map at the end of each
     tower, on cached features. last_blocks: each tower's last `n_blocks` and projection. all: as in the paper."""
-    text_tower: Literal["trainable", "frozen"] = "trainable"
-    """Whether the text side learns as well. Its gradient is `alpha` times the image side's."""
+    text_tower: Literal["trainable", "frozen"] | None = None
+    """Whether the text side learns as well; its gradient is `alpha` times the image side's. Default: frozen for
+    projections (a text map learns by heart what the image map should), else trainable, as in the paper."""
     n_blocks: int = Field(default=2, ge=1)
     """Blocks of each tower that `last_blocks` trains."""
     alpha: float = Field(default=0.01, ge=0, le=1)
@@ -56,14 +62,18 @@ class LatteClipSettings(Settings):
     """Class weight of the zero-shot branch: its own, or, as in the released code, the tuned branch's."""
     mixer_prototypes: Literal["epoch", "live"] = "epoch"
     """Prototypes that the mixer's weights are measured on: those at the epoch's start, or the latest."""
-    batch_size: int = Field(default=512, ge=1)
-    """Images per step."""
+    batch_size: int = Field(default=128, ge=1)
+    """Images per step; the paper has 512."""
     sampling: Literal["with_replacement", "without_replacement"] = "without_replacement"
     """without_replacement: each image once per epoch. with_replacement: full batches with repeats, as in the paper."""
-    epochs: int = Field(default=100, ge=1)
-    """Passes over the images; the paper has 15 to 100, so that `(1 - alpha) ** steps` is below 0.003."""
+    epochs: int | None = Field(default=None, ge=1)
+    """Passes over the images. Default: as few as make 640 steps, like the paper's 585 to 2115: by then texts have
+    replaced all but `(1 - alpha) ** steps`, 0.2 percent, of the first prototypes."""
+    scale: float | None = Field(default=None, gt=0, le=100)
+    """Where the loss's `exp(logit_scale)` starts. Default: 10 for projections, else the CLIP's own. At a low scale no
+    image is ever settled, so that wrong pseudo-labels average out where a high one would learn them by heart."""
     lr: float | None = Field(default=None, ge=0)
-    """Highest learning rate. Default: 1e-3 for projections, else the paper's 1e-7."""
+    """Highest learning rate. Default: 1e-5 for projections, else the paper's 1e-7."""
     warmup: int = Field(default=10, ge=0)
     """Steps of linear warm-up; the paper has about one epoch."""
     weight_decay: float = Field(default=0.2, ge=0)
@@ -82,7 +92,21 @@ class LatteClipSettings(Settings):
         """The highest learning rate of a run."""
         if self.train == "prototypes":
             return 0.0
-        return self.lr if self.lr is not None else 1e-3 if self.train == "projections" else 1e-7
+        return self.lr if self.lr is not None else 1e-5 if self.train == "projections" else 1e-7
+
+    def n_epochs(self, n_images: int) -> int:
+        """Epochs of a run over so many images."""
+        return self.epochs or math.ceil(DEFAULT_STEPS / steps_per_epoch(n_images, self.batch_size))
+
+    def first_scale(self, clip_scale: float) -> float:
+        """The loss's scale at the start of a run with a CLIP of that scale."""
+        return self.scale or (10.0 if self.train == "projections" else clip_scale)
+
+    @property
+    def trains_texts(self) -> bool:
+        """Whether the text side learns."""
+        default = "frozen" if self.train == "projections" else "trainable"
+        return self.train != "prototypes" and (self.text_tower or default) == "trainable"
 
     @property
     def trains_towers(self) -> bool:

@@ -37,7 +37,7 @@ class Tuned:
         centre: subtracted from image embeddings, ``(dim,)``; zeros without centring.
         image_map, text_map: ``(dim, dim)`` on the right of the towers' embeddings, or None.
         towers: tensors of the CLIP that training changed, by name; empty where the towers are as they were.
-        scale: exp(logit_scale).
+        scale: exp(logit_scale) of the CLIP, which stays that of the classifier whatever scale the loss had (4.10).
     """
 
     prototypes: np.ndarray
@@ -117,21 +117,23 @@ class _Data:
         """Tokens where the text tower trains, else embeddings, each distinct text read once."""
         import torch
 
-        if self._settings.trains_towers and self._settings.text_tower == "trainable":
+        if self._settings.trains_towers and self._settings.trains_texts:
             return self._clip.tokenizer(list(texts))
         return torch.from_numpy(self._clip.text_features(texts))
 
     def run(self, seed: int) -> tuple[bytes, list[dict[str, float]]]:
-        from models.latteclip import LatteClipConfig
         from models.latteclip import tune as tune_latteclip
 
+        epochs = self._settings.n_epochs(len(self._data))
+
         def on_epoch(epoch: int, stats: Mapping[str, float]) -> None:
-            if (epoch + 1) % max(1, self._settings.epochs // 5) == 0:
-                log.info("tune seed=%d epoch=%d/%d loss=%.4f", seed, epoch + 1, self._settings.epochs, stats["loss"])
+            if (epoch + 1) % max(1, epochs // 4) == 0:
+                log.info("tune seed=%d epoch=%d/%d loss=%.4f", seed, epoch + 1, epochs, stats["loss"])
 
         result = tune_latteclip(
-            LatteClipConfig(**self._settings.model_dump(), seed=seed),
+            self._settings,
             self._data,
+            seed=seed,
             clip=self._clip.model if self._settings.trains_towers else None,
             scale=self._clip.scale,
             on_epoch=on_epoch,
@@ -139,7 +141,7 @@ class _Data:
         found = {
             "prototypes": result.prototypes.numpy(),
             "centre": self._centre,
-            "scale": np.array([result.scale], np.float32),
+            "scale": np.array([self._clip.scale], np.float32),
         }
         for name, change in (("image_map", result.image_map), ("text_map", result.text_map)):
             if change is not None:

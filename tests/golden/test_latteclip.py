@@ -17,7 +17,6 @@ from torch import Tensor
 
 from models.collage import collage, layout
 from models.latteclip import (
-    LatteClipConfig,
     Step,
     classify,
     latte_step,
@@ -29,6 +28,7 @@ from models.latteclip import (
 )
 from models.losses import clip_loss
 from models.schedule import steps_per_epoch, warmup_cosine
+from models.settings import LatteClipSettings
 
 F64 = torch.float64
 PROTOTYPES = [[1, 0, 0, 0], [0.6, 0.8, 0, 0], [0, 0, 1, 0]]
@@ -53,7 +53,7 @@ def run(dtype: torch.dtype = F64, order: list[int] | None = None, mixer: Tensor 
     )
     class_texts = torch.tensor(CLASS_TEXTS, dtype=dtype)
     labels = options.pop("zero_shot", ZERO_SHOT)[order]
-    cfg = LatteClipConfig(**options)
+    cfg = LatteClipSettings(**options)
     return latte_step(
         cfg, images, class_texts, image_texts, group_texts, labels, prototypes, SCALE, mixer_prototypes=mixer
     )
@@ -333,7 +333,7 @@ def gradients(freeze_texts: bool = False) -> dict[str, Tensor]:
     log_scale = torch.tensor(math.log(SCALE), dtype=F64, requires_grad=True)
     prototypes = torch.tensor(PROTOTYPES, dtype=F64, requires_grad=True)
     texts = [unit(raw[name].detach() if freeze_texts else raw[name]) for name in "KIG"]
-    step = latte_step(LatteClipConfig(), unit(raw["V"]), *texts, ZERO_SHOT, prototypes, log_scale.exp())
+    step = latte_step(LatteClipSettings(), unit(raw["V"]), *texts, ZERO_SHOT, prototypes, log_scale.exp())
     total(step).backward()
     return {name: x.grad for name, x in raw.items()} | {"log_scale": log_scale.grad, "mu": prototypes.grad}
 
@@ -452,7 +452,7 @@ def problems(draw, **options):
     images, image_texts, group_texts = (unit(torch.randn(n, d, generator=generator, dtype=F64)) for _ in range(3))
     class_texts, prototypes = (unit(torch.randn(c, d, generator=generator, dtype=F64)) for _ in range(2))
     labels = torch.randint(c, (n,), generator=generator)
-    cfg = LatteClipConfig(**{"alpha": draw(st.floats(0, 1)), **options})
+    cfg = LatteClipSettings(**{"alpha": draw(st.floats(0, 1)), **options})
     return cfg, images, class_texts, image_texts, group_texts, labels, prototypes, SCALE
 
 

@@ -10,9 +10,11 @@ import open_clip
 import pytest
 import torch
 from pydantic import ValidationError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
+from models.embedded import EmbeddedClip
 from models.latteclip import (
-    LatteClipConfig,
     NonFiniteLossError,
     TuneData,
     _group_sampler,
@@ -25,6 +27,7 @@ from models.latteclip import (
     update_prototypes,
 )
 from models.schedule import warmup_cosine
+from models.settings import LatteClipSettings
 
 TINY = {
     "embed_dim": 8,
@@ -35,7 +38,7 @@ N, CLASSES, DIM = 24, 3, 8
 
 
 def domain(seed: int = 0, n: int = N, class_noise: float = 0.35, noise: float = 0.35) -> tuple[TuneData, torch.Tensor]:
-    """Images around class directions that lie off their class texts, described by texts near the truth; and the truth."""
+    """Images around class directions that lie off the class texts, described by texts near the truth; and the truth."""
     generator = torch.Generator().manual_seed(seed)
 
     def around(rows: torch.Tensor, scale: float) -> torch.Tensor:
@@ -85,8 +88,9 @@ def pixel_domain(n: int = 12) -> tuple[TuneData, list[torch.Generator | None]]:
     ), calls  # fmt: skip
 
 
-def config(**options: object) -> LatteClipConfig:
-    return LatteClipConfig(**{"epochs": 3, "batch_size": 8, "warmup": 2, "train": "prototypes", **options})
+def config(**options: object) -> LatteClipSettings:
+    small = {"epochs": 3, "batch_size": 8, "warmup": 2, "scale": 20.0, "train": "prototypes"}
+    return LatteClipSettings(**{**small, **options})
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -96,19 +100,27 @@ def config(**options: object) -> LatteClipConfig:
     "wrong",
     [
         {"alpha": 1.1}, {"alpha": -0.1}, {"batch_size": 0}, {"epochs": 0}, {"lr": -1.0}, {"betas": (0.9, 1.0)},
-        {"train": "everything"}, {"beta": 0.01}, {"seed": -1},
+        {"train": "everything"}, {"beta": 0.01},
         {"use_class_texts": False, "use_image_texts": False, "use_group_texts": False},
     ],
 )  # fmt: skip
 def test_wrong_configuration_is_refused(wrong):
     with pytest.raises(ValidationError):
-        LatteClipConfig(**wrong)
+        LatteClipSettings(**wrong)
 
 
 def test_every_field_is_described_and_the_configuration_is_frozen():
-    assert all(field.description for field in LatteClipConfig.model_fields.values())
+    assert all(field.description for field in LatteClipSettings.model_fields.values())
     with pytest.raises(ValidationError):
-        LatteClipConfig().alpha = 0.5
+        LatteClipSettings().alpha = 0.5
+
+
+def test_defaults_follow_what_is_trained():
+    assert LatteClipSettings().n_epochs(2000) == 40 and LatteClipSettings().n_epochs(10**6) == 1
+    assert LatteClipSettings(batch_size=512).n_epochs(2000) == 160 and LatteClipSettings(epochs=3).n_epochs(2000) == 3
+    assert LatteClipSettings().first_scale(100.0) == 10 and LatteClipSettings(scale=30.0).first_scale(100.0) == 30
+    assert LatteClipSettings(train="all").first_scale(100.0) == 100
+    assert [LatteClipSettings(train=t).peak_lr for t in ("prototypes", "projections", "all")] == [0, 1e-5, 1e-7]
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -121,7 +133,7 @@ def test_loop_is_the_step_repeated(mixer):
     data = replace(data, group_texts=unit(torch.randn(CLASSES, DIM, generator=torch.Generator().manual_seed(9))),
                    group_classes=torch.tensor([2, 0, 1]))  # fmt: skip
     cfg = config(epochs=1, batch_size=N // 2, mixer_prototypes=mixer, alpha=0.3)
-    result = tune(cfg, data, scale=20.0)
+    result = tune(cfg, data)
 
     groups = data.group_texts[torch.tensor([1, 2, 0])]
     first = prototypes = unit(data.class_texts)
@@ -129,8 +141,8 @@ def test_loop_is_the_step_repeated(mixer):
     for rows in torch.randperm(N, generator=torch.Generator().manual_seed(0)).chunk(2):
         z = data.pseudo_labels[rows]
         step = latte_step(
-            cfg, unit(data.image_embeds[rows]), data.class_texts, data.image_texts[rows], groups[z], z, prototypes, 20.0,
-            mixer_prototypes=first if mixer == "epoch" else prototypes,
+            cfg, unit(data.image_embeds[rows]), data.class_texts, data.image_texts[rows], groups[z], z, prototypes,
+            scale=20.0, mixer_prototypes=first if mixer == "epoch" else prototypes,
         )  # fmt: skip
         prototypes = update_prototypes(prototypes, step.labels, step.contributions)
         losses.append(float(step.losses["tuned_loss"]))
@@ -152,13 +164,13 @@ def test_seed_decides_everything_and_global_state_nothing(train, sampling):
     torch.manual_seed(1)
     assert torch.equal(one.prototypes, two.prototypes) and one.history == two.history
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert not torch.equal(one.prototypes, tune(cfg.model_copy(update={"seed": 1}), data).prototypes)
+    assert not torch.equal(one.prototypes, tune(cfg, data, seed=1).prototypes)
 
 
 def test_history_and_callback():
     data, _ = domain()
     heard: list[tuple[int, dict[str, float]]] = []
-    result = tune(config(train="projections", lr=0.01), data, on_epoch=lambda epoch, stats: heard.append((epoch, stats)))
+    result = tune(config(train="projections", lr=0.01), data, on_epoch=lambda *entry: heard.append(entry))
     assert [stats for _, stats in heard] == result.history and [epoch for epoch, _ in heard] == [0, 1, 2]
     last = result.history[-1]
     assert last["step"] == 9 and last["lr"] == pytest.approx(warmup_cosine(8, 0.01, 2, 9))
@@ -178,12 +190,12 @@ def test_projections_fold_into_the_towers_and_lower_the_loss():
     data, _ = domain()
     centre = 0.1 * torch.ones(DIM)
     data = replace(data, centre=centre)
-    cfg = config(train="projections", lr=0.03, epochs=20, warmup=0, alpha=0.05)
-    result = tune(cfg, data, scale=20.0)
+    cfg = config(train="projections", text_tower="trainable", lr=0.03, epochs=20, warmup=0, alpha=0.05)
+    result = tune(cfg, data)
     assert result.image_map is not None and result.text_map is not None
     assert not torch.allclose(result.image_map, torch.eye(DIM), atol=1e-2)
     assert not torch.allclose(result.text_map, torch.eye(DIM), atol=1e-3)
-    frozen = tune(cfg.model_copy(update={"train": "prototypes"}), data, scale=20.0)
+    frozen = tune(cfg.model_copy(update={"train": "prototypes"}), data)
     assert result.history[-1]["loss"] < frozen.history[-1]["loss"] - 0.1
 
     # The class a text map is folded into: features of the mapped embeds are what the loop saw.
@@ -192,14 +204,13 @@ def test_projections_fold_into_the_towers_and_lower_the_loss():
         class_texts=data.class_texts @ result.text_map, image_texts=data.image_texts @ result.text_map,
         group_texts=data.group_texts @ result.text_map,
     )  # fmt: skip
-    resumed = tune(config(epochs=1, batch_size=N, alpha=0.0), mapped, scale=result.scale)
-    expected = unit(data.class_texts @ result.text_map)
-    torch.testing.assert_close(resumed.prototypes, expected)
+    resumed = tune(config(epochs=1, batch_size=N, alpha=0.0), mapped)
+    torch.testing.assert_close(resumed.prototypes, unit(data.class_texts @ result.text_map))
 
 
 def test_frozen_text_tower_has_no_text_map():
     data, _ = domain()
-    result = tune(config(train="projections", text_tower="frozen"), data)
+    result = tune(config(train="projections"), data)
     assert result.text_map is None and result.image_map is not None
 
 
@@ -377,6 +388,26 @@ def test_towers_train_what_they_should(train, text_tower, custom):
     assert float(result.clip.logit_scale) == pytest.approx(math.log(result.scale))
 
 
+def test_last_blocks_of_the_embedded_model():
+    words = Tokenizer(WordLevel({"[PAD]": 0, "a": 1, "b": 2}, unk_token="[PAD]"))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        clip = EmbeddedClip(words.to_str(), n_anchors=6)
+        clip.text_anchors.normal_()
+        torch.nn.init.normal_(clip.text_projection)
+        pixels = torch.randn(4, 3, 224, 224)
+    data = TuneData(
+        pseudo_labels=torch.tensor([0, 1, 1, 0]), class_texts=torch.tensor([[1, 2, 0], [2, 1, 1]]),
+        image_texts=torch.tensor([[1, 0, 0], [2, 2, 0], [1, 2, 0], [2, 1, 0]]), pixels=lambda rows, _: pixels[rows],
+    )  # fmt: skip
+    result = tune(config(train="last_blocks", n_blocks=1, lr=1e-3, alpha=0.3), data, clip=clip)
+    before = clip.state_dict()
+    changed = {name for name, value in result.clip.state_dict().items() if not torch.equal(before[name], value)}
+    learned = ("visual.blocks.6.", "visual.conv_head", "visual.bn2", "image_projection", "text.layers.5.",
+               "text_projection", "logit_scale")  # fmt: skip
+    assert changed == {name for name, _ in clip.named_parameters() if name.startswith(learned)}
+
+
 def test_augmentation_can_be_turned_off():
     clip = tiny_clip()
     for augment in (True, False):
@@ -419,7 +450,7 @@ def test_unknown_towers_are_refused_with_a_way_out():
             self.logit_scale = torch.nn.Parameter(torch.tensor(4.0))
 
     data, _ = pixel_domain()
-    with pytest.raises(ValueError, match="Other has its blocks.*use train='projections'"):
+    with pytest.raises(ValueError, match=r"Other has its blocks.*use train='projections'"):
         tune(config(train="last_blocks"), data, clip=Other())
 
 
