@@ -123,26 +123,26 @@ def describe_features(
     return [f"a picture of {text}." for text in texts]
 
 
-def describe_group(
-    features: Floats,
+def describe_groups(
+    groups: Sequence[Floats],
     vocabulary: TagVocabulary,
     vocabulary_features: Floats,
     logit_scale: float,
     domain_mean: Floats | None = None,
-) -> str:
-    """One sentence for what the images of a group share, read from their mean direction.
+) -> list[str]:
+    """One sentence a group for what its images share, read from their mean direction.
 
-    Args: as for `describe_features`; ``features`` are the members' unit rows, ``(m, dim)``.
+    Args: as for `describe_features`; ``groups`` hold the members' unit rows, ``(m, dim)`` each.
 
     Raises:
-        ValueError: the group is empty.
+        ValueError: a group is empty.
     """
-    if len(features) == 0:
+    if not all(len(features) for features in groups):
         raise ValueError("a group of 0 images cannot be described; give at least one feature row")
-    mean = features.mean(0, keepdims=True)
-    mean = mean / np.maximum(np.linalg.norm(mean), 1e-12)
-    (text,) = _texts(mean, vocabulary, vocabulary_features, logit_scale, domain_mean)
-    return f"pictures that have in common {text}."
+    means = np.stack([features.mean(0) for features in groups])
+    means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+    texts = _texts(means, vocabulary, vocabulary_features, logit_scale, domain_mean)
+    return [f"pictures that have in common {text}." for text in texts]
 
 
 def with_article(name: str) -> str:
@@ -202,6 +202,6 @@ class Tags:
     def describe(self, kind: Kind, items: Sequence[Item]) -> list[Text]:
         """One sentence for each item, in order."""
         if kind == "group":
-            return [Text(describe_group(item.features, *self._known)) for item in items]
+            return [Text(text) for text in describe_groups([item.features for item in items], *self._known)]
         features = np.concatenate([item.features for item in items])
         return [Text(text) for text in describe_features(features, *self._known)]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from models.data import wordnet
-from models.describers.tags import TagVocabulary, describe_features, describe_group, with_article
+from models.describers.tags import TagVocabulary, describe_features, describe_groups, with_article
 
 FRUIT = TagVocabulary(
     names=("pomegranate", "orange", "hammer", "hourglass"),
@@ -108,10 +108,10 @@ def test_the_domain_mean_takes_out_what_all_share() -> None:
 
 def test_a_group_is_described_by_its_mean_direction() -> None:
     members = np.array([[0.9, 0, 0.44, 0], [0, 0.9, 0, 0.44]], np.float32)
-    text = describe_group(members, FRUIT, AXES, 10.0)
+    (text,) = describe_groups([members], FRUIT, AXES, 10.0)
     assert text == "pictures that have in common a fruit, like a pomegranate or an orange."
     with pytest.raises(ValueError, match="group of 0 images"):
-        describe_group(members[:0], FRUIT, AXES, 10.0)
+        describe_groups([members, members[:0]], FRUIT, AXES, 10.0)
 
 
 def test_a_sentence_depends_on_its_own_row_only() -> None:
