@@ -29,8 +29,8 @@ EXAMPLES = 12
 THUMBNAIL = 160
 """Longer side of an example's picture, in pixels."""
 LABELS = {
-    "zero_shot_plain": "Zero-shot",
-    "zero_shot_centred": "Zero-shot, domain-centred",
+    "zero_shot_plain": "zero-shot",
+    "zero_shot_centred": "domain-centred zero-shot",
     "latteclip": "LatteCLIP",
 }
 DESCRIBER_NOTES = {
@@ -133,13 +133,14 @@ class _Findings:
 
     def _methods(self) -> list[page.Method]:
         scores = {**self._metrics["zero_shot"]["methods"], **self._metrics["methods"]}
-        names = ["zero_shot_plain", "zero_shot_centred", *self._domain.method]
-        kept = ("top1", "interval", "top5", "mean_per_class", "seeds")
-        return [
-            page.Method(id=name, label=LABELS[name], **{key: score[key] for key in kept if score.get(key) is not None})
-            for name in names
-            for score in [scores.get(name, {})]
-        ]
+        kept = ("top1", "interval", "top5", "mean_per_class")
+        methods = []
+        for name in ("zero_shot_plain", "zero_shot_centred", *self._domain.method):
+            score = scores.get(name, {})
+            seeds = score.get("seeds", ()) if name in self._domain.method else ()  # zero-shot has none
+            found = {key: score[key] for key in kept if score.get(key) is not None}
+            methods.append(page.Method(id=name, label=LABELS[name], seeds=seeds, **found))
+        return methods
 
     def _per_class(self) -> list[page.ClassRow]:
         if not self._metrics["n_test"]:
