@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import draw, draw_folder
 
+from conftest import draw, draw_folder
 from flows.adapt import repaired, run_plainly
 from storage.errors import DataError
 from tasks.domain import Domain

@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 
 import pytest
-from conftest import Domain
-from flows.adapt import adapt, run_plainly
 from prefect.client.orchestration import get_client
 from prefect.testing.utilities import prefect_test_harness
+
+from conftest import Domain
+from flows.adapt import adapt, run_plainly
 
 
 @pytest.fixture(scope="module")
