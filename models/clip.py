@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.errors import ModelError
 from models.settings import ClipSettings
 
 if TYPE_CHECKING:
@@ -26,10 +27,6 @@ EMBEDDED_NOTE = (
     "This is not a CLIP. It is the fallback for people without CLIP weights: an ImageNet image tower and a sentence "
     "encoder, joined without an image. `clip: {model: ViT-B-32, pretrained: laion2b_s34b_b79k}` runs the real thing."
 )
-
-
-class ModelError(Exception):
-    """A model cannot be loaded or used as asked; the message says what to change."""
 
 
 @dataclass
@@ -127,12 +124,9 @@ def load(settings: ClipSettings) -> Clip:
 
 
 def _load_embedded(settings: ClipSettings) -> Clip:
-    from models.embedded import MissingWeights, build_embedded
+    from models.embedded import build_embedded
 
-    try:
-        model = build_embedded(cache_folder())
-    except MissingWeights as error:
-        raise ModelError(f"clip.model 'embedded': {error}") from error
+    model = build_embedded(cache_folder())
     return Clip("embedded", model, model.tokenizer, model.preprocess(settings.resize), model.dim, EMBEDDED_NOTE)
 
 

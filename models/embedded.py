@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.data import wordnet
+from models.errors import ModelError
 from models.images import to_rgb
 
 SCHEMA = "latteflow-embedded"
@@ -57,11 +58,11 @@ TEXTS_PER_CHUNK = 64
 CONFIG_FILE, STATE_FILE, TOKENIZER_FILE = "latteflow_embedded.json", "model.safetensors", "tokenizer.json"
 
 
-class MissingWeights(FileNotFoundError):
+class MissingWeights(ModelError):
     """A package that carries weights is not installed, or carries other weights than expected."""
 
 
-class CorruptModel(ValueError):
+class CorruptModel(ModelError):
     """A saved model's files do not hold what its config says."""
 
 

@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models.clip import Clip, ModelError
+from models.clip import Clip
 from models.embedded import EmbeddedClip
 from models.embedded import save as save_embedded
+from models.errors import ModelError
 
 # Where towers keep the matrix that ends them, as open_clip names them.
 _IMAGE_PROJECTIONS = ("image_projection", "visual.proj", "visual.head.proj", "visual.attnpool.c_proj")

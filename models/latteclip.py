@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.errors import ModelError
 from models.losses import at_least_float32, clip_loss
 from models.schedule import steps_per_epoch, warmup_cosine
 from models.settings import LatteClipSettings
@@ -521,7 +522,7 @@ def _digest(tensors: list[Tensor]) -> int:
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
-class NonFiniteLossError(FloatingPointError):
+class NonFiniteLossError(ModelError):
     """A loss became NaN or infinite; `step` and `images` say where."""
 
     def __init__(self, step: int, images: Tensor, losses: dict[str, Tensor]) -> None:
