@@ -1,49 +1,223 @@
-"""The command line: `latteflow run DOMAIN`."""
+"""The command line: what each command takes. What it prints is in :mod:`flows.console`."""
 
 from __future__ import annotations
 
+import functools
 import json
-import logging
+import re
+import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.table import Table
+from rich.progress import Progress
 
-from models.clip import ModelError
+from flows import console
+from flows.console import fail, failures
+from flows.pipeline import graph, repaired, run_plainly
+from models.errors import ModelError
+from storage.artifacts import ArtifactStore
+from storage.captions import CaptionStore
 from storage.errors import DataError, StorageError
+from storage.upkeep import Loose
 from tasks.domain import ConfigError, Domain
-from tasks.stage import StageResult
+from tasks.history import History
+from tasks.stage import open_store
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-console = Console()
-failures = Console(stderr=True)
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+)
+out = console.console
 
-DomainFile = Annotated[Path, typer.Argument(help="The domain's YAML file.", show_default=False)]
+DomainFile = Annotated[Path, typer.Argument(metavar="DOMAIN", help="The domain's YAML file.", show_default=False)]
+DomainFiles = Annotated[
+    list[Path] | None, typer.Argument(metavar="DOMAIN", help="Domain files, YAML.", show_default=False)
+]
+StoreUrl = Annotated[
+    str | None, typer.Option("--store", metavar="URL", help="All domains of this store, instead of domain files.")
+]
 
 
 @app.callback()
 def main() -> None:
-    """Adapt a CLIP model to a new image domain without labels."""
-    logging.basicConfig(
-        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=failures, show_path=False)]
-    )
-    logging.getLogger("latteflow").setLevel(logging.INFO)
+    """Adapt a CLIP model to a new image domain without labels.
+
+    A domain file says where the images are and which classes there are; every command but `gc --store` and
+    `verify --store` takes one. `latteflow plan DOMAIN` says what `latteflow run DOMAIN` would do.
+    """
+    console.log_to_terminal()
 
 
 @app.command()
-def run(domain: DomainFile) -> None:
-    """Run every stage; finished work is taken from the store."""
-    from flows.adapt import repaired, run_plainly
+def run(
+    domain: DomainFile,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="STAGE",
+            help="Run this stage and what depends on it. All else stays as the last run left it: the source is not "
+            "listed again, and a stage that would have to run is an error.",
+        ),
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="STAGE", help="As --from, and what depends on the stage does not run either.")
+    ] = None,
+    refresh: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="STAGE",
+            help="Make this stage anew although it is cached; describe and group ask for their texts again. The old "
+            "artifact stays until the new one is whole. May be given more than once.",
+        ),
+    ] = None,
+) -> None:
+    """Run every stage; finished work is taken from the store.
+
+    Stages: shard, embed, describe, group, tune, evaluate, report.
+    """
+    if start and only:
+        raise ConfigError("--from and --only exclude each other; give one")
+    settings = Domain.load(domain)
+    choice = functools.partial(run_plainly, start=start, only=only, refresh=refresh or ())
+    results = repaired(choice, settings)
+    out.print(console.results(results))
+    if results[-1].label == "report":
+        folder = Path(settings.output) / settings.name
+        out.print(console.scores(json.loads((folder / "metrics.json").read_text())))
+        out.print(f"report   {folder / 'report.html'}\nmetrics  {folder / 'metrics.json'}")
+
+
+@app.command()
+def plan(domain: DomainFile) -> None:
+    """Say what `run` would do and why: images, texts, tokens, time. Nothing is run, no model is loaded.
+
+    Times are those of earlier runs of the same stage, per image or text.
+    """
+    from flows.plan import plan as planned
+
+    found = repaired(planned, Domain.load(domain))
+    out.print(console.plan(found))
+    out.print(console.totals(found))
+
+
+@app.command()
+def show(
+    domain: DomainFile,
+    image: Annotated[
+        str | None, typer.Argument(help="An image: its path, its key, or the beginning of its key.", show_default=False)
+    ] = None,
+) -> None:
+    """List the artifacts of a domain; or follow one image from source to prediction."""
+    from tasks.lineage import lineage
 
     settings = Domain.load(domain)
-    results = repaired(run_plainly, settings)
-    console.print(_stages(results))
-    folder = Path(settings.output) / settings.name
-    console.print(_scores(json.loads((folder / "metrics.json").read_text())))
-    console.print(f"report   {folder / 'report.html'}\nmetrics  {folder / 'metrics.json'}", soft_wrap=True)
+    history = History(open_store(settings), settings.name)
+    out.print(console.artifacts(history) if image is None else console.lineage(lineage(settings, history, image)))
+
+
+@app.command()
+def explain(
+    domain: DomainFile,
+    artifact: Annotated[
+        str,
+        typer.Argument(help="A stage (its newest artifact), or the beginning of a fingerprint.", show_default=False),
+    ],
+    other: Annotated[str | None, typer.Argument(help="A second artifact of the stage.", show_default=False)] = None,
+) -> None:
+    """Say in words what an artifact was made from; or why two artifacts of a stage are not the same."""
+    settings = Domain.load(domain)
+    history = History(open_store(settings), settings.name)
+    first = history.find(artifact)
+    if other is None:
+        out.print(console.artifact(history, first))
+        return
+    second = history.find(other)
+    if first.stage != second.stage:
+        raise DataError(
+            f"{artifact!r} is of stage {first.stage} and {other!r} of {second.stage}; compare two of one stage"
+        )
+    out.print(console.difference(history, first, second))
+
+
+@app.command()
+def replay(domain: DomainFile) -> None:
+    """Look again at the images in quarantine, after limits in the domain file or decoders have changed.
+
+    The bytes that were kept are used, the source is not read. `run` then goes on with what became usable.
+    """
+    from tasks.shard import replay as replayed
+
+    settings = Domain.load(domain)
+    splits = list(dict.fromkeys(step.split for step in graph(settings) if step.name == "shard"))
+    out.print(console.results([replayed(settings, split) for split in splits]))
+
+
+@app.command()
+def verify(domain: DomainFiles = None, store: StoreUrl = None) -> None:
+    """Read every file against its digest. What is damaged is set aside, and made again by the next run.
+
+    The exit code is 1 if anything was wrong.
+    """
+    from flows.upkeep import histories, stores
+    from storage.upkeep import verify as check
+    from storage.upkeep import verify_captions
+
+    found = histories([Domain.load(path) for path in domain or ()], store)
+    objects = [stored for each in found for stored in each.inventory.objects.values()]
+    total = sum(stored.bytes for stored in objects)
+    wrong: list[str] = []
+    with Progress(console=failures, transient=True) as progress:
+        bar = progress.add_task("verify", total=total)
+        for each in found:
+            wrong += check(each.inventory, lambda size: progress.advance(bar, size))
+        for each_store in stores(found):
+            wrong += verify_captions(each_store)
+    for line in wrong:
+        out.print(console.printable(line))
+    out.print(f"{len(objects)} objects, {console.size(total)}: {f'{len(wrong)} damaged' if wrong else 'all sound'}")
+    if wrong:
+        raise typer.Exit(1)
+
+
+@app.command()
+def gc(
+    domain: DomainFiles = None,
+    store: StoreUrl = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete; without it, only say what would go.")] = False,
+    older_than: Annotated[
+        str, typer.Option(metavar="AGE", help="Leave alone what is younger, as it may be in use: 30m, 12h, 7d.")
+    ] = "1d",
+) -> None:
+    """Delete what no current run needs. Texts are never deleted; their small files are merged.
+
+    Kept are the newest complete run of each domain, what a run of the domain file would take from the store now, what
+    is younger than --older-than, and all that these were made from. A domain that is being run is left alone.
+    """
+    from flows.upkeep import histories, loose, stores
+    from storage.upkeep import leftovers
+
+    age = _seconds(older_than)
+    settings = [Domain.load(path) for path in domain or ()]
+    found = histories(settings, store)
+    going: list[tuple[ArtifactStore, Loose]] = []
+    for history in found:
+        each = loose(history, settings, age)
+        if isinstance(each, str):
+            out.print(f"{history.domain}: {each}; nothing of it goes")
+        else:
+            going += [(history.store, one) for one in each]
+    going += [(each_store, one) for each_store in stores(found) for one in leftovers(each_store, age)]
+    if going:
+        out.print(console.loose([one for _, one in going]))
+    for owner, one in going if delete else ():
+        owner.objects.delete(one.key)
+    merged = sum(_compact(each_store) for each_store in stores(found)) if delete else 0
+    freed = f"{len(going)} objects, {console.size(sum(one.bytes for _, one in going))}"
+    if delete:
+        out.print(f"deleted {freed}; {merged} small files of texts merged into others")
+    else:
+        out.print(f"would delete {freed}; `--delete` does it" if going else "nothing to delete")
 
 
 @app.command()
@@ -53,42 +227,24 @@ def export(
     seed: Annotated[int | None, typer.Option(help="Which of the adapted models; default: the first seed.")] = None,
 ) -> None:
     """Write the adapted model as a folder that open_clip loads."""
-    from flows.adapt import repaired, run_plainly
     from tasks.tune import export_tuned
 
     settings = Domain.load(domain)
     results = {result.label: result for result in repaired(run_plainly, settings)}
     export_tuned(settings, results["tune"], settings.seeds[0] if seed is None else seed, folder)
-    console.print(f"model    {folder}", soft_wrap=True)
+    out.print(f"model    {folder}")
 
 
-def _stages(results: list[StageResult]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("stage", "", "seconds", "artifact", "counts"):
-        table.add_column(column, justify="right" if column == "seconds" else "left")
-    for result in results:
-        counts = ", ".join(f"{number} {name}" for name, number in result.counts.items() if number)
-        state = "[green]cached[/]" if result.cached else "done"
-        table.add_row(result.label, state, f"{result.seconds:.1f}", result.ref.fingerprint[:12], counts)
-    return table
+def _compact(store: ArtifactStore) -> int:
+    captions = CaptionStore(store.objects)
+    return sum(captions.compact(describer) for describer in captions.describers())
 
 
-def _scores(metrics: dict[str, Any]) -> Table | str:
-    if not metrics["n_test"]:
-        free = metrics["label_free"]
-        return f"no labels: {1 - free['agreement']:.1%} of the images changed class; accuracy is unknown"
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in (f"on {metrics['n_test']} test images", "top-1", "95 % interval", "gain over the better zero-shot"):
-        table.add_column(column, justify="left" if column.startswith("on") else "right")
-    scores = {**metrics["zero_shot"]["methods"], **metrics["methods"]}
-    for name, score in scores.items():
-        gain = ""
-        if "gain" in score:
-            low, high = score["gain_interval"]
-            gain = f"{100 * score['gain']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-        low, high = score["interval"]
-        table.add_row(name.replace("_", " "), f"{100 * score['top1']:.1f}", f"{100 * low:.1f} - {100 * high:.1f}", gain)
-    return table
+def _seconds(age: str) -> float:
+    match = re.fullmatch(r"(\d+)([smhd])", age)
+    if match is None:
+        raise ConfigError(f"--older-than {age!r}: give a number and a unit, such as 30m, 12h or 7d")
+    return int(match[1]) * {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}[match[2]]
 
 
 def entry() -> None:
@@ -96,11 +252,18 @@ def entry() -> None:
     try:
         app()
     except (ConfigError, DataError, ModelError, StorageError) as error:
-        failures.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        fail(str(error))
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         failures.print("stopped; finished parts are kept, run again to go on")
         raise SystemExit(130) from None
+    except Exception as error:
+        failures.print(traceback.format_exc())
+        fail(
+            f"{type(error).__name__}: {error}\nThis is a mistake in latteflow; please report it with the lines above. "
+            "Finished parts are kept, and running again goes on from them."
+        )
+        raise SystemExit(70) from None
 
 
 if __name__ == "__main__":

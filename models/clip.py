@@ -208,8 +208,12 @@ def _folder(model: str) -> Path | None:
 
 
 def _digest(paths: Sequence[Path]) -> str:
-    digests = {}
-    for path in paths:
-        with path.open("rb") as file:
-            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    digests = {path.name: _digest_file(path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def _digest_file(path: Path, size: int, mtime_ns: int) -> str:
+    """Every stage asks; weights of this size and time are read once in a process."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

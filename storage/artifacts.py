@@ -12,9 +12,10 @@ parts, and a run over a folder that grew takes up the parts of the old shards: r
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from storage.fingerprint import canonical_json, fingerprint, sha256, sha256_file
 from storage.objects import ObjectStore
 
 FORMAT = 1
+_SEAL = "sha256"
 log = logging.getLogger("latteflow.storage")
 
 
@@ -98,11 +100,7 @@ class Artifact:
             NotFound: the artifact has no such file.
             Damaged: its bytes are not those of the manifest.
         """
-        part, file = self._find(name)
-        path = self._store.objects.fetch(f"{self._base}/data/{file.object}", folder)
-        if path.stat().st_size != file.bytes or sha256_file(path) != file.sha256:
-            raise self._store.set_aside(self._base, part, file, path.read_bytes())
-        return path
+        return self._store.fetch_checked(self._base, *self._find(name), folder)
 
     def address(self, name: str) -> str:
         """Full URL of the file, for other readers (webdataset, DuckDB, polars)."""
@@ -132,15 +130,10 @@ class ArtifactWriter:
     def find(self, name: str, inputs: Mapping[str, Any]) -> Part | None:
         """The part made earlier from the same inputs, if all its files are there at their size."""
         key = f"{self._base}/parts/{self._part_fingerprint(name, inputs)}.json"
-        try:
-            part = _part(json.loads(self._store.objects.read(key)))
-        except NotFound:
+        part = self._read_part(key)
+        if part is None:
             return None
-        except (ValueError, KeyError, TypeError) as error:
-            raise StorageError(
-                f"{self._store.objects.address(key)} is not a part record ({error}); delete it"
-            ) from error
-        if any(self._sizes.get(f"{self._base}/data/{file.object}") != file.bytes for file in part.files):
+        if not self._store.complete(self._base, part.files, self._sizes):
             log.warning("%s part %s: a file is missing or cut short; making the part again", self._stage, name)
             self._store.objects.delete(key)
             return None
@@ -183,9 +176,8 @@ class ArtifactWriter:
         stored = tuple(self._store_file(file, data, rows) for file, data in files.items())
         part = Part(name, self._part_fingerprint(name, inputs), stored, dict(counts or {}))
         key = f"{self._base}/parts/{part.fingerprint}.json"
-        if not self._store.objects.put_if_absent(key, canonical_json(asdict(part))):
-            # Another worker finished the same part first: its files count, so that all readers see one set.
-            part = _part(json.loads(self._store.objects.read(key)))
+        # If another worker finished the same part first, its files count, so that all readers see one set.
+        part = _part(self._store.commit(self._base, key, asdict(part)))
         self._parts[name] = part
         return part
 
@@ -213,9 +205,17 @@ class ArtifactWriter:
             "versions": dict(versions or {}),
         }
         key = f"{self._base}/{manifest['fingerprint']}/manifest.json"
-        if not self._store.objects.put_if_absent(key, canonical_json(manifest)):
-            manifest = json.loads(self._store.objects.read(key))
-        return Artifact(self._store, manifest)
+        return Artifact(self._store, self._store.commit(self._base, key, manifest))
+
+    def _read_part(self, key: str) -> Part | None:
+        try:
+            return _part(self._store.read_record(self._base, key))
+        except NotFound:
+            return None
+        except (KeyError, TypeError) as error:
+            raise StorageError(
+                f"{self._store.objects.address(key)} is not a part record ({error}); delete it"
+            ) from error
 
     def _part_fingerprint(self, name: str, inputs: Mapping[str, Any]) -> str:
         return fingerprint(self._stage, self._version, {"part": name, **inputs})
@@ -226,7 +226,7 @@ class ArtifactWriter:
         stem, dot, extension = name.partition(".")
         file = File(name, f"{stem}.{digest[:16]}{dot}{extension}", digest, size, rows)
         key = f"{self._base}/data/{file.object}"
-        if self._sizes.get(key, size) != size:
+        if self._sizes.get(key, size) != size and self._store.objects.size(key) != size:
             self._store.objects.delete(key)  # cut short by a file system that lost its tail
         self._store.objects.put_if_absent(key, data)
         self._sizes[key] = size
@@ -245,53 +245,99 @@ class ArtifactStore:
 
     def load(self, domain: str, stage: str, digest: str) -> Artifact | None:
         """The artifact with this fingerprint; None if its manifest or one of its files (by size) is missing."""
-        key = f"{domain}/{stage}/{digest}/manifest.json"
-        try:
-            manifest = json.loads(self.objects.read(key))
-            if manifest["format"] > FORMAT:
-                raise StorageError(f"{self.objects.address(key)} was written by a newer latteflow: upgrade to read it")
-            artifact = Artifact(self, manifest)
-        except NotFound:
-            return None
-        except (ValueError, KeyError, TypeError) as error:
-            raise StorageError(f"{self.objects.address(key)} is not a manifest ({error}); delete it") from error
-        sizes = self.objects.sizes(f"{domain}/{stage}/data")
-        if all(sizes.get(f"{domain}/{stage}/data/{file.object}") == file.bytes for _, file in artifact.files.values()):
-            return artifact
-        log.warning("%s: a file is missing or cut short; the stage runs again", self.objects.address(key))
-        self.objects.delete(key)
-        return None
+        return self._load(domain, stage, digest)
 
     def open(self, ref: ArtifactRef) -> Artifact:
         """The artifact behind a reference.
 
         Raises:
-            NotFound: it is gone; run the pipeline again.
+            NotFound: it is gone, or another run made it anew with other content.
         """
         artifact = self.load(ref.domain, ref.stage, ref.fingerprint)
+        name = f"artifact {ref.domain}/{ref.stage}/{ref.fingerprint[:12]}"
         if artifact is None:
-            raise NotFound(f"artifact {ref.domain}/{ref.stage}/{ref.fingerprint[:12]} is gone; run the pipeline again")
+            raise NotFound(f"{name} is gone; run the pipeline again")
+        if artifact.ref != ref:
+            raise NotFound(f"{name} was made anew meanwhile, with other content; run the pipeline again")
         return artifact
 
     def all(self, domain: str, stage: str) -> list[Artifact]:
         """Every complete artifact of a stage, sorted by fingerprint."""
+        sizes = self.objects.sizes(f"{domain}/{stage}/data")
         names = self.objects.names(f"{domain}/{stage}")
-        found = (self.load(domain, stage, name) for name in names if len(name) == 64)
+        found = (self._load(domain, stage, name, sizes) for name in names if len(name) == 64)
         return [artifact for artifact in found if artifact is not None]
 
     def writer(self, domain: str, stage: str, version: int, inputs: Mapping[str, Any]) -> ArtifactWriter:
         return ArtifactWriter(self, domain, stage, version, inputs)
 
+    def commit(self, base: str, key: str, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Write a record, with a digest of itself, unless there is one; returns the one that counts."""
+        plain = json.loads(canonical_json(record))
+        while not self.objects.put_if_absent(key, sealed(plain)):
+            with contextlib.suppress(NotFound):  # set aside by another worker just now
+                return self.read_record(base, key)
+        return dict(plain)
+
+    def read_record(self, base: str, key: str) -> dict[str, Any]:
+        """The record under a key, checked against the digest it carries.
+
+        Raises:
+            NotFound: there is no such record.
+            Damaged: it is not what was written; it was set aside.
+        """
+        record: dict[str, Any] = {}
+
+        def good(data: bytes) -> bool:
+            with contextlib.suppress(ValueError):
+                record.update(_unsealed(data))
+            return bool(record)
+
+        data, whole = self.objects.read_sure(key, good)
+        if whole:
+            return record
+        self.objects.put(f"{base}/damaged/{sha256(data)[:16]}.json", data)
+        self.objects.delete(key)
+        raise Damaged(
+            f"{self.objects.address(key)} is no record, or not as it was written; moved to {base}/damaged/, and what "
+            "it stood for will be looked for and made again"
+        )
+
+    def complete(self, base: str, files: Iterable[File], sizes: Mapping[str, int]) -> bool:
+        """Whether all files are there at their size.
+
+        Args:
+            sizes: an earlier listing of the data; a file it lacks is looked for, as another worker may have just
+                written it.
+        """
+        keys = {f"{base}/data/{file.object}": file.bytes for file in files}
+        return all(sizes.get(key) == size or self.objects.size(key) == size for key, size in keys.items())
+
     def read_checked(self, base: str, part: Part, file: File) -> bytes:
         """The bytes of a stored file if they are those of its record.
 
         Raises:
-            Damaged: they are not; they were set aside.
+            Damaged: they are not, and were set aside; or they are gone.
         """
-        data = self.objects.read(f"{base}/data/{file.object}")
-        if len(data) != file.bytes or sha256(data) != file.sha256:
+        with _gone_is_damaged():
+            data, good = self.objects.read_sure(
+                f"{base}/data/{file.object}", lambda data: len(data) == file.bytes and sha256(data) == file.sha256
+            )
+        if not good:
             raise self.set_aside(base, part, file, data)
         return data
+
+    def fetch_checked(self, base: str, part: Part, file: File, folder: Path) -> Path:
+        """As :meth:`read_checked`, as a local file (see :meth:`ObjectStore.fetch`)."""
+        with _gone_is_damaged():
+            path, good = self.objects.fetch_sure(
+                f"{base}/data/{file.object}",
+                folder,
+                lambda path: path.stat().st_size == file.bytes and sha256_file(path) == file.sha256,
+            )
+        if not good:
+            raise self.set_aside(base, part, file, path.read_bytes())
+        return path
 
     def set_aside(self, base: str, part: Part, file: File, data: bytes) -> Damaged:
         """Take damaged bytes out of the way, so that the part is made again; the returned error says so.
@@ -306,6 +352,47 @@ class ArtifactStore:
             f"{file.sha256[:12]}, found {len(data)} bytes with {sha256(data)[:12]}; moved to {base}/damaged/, "
             "and the part will be made again"
         )
+
+    def _load(self, domain: str, stage: str, digest: str, sizes: Mapping[str, int] | None = None) -> Artifact | None:
+        key = f"{domain}/{stage}/{digest}/manifest.json"
+        try:
+            manifest = self.read_record(f"{domain}/{stage}", key)
+            if manifest["format"] > FORMAT:
+                raise StorageError(f"{self.objects.address(key)} was written by a newer latteflow: upgrade to read it")
+            artifact = Artifact(self, manifest)
+        except NotFound:
+            return None
+        except (KeyError, TypeError) as error:
+            raise StorageError(f"{self.objects.address(key)} is not a manifest ({error}); delete it") from error
+        if sizes is None:
+            sizes = self.objects.sizes(f"{domain}/{stage}/data")
+        if self.complete(f"{domain}/{stage}", (file for _, file in artifact.files.values()), sizes):
+            return artifact
+        log.warning("%s: a file is missing or cut short; the stage runs again", self.objects.address(key))
+        self.objects.delete(key)
+        return None
+
+
+def sealed(record: Mapping[str, Any]) -> bytes:
+    """A record as it is stored: with a digest of itself."""
+    return canonical_json({**record, _SEAL: sha256(canonical_json(dict(record)))})
+
+
+def _unsealed(data: bytes) -> dict[str, Any]:
+    """A record without its digest; raises ValueError if that is not its digest."""
+    record = json.loads(data)
+    if not isinstance(record, dict) or record.pop(_SEAL, None) not in (None, sha256(canonical_json(record))):
+        raise ValueError("not a record")
+    return record
+
+
+@contextlib.contextmanager
+def _gone_is_damaged() -> Iterator[None]:
+    # For example set aside by another worker: the remedy is the same.
+    try:
+        yield
+    except NotFound as error:
+        raise Damaged(f"{error}, though a record names it; its part will be made again") from error
 
 
 def content_digest(parts: tuple[Part, ...]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +43,42 @@ def fingerprint(stage: str, version: int, inputs: Mapping[str, Any]) -> str:
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Why two fingerprints differ, one line per named input: ``clip.model: "embedded" -> "ViT-B-32"``."""
+    """Why two fingerprints differ, one line per named input.
+
+    ``clip.model: "embedded" -> "ViT-B-32"``, and of lists what came and went: ``classes: added "grey"``.
+    """
     lines = []
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name, "(none)"), new.get(name, "(none)")
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             lines += difference(before, after, f"{prefix}{name}.")
-        elif before != after:
-            lines.append(f"{prefix}{name}: {_shown(before)} -> {_shown(after)}")
+        elif (was := _json(before)) == (now := _json(after)):
+            continue
+        elif isinstance(before, list) and isinstance(after, list):
+            lines.append(f"{prefix}{name}: {_list_difference([*map(_json, before)], [*map(_json, after)])}")
+        else:
+            same = next((place for place, (a, b) in enumerate(zip(was, now, strict=False)) if a != b), 0)
+            lines.append(f"{prefix}{name}: {_shown(was, same)} -> {_shown(now, same)}")
     return lines
 
 
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _list_difference(old: Sequence[str], new: Sequence[str]) -> str:
+    parts = []
+    for word, kept, against in (("added", new, old), ("removed", old, new)):
+        found = [each for each in dict.fromkeys(kept) if each not in set(against)]
+        if found:
+            count = f"{len(found)} of {len(kept)}: " if len(found) > 1 else ""
+            parts.append(f"{word} {count}{', '.join(map(_shown, found[:3]))}{', ...' if len(found) > 3 else ''}")
+    return "; ".join(parts) or "the same in another order"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+def _shown(text: str, around: int = 0) -> str:
+    """At most some 60 characters of a text, those where it differs."""
+    if len(text) <= 60:
+        return text
+    start = max(0, min(around - 20, len(text) - 54))
+    return f"{'...' if start else ''}{text[start : start + 54]}{'...' if start + 54 < len(text) else ''}"

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import io
-import warnings
+import struct
 from dataclasses import dataclass
 from enum import StrEnum
 
-from PIL import Image, UnidentifiedImageError
+# With these in place Pillow has every parser it may use, and never loads the others.
+from PIL import (  # noqa: F401
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+    features,
+)
 
-# Pillow's own warning would only repeat our limit.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Our own limit is applied before any pixel is decoded, and may be raised.
+Image.MAX_IMAGE_PIXELS = None
 
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff"}
 """Pillow format to the member's extension in a shard. No other parser is ever tried on a user's bytes."""
 
-SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-"""File names that are taken for images when a folder is listed."""
+_FORMATS = tuple(EXTENSIONS)
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+"""File names that are taken for images when a source is listed."""
 
 
 class RejectReason(StrEnum):
@@ -28,6 +41,8 @@ class RejectReason(StrEnum):
     TOO_LARGE = "too_large"
     TOO_NARROW = "too_narrow"
     UNREADABLE = "unreadable"
+    DECODER_FAILED = "decoder_failed"
+    """The decoder crashed, or took longer than any sound image does."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,8 @@ class ImageLimits:
     """Width times height; a decompression bomb costs memory, not disk."""
     max_aspect: float = 100.0
     """Longer side divided by shorter side."""
+    max_bytes: int = 128 << 20
+    """Size of the file. Larger ones are not even read."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +74,11 @@ class ImageRejected(Exception):
         self.reason, self.detail = reason, detail
 
 
+def open_image(data: bytes) -> Image.Image:
+    """The bytes as a Pillow image, by the parsers that ingest accepts and no other. Pixels are not decoded yet."""
+    return Image.open(io.BytesIO(data), formats=_FORMATS)
+
+
 def inspect(data: bytes, limits: ImageLimits) -> ImageInfo:
     """Decode once and tell what it is.
 
@@ -65,8 +87,10 @@ def inspect(data: bytes, limits: ImageLimits) -> ImageInfo:
     """
     if not data:
         raise ImageRejected(RejectReason.EMPTY, "0 bytes")
+    if len(data) > limits.max_bytes:
+        raise too_many_bytes(len(data), limits)
     try:
-        with Image.open(io.BytesIO(data), formats=list(EXTENSIONS)) as image:
+        with open_image(data) as image:
             width, height = image.size
             if width * height > limits.max_pixels:
                 raise ImageRejected(
@@ -76,16 +100,38 @@ def inspect(data: bytes, limits: ImageLimits) -> ImageInfo:
                 raise ImageRejected(
                     RejectReason.TOO_NARROW, f"{width} x {height} pixels, the limit is 1 : {limits.max_aspect:g}"
                 )
+            # JPEG at an eighth of its size: all of the compressed data is still read, so damage is found as before,
+            # and most of the arithmetic is saved.
+            image.draft(None, (1, 1))
             image.load()
-            return ImageInfo(EXTENSIONS[str(image.format)], width, height)
+            _read_exif(image)
+            # What Pillow calls MPO is a JPEG with more pictures behind the first.
+            return ImageInfo("jpg" if image.format == "MPO" else EXTENSIONS[str(image.format)], width, height)
     except ImageRejected:
         raise
     except UnidentifiedImageError:
         raise ImageRejected(RejectReason.NOT_AN_IMAGE, f"begins with {data[:16]!r}") from None
-    except Image.DecompressionBombError as error:
-        raise ImageRejected(RejectReason.TOO_LARGE, str(error)) from error
     except MemoryError as error:
         raise ImageRejected(RejectReason.TOO_LARGE, "decoding ran out of memory") from error
     except Exception as error:
         # Pillow's plugins raise whatever their format trips over (struct.error, SyntaxError, zlib.error, ...).
-        raise ImageRejected(RejectReason.CORRUPT, f"{type(error).__name__}: {error}") from error
+        raise ImageRejected(RejectReason.CORRUPT, f"{type(error).__name__}: {error}"[:300]) from error
+
+
+def too_many_bytes(size: int, limits: ImageLimits) -> ImageRejected:
+    """The refusal of a file by its size."""
+    return ImageRejected(RejectReason.TOO_LARGE, f"{size:,} bytes, the limit is {limits.max_bytes:,}")
+
+
+def decoder_version() -> str:
+    """Names the decoders, whose upgrade may accept what they refused before."""
+    codecs = (f"{name} {features.version(name)}" for name in ("libjpeg_turbo", "webp", "libtiff", "zlib"))
+    return ", ".join([f"pillow {features.version('pil')}", *codecs])
+
+
+def _read_exif(image: Image.Image) -> None:
+    # Whatever decodes this image later turns it upright first. Damaged EXIF in a sound picture does no harm.
+    try:
+        image.getexif()
+    except (SyntaxError, ValueError, struct.error):
+        return

@@ -1,4 +1,4 @@
-"""Shards: reproducible webdataset tars with an index, appended to as a folder grows.
+"""Shards: reproducible webdataset tars with an index, appended to as a source grows.
 
 A member pair is ``<key>.<ext>`` (the original bytes) and ``<key>.json`` (key, path, sha256, width, height); never a
 label. Keys are sorted, times and owners are zero, so the same images give the same bytes on any day and machine.
@@ -7,19 +7,29 @@ label. Keys are sorted, times and owners are zero, so the same images give the s
 from __future__ import annotations
 
 import io
-import tarfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from json.encoder import encode_basestring as quoted
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import polars as pl
 
+from storage import tars
 from storage.artifacts import Artifact, ArtifactStore, ArtifactWriter
-from storage.fingerprint import canonical_json, sha256
-from storage.images import ImageInfo, ImageLimits, ImageRejected, RejectReason, inspect
-from storage.sources import Image, Source
+from storage.fingerprint import sha256
+from storage.images import ImageInfo, ImageLimits, ImageRejected, decoder_version
+from storage.inspectors import Inspectors
+from storage.listing import CHUNK, REMOTE_THREADS, UNREADABLE, Listing, ahead, chunks, digest_of, key_of
+from storage.sources import Entry, Source
 from storage.tables import parquet, read_parquet
+
+log = logging.getLogger("latteflow.storage")
 
 INDEX_SCHEMA = {
     "key": pl.String,
@@ -40,123 +50,322 @@ QUARANTINE_SCHEMA = {
     "bytes": pl.Binary,
 }
 _REMOVED_SCHEMA = {"key": pl.String, "path": pl.String}
-_DUPLICATE_SCHEMA = {"key": pl.String, "duplicate_of": pl.String}
+_DUPLICATE_SCHEMA = {"key": pl.String, "duplicate_of": pl.String, "dropped": pl.Boolean}
+_IDENTITY = ["key", "path", "sha256"]
+_TABLES = """
+    CREATE TABLE packed (number INTEGER PRIMARY KEY, key TEXT UNIQUE, path TEXT, sha256 TEXT);
+    CREATE TABLE refused (number INTEGER PRIMARY KEY, key TEXT UNIQUE, path TEXT, sha256 TEXT);
+"""
+_NEW = "FROM image WHERE key NOT IN (SELECT key FROM packed UNION ALL SELECT key FROM refused)"
+
+SHARD_BYTES = 256 << 20
+"""A shard is closed before it grows beyond this, however few images it holds: it is made in memory."""
+
+_PROCESSORS = os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How images are packed, and which are refused."""
+
+    images_per_shard: int
+    limits: ImageLimits
+    drop_duplicates: bool = False
+    """Of images with the same bytes, only the first goes on to later stages."""
 
 
 def write_shards(
     writer: ArtifactWriter,
     source: Source,
-    images: Sequence[Image],
+    images: Listing,
     previous: Artifact | None,
+    packing: Packing,
     *,
-    images_per_shard: int,
-    limits: ImageLimits,
-    threads: int = 8,
+    again: bool = False,
 ) -> dict[str, int]:
     """Pack the images that no earlier shard holds; leave old shards alone; record what is gone.
 
     Args:
         writer: of the shard artifact.
-        images: everything the source holds now.
+        images: everything the source holds now, see :meth:`storage.listing.StatCache.digested`.
         previous: the domain's newest shard artifact, whose shards are taken over.
+        again: look again at what earlier runs put into quarantine, because the limits or the decoders changed.
 
     Returns:
         Counts of the whole artifact: images, quarantined, duplicates, removed, shards.
     """
-    wanted = {image.key: image for image in images}
-    old_index, old_quarantine = _empty(INDEX_SCHEMA), _empty(QUARANTINE_SCHEMA)
-    number = 0
-    if previous is not None:
-        old_index, old_quarantine = read_index(previous, removed=True), read_quarantine(previous)
-        for part in previous.parts:
-            if part.name.startswith("shard-"):
-                writer.adopt(part)
-                number += 1
-    held = set(old_index["key"]) | set(old_quarantine["key"])
-    new = [wanted[key] for key in sorted(wanted.keys() - held)]
-    rejected = old_quarantine.filter(pl.col("key").is_in(list(wanted))).height
-    tables = [old_index]
-    for start in range(0, len(new), images_per_shard):
-        batch = new[start : start + images_per_shard]
-        name = f"shard-{number:05d}"
-        inputs = {
-            "images": sha256(canonical_json([[image.key, image.entry.path, image.sha256] for image in batch])),
-            "limits": [limits.max_pixels, limits.max_aspect],
-        }
-        found = writer.find(name, inputs)
-        if found is None:
-            files, index, bad = _pack(name, source, batch, limits, threads)
-            writer.put(name, inputs, files, rows=index.height)
-        else:
-            index = read_parquet(writer.read(found, f"{name}.index.parquet"))
-            bad = len(batch) - index.height
-        tables.append(index)
-        rejected += bad
-        number += 1
-
-    index = pl.concat(tables)
-    here = pl.col("key").is_in(list(wanted))
-    live, gone = index.filter(here), index.filter(~here)
-    first = live.with_columns(duplicate_of=pl.col("key").first().over("sha256"))
-    duplicates = first.filter(pl.col("key") != pl.col("duplicate_of")).select(*_DUPLICATE_SCHEMA)
-    state = {
-        "live": sha256(canonical_json(live["key"].to_list())),
-        "gone": sha256(canonical_json(gone["key"].to_list())),
-    }
-    writer.put(
-        "state",
-        state,
-        {"removed.parquet": parquet(gone.select(*_REMOVED_SCHEMA)), "duplicates.parquet": parquet(duplicates)},
-    )
-    return {
-        "images": live.height,
-        "quarantined": rejected,
-        "duplicates": duplicates.height,
-        "removed": gone.height,
-        "shards": number,
-    }
+    threads = _PROCESSORS + 1 if source.is_local else REMOTE_THREADS
+    with _Shards(writer, images, previous, packing, threads) as shards:
+        shards.pack(source)
+        if again:
+            shards.retry()
+    return shards.finish()
 
 
-def _pack(
-    name: str, source: Source, batch: Sequence[Image], limits: ImageLimits, threads: int
-) -> tuple[dict[str, bytes | Path], pl.DataFrame, int]:
-    def load(image: Image) -> tuple[Image, bytes, ImageInfo | ImageRejected]:
-        try:
-            data = source.read(image.entry)
-        except OSError as error:
-            return image, b"", ImageRejected(RejectReason.UNREADABLE, str(error))
-        try:
-            return image, data, inspect(data, limits)
-        except ImageRejected as rejected:
-            return image, data, rejected
+def retry_quarantined(writer: ArtifactWriter, previous: Artifact, packing: Packing) -> dict[str, int]:
+    """Look again at what is in the quarantine of ``previous``, by the bytes kept there; the source is not needed.
 
-    rows, bad = [], []
-    tar = io.BytesIO()
-    with ThreadPoolExecutor(threads) as pool, tarfile.open(fileobj=tar, mode="w", format=tarfile.USTAR_FORMAT) as out:
-        for image, data, info in pool.map(load, batch):
-            path = image.entry.path
-            digest = sha256(data)  # of what is packed, should the file have changed since it was listed
-            if isinstance(info, ImageRejected):
-                bad.append((image.key, path, digest, info.reason.value, info.detail, data))
+    Returns:
+        Counts of the whole artifact, as :func:`write_shards`.
+    """
+    gone = read_parquet(previous.read("removed.parquet"))
+    with Listing() as images:
+        for suffix in (".index.parquet", ".quarantine.parquet"):
+            for _, rows in _tables(previous, suffix, ["path", "sha256", "key"]):
+                still = rows.join(gone, on="key", how="anti").rows()
+                images.fill("image", ((path, 0, 0, "", -1, digest, key) for path, digest, key in still))
+        with _Shards(writer, images, previous, packing, threads=1) as shards:
+            shards.retry()
+        return shards.finish()
+
+
+class _Shard(NamedTuple):
+    number: int
+    inputs: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"shard-{self.number:05d}"
+
+
+class _Loaded(NamedTuple):
+    key: str
+    """Of what was read, should the file have changed since it was listed; as is the digest."""
+    path: str
+    sha256: str
+    data: bytes
+    found: ImageInfo | ImageRejected
+
+
+class _Shards:
+    """The shards of one artifact in the making.
+
+    Images are read and hashed in threads and inspected in processes, while a last thread packs and stores the shard
+    before. At most two shards are in memory; what was packed and refused is in the listing's database.
+    """
+
+    def __init__(
+        self, writer: ArtifactWriter, images: Listing, previous: Artifact | None, packing: Packing, threads: int
+    ) -> None:
+        self._writer, self._images, self._previous = writer, images, previous
+        self._packing, self._threads = packing, threads
+        self._made_with = {"limits": asdict(packing.limits), "decoder": decoder_version()}
+        self._number = 0
+        self._storing: tuple[int, Future[dict[str, pl.DataFrame]]] | None = None
+        images.database.executescript(_TABLES)
+        if previous is not None:
+            for part in previous.parts:
+                if part.name.startswith("shard-"):
+                    writer.adopt(part)
+                    self._number += 1
+            for suffix in (".index.parquet", ".quarantine.parquet"):
+                for name, table in _tables(previous, suffix, _IDENTITY):
+                    self._record(int(name[6:].partition(".")[0]), {name: table})
+
+    def __enter__(self) -> _Shards:
+        with ExitStack() as stack:
+            self._inspect = stack.enter_context(Inspectors(self._packing.limits, _PROCESSORS))
+            self._pool = stack.enter_context(ThreadPoolExecutor(self._threads))
+            self._storer = stack.enter_context(ThreadPoolExecutor(1))
+            stack.callback(self._pool.shutdown, cancel_futures=True)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        with self._stack:
+            if kind is None:
+                self._stored()
+
+    def pack(self, source: Source) -> None:
+        """Put the images that were neither packed nor refused before into new shards.
+
+        Image files are taken in the order of their keys, which is as good as shuffled: what lies in one folder is often
+        alike. Containers are read in their own order.
+        """
+        new = self._images.one(f"SELECT count(*) {_NEW}")
+        self._inspect.start(-(-new // CHUNK))
+        done: list[_Loaded] = []
+        for shard, loaded in ahead(self._pool, lambda work: work(), self._work(source), self._threads + 2):
+            done += loaded
+            if shard is not None:
+                self._store(*shard, done)
+                done = []
+
+    def _work(self, source: Source) -> Iterator[Callable[[], tuple[_Shard | None, list[_Loaded]]]]:
+        """Chunks of images to load; the last of a shard says which shard it was. Goes on to the next shard at once."""
+        for rows in self._groups():
+            shard = self._next({"images": digest_of(row[:3] for row in rows)})
+            part = self._writer.find(shard.name, shard.inputs)
+            if part is not None:
+                files = [file.name for file in part.files if file.name.endswith(".parquet")]
+                tables = {name: read_parquet(self._writer.read(part, name)) for name in files}
+                self._record(shard.number, tables)
                 continue
-            offset = _add(out, f"{image.key}.{info.extension}", data)
-            record = {"key": image.key, "path": path, "sha256": digest, "width": info.width, "height": info.height}
-            _add(out, f"{image.key}.json", canonical_json(record))
-            rows.append((image.key, name, offset, len(data), digest, info.width, info.height, path))
-    index = pl.DataFrame(rows, schema=INDEX_SCHEMA, orient="row")
-    files: dict[str, bytes | Path] = {f"{name}.tar": tar.getvalue(), f"{name}.index.parquet": parquet(index)}
-    if bad:
-        files[f"{name}.quarantine.parquet"] = parquet(pl.DataFrame(bad, schema=QUARANTINE_SCHEMA, orient="row"))
-    return files, index, len(bad)
+            some = list(chunks(Entry(path, 0, *rest) for _, path, _, *rest in rows))
+            for number, chunk in enumerate(some, 1):
+                yield partial(self._load, source, chunk, shard if number == len(some) else None)
+
+    def retry(self) -> None:
+        """Inspect what earlier runs refused once more; pack what passes, and what is refused for another reason."""
+        self._stored()
+        changed: list[_Loaded] = []
+        size = looked_at = taken = 0
+        for key, path, digest, reason, data in self._quarantined():
+            found = self._inspect([data])[0]
+            looked_at += 1
+            taken += isinstance(found, ImageInfo)
+            if isinstance(found, ImageRejected) and found.reason == reason:
+                continue
+            if len(changed) == self._packing.images_per_shard or (changed and size + len(data) > SHARD_BYTES):
+                self._store_again(changed)
+                changed, size = [], 0
+            changed.append(_Loaded(key, path, digest, data, found))
+            size += len(data)
+        if changed:
+            self._store_again(changed)
+        if looked_at:
+            log.info("quarantine: %d of %d images can be used now", taken, looked_at)
+
+    def finish(self) -> dict[str, int]:
+        """Record what is gone and what is there twice; returns the artifact's counts."""
+        database, one, drop = self._images.database, self._images.one, self._packing.drop_duplicates
+        database.execute("CREATE INDEX image_key ON image (key)")
+        database.execute("DELETE FROM refused WHERE key IN (SELECT key FROM packed)")
+        live = "FROM packed WHERE key IN (SELECT key FROM image)"
+        gone = database.execute(
+            "SELECT key, path FROM (SELECT * FROM packed UNION ALL SELECT * FROM refused) "
+            "WHERE key NOT IN (SELECT key FROM image) ORDER BY key"
+        ).fetchall()
+        twice = database.execute(
+            f"""
+            WITH live AS (SELECT number, key, sha256 {live}),
+                 first AS (SELECT sha256, min(number) AS number {live} GROUP BY sha256 HAVING count(*) > 1)
+            SELECT live.key, packed.key, ?
+            FROM live JOIN first USING (sha256) JOIN packed ON packed.number = first.number
+            WHERE live.number > first.number ORDER BY live.number
+            """,
+            (drop,),
+        ).fetchall()
+        self._writer.put(
+            "state",
+            {
+                "live": digest_of(database.execute(f"SELECT key {live} ORDER BY number")),
+                "gone": digest_of((key,) for key, _ in gone),
+                "drop_duplicates": drop,
+            },
+            {
+                "removed.parquet": parquet(pl.DataFrame(gone, _REMOVED_SCHEMA, orient="row")),
+                "duplicates.parquet": parquet(pl.DataFrame(twice, _DUPLICATE_SCHEMA, orient="row")),
+            },
+        )
+        return {
+            "images": one(f"SELECT count(*) {live}") - (len(twice) if drop else 0),
+            "quarantined": one("SELECT count(*) FROM refused WHERE key IN (SELECT key FROM image)"),
+            "duplicates": len(twice),
+            "removed": len(gone),
+            "shards": self._number,
+        }
+
+    def _groups(self) -> Iterator[list[tuple[Any, ...]]]:
+        """Rows of (key, path, sha256, size, container, place), for a shard each."""
+        found = self._images.database.execute(
+            f"SELECT key, path, sha256, size, container, place {_NEW} "
+            "ORDER BY container, CASE container WHEN '' THEN key ELSE path END"
+        )
+        group: list[tuple[Any, ...]] = []
+        total = 0
+        for row in found:
+            size = max(row[3], 0)
+            if group and (len(group) == self._packing.images_per_shard or total + size > SHARD_BYTES):
+                yield group
+                group, total = [], 0
+            group.append(row)
+            total += size
+        if group:
+            yield group
+
+    def _load(self, source: Source, chunk: list[Entry], shard: _Shard | None) -> tuple[_Shard | None, list[_Loaded]]:
+        read = source.read_all(chunk, self._packing.limits)
+        found = iter(self._inspect([data for data in read if not isinstance(data, ImageRejected)]))
+        loaded = []
+        for entry, data in zip(chunk, read, strict=True):
+            if isinstance(data, ImageRejected):
+                loaded.append(_Loaded(key_of(entry.path, UNREADABLE), entry.path, UNREADABLE, b"", data))
+            else:
+                digest = sha256(data)
+                loaded.append(_Loaded(key_of(entry.path, digest), entry.path, digest, data, next(found)))
+        return shard, loaded
+
+    def _quarantined(self) -> Iterator[tuple[str, str, str, str, bytes]]:
+        """Key, path, digest, reason and bytes of refused images that are wanted and whose bytes are kept."""
+        if self._previous is None:
+            return
+        wanted = """
+            SELECT EXISTS (SELECT 1 FROM image WHERE path = ? AND key = ?)
+               AND NOT EXISTS (SELECT 1 FROM packed WHERE key = ?)
+        """
+        for _, rows in _tables(self._previous, ".quarantine.parquet", [*QUARANTINE_SCHEMA]):
+            for key, path, digest, reason, _, data in rows.iter_rows():
+                if data and self._images.one(wanted, path, key, key):
+                    yield key, path, digest, reason, data
+
+    def _next(self, inputs: Mapping[str, Any]) -> _Shard:
+        self._number += 1
+        return _Shard(self._number - 1, {**inputs, **self._made_with})
+
+    def _store_again(self, changed: list[_Loaded]) -> None:
+        images = digest_of((each.key, each.path, each.sha256) for each in changed)
+        self._store(*self._next({"quarantined": images}), changed)
+
+    def _store(self, number: int, inputs: Mapping[str, Any], loaded: list[_Loaded]) -> None:
+        self._stored()
+        self._storing = number, self._storer.submit(self._put, _Shard(number, inputs), loaded)
+
+    def _stored(self) -> None:
+        if self._storing is not None:
+            number, future = self._storing
+            self._storing = None
+            self._record(number, future.result())
+
+    def _put(self, shard: _Shard, loaded: list[_Loaded]) -> dict[str, pl.DataFrame]:
+        tar, index, quarantine = _packed(shard.name, loaded)
+        tables = {f"{shard.name}.index.parquet": index}
+        if quarantine.height:
+            tables[f"{shard.name}.quarantine.parquet"] = quarantine
+        files: dict[str, bytes | Path] = {name: parquet(table) for name, table in tables.items()}
+        self._writer.put(shard.name, shard.inputs, {f"{shard.name}.tar": tar, **files}, rows=index.height)
+        return {name: table.select(_IDENTITY) for name, table in tables.items()}
+
+    def _record(self, shard: int, tables: Mapping[str, pl.DataFrame]) -> None:
+        """Keep in mind what a shard holds and refuses; numbers are in the order of shards and rows."""
+        for name, table in tables.items():
+            rows = table.select(_IDENTITY).iter_rows()
+            kind = "refused" if name.endswith(".quarantine.parquet") else "packed"
+            self._images.fill(kind, ((shard << 24 | number, *row) for number, row in enumerate(rows)))
 
 
-def _add(out: tarfile.TarFile, name: str, data: bytes) -> int:
-    """Append a member; returns the offset of its first byte."""
-    member = tarfile.TarInfo(name)
-    member.size, member.mtime, member.mode = len(data), 0, 0o644
-    offset = out.offset + tarfile.BLOCKSIZE
-    out.addfile(member, io.BytesIO(data))
-    return offset
+def _packed(name: str, loaded: Iterable[_Loaded]) -> tuple[bytes, pl.DataFrame, pl.DataFrame]:
+    """A shard's tar, index and quarantine."""
+    pieces: list[bytes] = []
+    rows, bad = [], []
+    end = 0
+    for key, path, digest, data, found in sorted(loaded):
+        if isinstance(found, ImageRejected):
+            bad.append((key, path, digest, found.reason.value, found.detail, data))
+            continue
+        width, height = found.width, found.height
+        rows.append((key, name, end + tars.BLOCK, len(data), digest, width, height, path))
+        # Canonical JSON, written out: an encoder takes ten times as long.
+        about = f'{{"height":{height},"key":"{key}","path":{quoted(path)},"sha256":"{digest}","width":{width}}}'
+        for extension, content in ((found.extension, data), ("json", about.encode())):
+            pieces += tars.member(f"{key}.{extension}", content)
+            end += tars.BLOCK + len(content) + -len(content) % tars.BLOCK
+    pieces.append(tars.end(end))
+    return (
+        b"".join(pieces),
+        pl.DataFrame(rows, schema=INDEX_SCHEMA, orient="row"),
+        pl.DataFrame(bad, schema=QUARANTINE_SCHEMA, orient="row"),
+    )
 
 
 @dataclass(frozen=True)
@@ -170,30 +379,50 @@ class Record:
 
 
 def read_index(shards: Artifact, *, removed: bool = False) -> pl.DataFrame:
-    """One row per live image (with ``removed``, of every image ever packed), ordered by shard and key."""
-    frames = [read_parquet(shards.read(name)) for name in shards.names(".index.parquet")]
-    index = pl.concat(frames) if frames else _empty(INDEX_SCHEMA)
+    """One row per live image, ordered by shard and key; without dropped duplicates.
+
+    Args:
+        removed: every image that was ever packed instead.
+    """
+    index = _table(shards, ".index.parquet", INDEX_SCHEMA)
     if removed:
         return index
-    gone = read_parquet(shards.read("removed.parquet"))["key"]
-    return index.filter(~pl.col("key").is_in(gone.implode()))
+    dropped = read_parquet(shards.read("duplicates.parquet")).filter("dropped").select("key")
+    gone = pl.concat([read_parquet(shards.read("removed.parquet")).select("key"), dropped])
+    return index.join(gone, on="key", how="anti", maintain_order="left")
 
 
 def read_quarantine(shards: Artifact) -> pl.DataFrame:
-    """One row per refused image: key, path, sha256, reason, detail, bytes."""
-    frames = [read_parquet(shards.read(name)) for name in shards.names(".quarantine.parquet")]
-    return pl.concat(frames) if frames else _empty(QUARANTINE_SCHEMA)
+    """One row per image that is refused and still in the source: key, path, sha256, reason, detail, bytes."""
+    gone = read_parquet(shards.read("removed.parquet"))
+    packed = _table(shards, ".index.parquet", {"key": pl.String})
+    return (
+        _table(shards, ".quarantine.parquet", QUARANTINE_SCHEMA)
+        .unique("key", keep="last", maintain_order=True)
+        .join(pl.concat([gone.select("key"), packed]), on="key", how="anti", maintain_order="left")
+    )
 
 
 def read_records(shards: Artifact, index: pl.DataFrame) -> Iterator[Record]:
     """The images of some index rows, in the rows' order; each shard is fetched once if rows are in shard order."""
     held, tar = "", b""
-    for key, shard, offset, size, digest, path in index.select(
+    for key, shard, offset, size, checksum, path in index.select(
         "key", "shard", "offset", "bytes", "sha256", "path"
     ).iter_rows():
         if shard != held:
             held, tar = shard, shards.read(f"{shard}.tar")
-        yield Record(key, digest, path, tar[offset : offset + size])
+        yield Record(key, checksum, path, tar[offset : offset + size])
+
+
+def overlap(train: Artifact, test: Artifact) -> pl.DataFrame:
+    """Images of the test split whose very bytes are also in the training split.
+
+    Returns:
+        key, path, train_key, train_path: one row for each such test image, with the first such training image.
+    """
+    first = read_index(train).select("sha256", train_key="key", train_path="path").unique("sha256", maintain_order=True)
+    both = read_index(test).join(first, on="sha256", how="inner", maintain_order="left")
+    return both.select("key", "path", "train_key", "train_path")
 
 
 def newest(store: ArtifactStore, domain: str, split: str) -> Artifact | None:
@@ -202,5 +431,11 @@ def newest(store: ArtifactStore, domain: str, split: str) -> Artifact | None:
     return max(found, key=lambda artifact: (len(artifact.parts), artifact.fingerprint), default=None)
 
 
-def _empty(schema: dict[str, type[pl.DataType]]) -> pl.DataFrame:
-    return pl.DataFrame(schema=schema)
+def _table(shards: Artifact, suffix: str, schema: Mapping[str, Any]) -> pl.DataFrame:
+    """Some columns of all tables of a kind."""
+    return pl.concat([pl.DataFrame(schema=schema), *(table for _, table in _tables(shards, suffix, list(schema)))])
+
+
+def _tables(shards: Artifact, suffix: str, columns: list[str]) -> Iterator[tuple[str, pl.DataFrame]]:
+    """Name and some columns of each table of a kind, in the order of the shards."""
+    return ((name, pl.read_parquet(io.BytesIO(shards.read(name)), columns=columns)) for name in shards.names(suffix))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -10,20 +9,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from PIL import Image
-
-from storage.images import EXTENSIONS
+from storage.images import open_image
 from storage.shards import Record
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
 log = logging.getLogger("latteflow.tasks")
-
-
-def open_image(data: bytes) -> Image.Image:
-    """The stored bytes as a PIL image, by the parsers that ingest accepts and no other."""
-    return Image.open(io.BytesIO(data), formats=list(EXTENSIONS))
 
 
 def pixel_batches(

@@ -69,6 +69,12 @@ class ShardSettings(Settings):
     """Larger images are quarantined before they are decoded."""
     max_aspect: float = Field(default=100.0, ge=1)
     """Images longer than this many times their shorter side are quarantined."""
+    max_megabytes: int = Field(default=128, ge=1, le=2048)
+    """Larger files are not read."""
+    drop_duplicates: bool = False
+    """Of training images with the same bytes only the first is used; all are recorded either way."""
+    image_column: str | None = None
+    """For Parquet files and saved data sets: the column with the images, where several could be meant."""
 
 
 class EmbedSettings(Settings):
@@ -87,7 +93,7 @@ class Domain(Settings):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
     """Lower-case letters, digits, - and _; names the folder of the results."""
     source: OneOrMore
-    """Folder(s) or fsspec URL(s) with the unlabelled images."""
+    """Folder(s), file(s) or fsspec URL(s) with the unlabelled images: see docs/sources.md."""
     classes: list[str]
     """Class names, or the path of a text file with one name on each line."""
     templates: OneOrMore = Field(default=["a photo of a {}."])

@@ -103,6 +103,8 @@ class Counts:
     images: int
     quarantined: int = 0
     duplicates: int = 0
+    overlap: int = 0
+    """Test images whose very bytes are also among the training images."""
     texts: int = 0
     texts_by_kind: Mapping[str, int] = field(default_factory=dict)
 

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from storage.artifacts import Artifact
+from storage.images import open_image
 from storage.shards import read_index, read_records
-from tasks.decode import open_image
 
 if TYPE_CHECKING:
     import torch

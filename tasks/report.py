@@ -14,11 +14,11 @@ import polars as pl
 from models import clip
 from models.images import to_rgb
 from storage.artifacts import Artifact, ArtifactStore, ArtifactWriter
+from storage.images import open_image
 from storage.objects import ObjectStore
-from storage.shards import read_index, read_quarantine, read_records
+from storage.shards import overlap, read_index, read_quarantine, read_records
 from storage.tables import read_parquet
 from tasks import page
-from tasks.decode import open_image
 from tasks.domain import Domain
 from tasks.features import Features, read_features
 from tasks.stage import StageResult, open_store, run_stage
@@ -164,6 +164,7 @@ class _Findings:
             images=sum(each.counts["images"] for each in shards),
             quarantined=sum(each.counts["quarantined"] for each in shards),
             duplicates=sum(each.counts["duplicates"] for each in shards),
+            overlap=overlap(self._train, self._test).height if len(shards) > 1 else 0,
             texts=sum(kinds.values()),
             texts_by_kind=kinds,
         )

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+import contextlib
+import sqlite3
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
-from storage.artifacts import ArtifactWriter
-from storage.errors import DataError
-from storage.fingerprint import canonical_json, sha256
-from storage.images import ImageLimits
-from storage.shards import newest, write_shards
-from storage.sources import Source, StatCache
+from storage.artifacts import ArtifactStore, ArtifactWriter
+from storage.errors import DataError, StorageError
+from storage.images import ImageLimits, decoder_version
+from storage.listing import Listing, StatCache
+from storage.shards import Packing, newest, retry_quarantined, write_shards
+from storage.sources import Source
 from tasks.domain import Domain
-from tasks.stage import StageResult, open_store, run_stage
+from tasks.stage import StageResult, anew, open_store, run_stage
 
-VERSION = 1
+VERSION = 2
 Split = Literal["train", "test"]
 
 
@@ -22,36 +25,91 @@ def shard(domain: Domain, split: Split) -> StageResult:
     """List the source, and pack the images that no shard holds yet.
 
     The fingerprint is over paths and contents, so touching a file changes nothing. Only files whose size or time
-    changed since the last listing are read again.
+    changed since the last listing are read again. What an earlier run refused is looked at again when the limits or the
+    decoders are not those of then.
 
     Raises:
         DataError: the source is missing or empty, or not one of its images can be used.
     """
     store = open_store(domain)
-    urls = domain.source if split == "train" or domain.evaluation is None else domain.evaluation.source
-    source = Source(urls or domain.source)
-    images = source.digest(source.scan(), StatCache(store.objects, f"{domain.name}/shard/stat-{split}.parquet"))
-    settings = domain.shard
-    inputs = {
-        "split": split,
-        "images": sha256(canonical_json([[image.entry.path, image.sha256] for image in images])),
-        "settings": settings.model_dump(),
-    }
+    source = open_source(domain, split)
+    with _room_for_listings(), look(store, domain, split, source) as images:
+        inputs = {"split": split, "images": images.digest, **_how(domain)}
+
+        def body(writer: ArtifactWriter) -> Mapping[str, int]:
+            previous = None if anew() else newest(store, domain.name, split)
+            again = previous is not None and _refusals(previous.inputs) != _refusals(inputs)
+            counts = write_shards(writer, source, images, previous, _packing(domain, split), again=again)
+            if counts["images"] == 0:
+                raise DataError(
+                    f"none of the {len(images)} images of {', '.join(source.urls)} can be used "
+                    f"({counts['quarantined']} quarantined); see the reasons in the log and check the source"
+                )
+            return counts
+
+        return run_stage(store, domain, "shard", VERSION, inputs, body, split=split)
+
+
+def replay(domain: Domain, split: Split) -> StageResult:
+    """Look again at what is in quarantine, by the bytes kept there; the source is not opened.
+
+    Changes something only where the limits or the decoders changed since; a repaired file is a new image, which
+    :func:`shard` finds.
+
+    Raises:
+        DataError: nothing was sharded yet.
+    """
+    store = open_store(domain)
+    previous = newest(store, domain.name, split)
+    if previous is None:
+        raise DataError(f"domain {domain.name!r} has no shards of the {split} split yet: run it first")
+    inputs = {**previous.inputs, **_how(domain)}
 
     def body(writer: ArtifactWriter) -> Mapping[str, int]:
-        counts = write_shards(
-            writer,
-            source,
-            images,
-            newest(store, domain.name, split),
-            images_per_shard=settings.images,
-            limits=ImageLimits(settings.max_pixels, settings.max_aspect),
-        )
-        if counts["images"] == 0:
-            raise DataError(
-                f"none of the {len(images)} images of {', '.join(source.urls)} can be used "
-                f"({counts['quarantined']} quarantined); see the reasons in the log and check the source"
-            )
-        return counts
+        return retry_quarantined(writer, previous, _packing(domain, split))
 
-    return run_stage(store, domain, "shard", VERSION, inputs, body, split=split)
+    with _room_for_listings():
+        return run_stage(store, domain, "shard", VERSION, inputs, body, split=split)
+
+
+def open_source(domain: Domain, split: Split) -> Source:
+    """Where the images of a split come from."""
+    urls = domain.source if split == "train" or domain.evaluation is None else domain.evaluation.source
+    return Source(urls or domain.source, domain.shard.image_column)
+
+
+def look(store: ArtifactStore, domain: Domain, split: Split, source: Source | None = None) -> Listing:
+    """What the source of a split holds now; only what is new or changed since the last look is read.
+
+    Raises:
+        DataError: the source is missing or empty.
+    """
+    cache = StatCache(store.objects, f"{domain.name}/shard/stat-{split}.parquet")
+    return cache.digested(source or open_source(domain, split), _packing(domain, split).limits)
+
+
+@contextlib.contextmanager
+def _room_for_listings() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise StorageError(
+            f"the list of images does not fit into the temporary folder ({error}): free some space in "
+            f"{tempfile.gettempdir()}, or set TMPDIR to another folder"
+        ) from error
+
+
+def _packing(domain: Domain, split: Split) -> Packing:
+    settings = domain.shard
+    limits = ImageLimits(settings.max_pixels, settings.max_aspect, settings.max_megabytes << 20)
+    return Packing(settings.images, limits, settings.drop_duplicates and split == "train")
+
+
+def _how(domain: Domain) -> dict[str, Any]:
+    return {"settings": domain.shard.model_dump(), "decoder": decoder_version()}
+
+
+def _refusals(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What decides whether an image is refused."""
+    limits = {name: value for name, value in inputs["settings"].items() if name.startswith("max_")}
+    return limits, inputs.get("decoder")

@@ -15,10 +15,11 @@ from models.settings import ClipSettings
 from storage.artifacts import Artifact, ArtifactStore
 from storage.captions import CAPTION_SCHEMA, CaptionStore, caption_key, describer_id
 from storage.fingerprint import canonical_json, sha256
+from storage.objects import ObjectStore
 from storage.shards import read_index
 from tasks.domain import Domain
 from tasks.features import read_features
-from tasks.stage import StageResult
+from tasks.stage import StageResult, anew
 from tasks.tables import digest_of_table, read_by_path
 
 if TYPE_CHECKING:
@@ -74,11 +75,11 @@ def write_texts(
     Returns:
         Columns ``member_keys`` and those of the caption schema, in the order of ``members``.
     """
-    captions = CaptionStore(store.objects)
+    captions = _captions(store.objects)
     who = describer_id({"kind": kind, **identity})
     digests = [[gallery.digest(key) for key in keys] for keys in members]
     wanted = [caption_key(who, each) for each in digests]
-    known = set(captions.get(who, wanted)["caption_key"])
+    known = set() if anew() else captions.known(who, wanted)
     # The same content may be wanted more than once; it is asked about once.
     missing = list({key: place for place, key in enumerate(wanted) if key not in known}.values())
     if missing:
@@ -99,12 +100,18 @@ def write_texts(
             }
             for place, text in zip(missing, texts, strict=True)
         ]
-        captions.add(who, pl.DataFrame(rows, schema=CAPTION_SCHEMA))
+        captions.add(who, pl.DataFrame(rows, schema=CAPTION_SCHEMA), anew=anew())
     asked = pl.DataFrame(
         {"member_keys": [list(keys) for keys in members], "caption_key": wanted},
         schema={"member_keys": pl.List(pl.String), "caption_key": pl.String},
     )
     return asked.join(captions.get(who, wanted), on="caption_key", how="left", maintain_order="left")
+
+
+@functools.lru_cache(maxsize=2)
+def _captions(objects: ObjectStore) -> CaptionStore:
+    # One for all parts of a stage, as it remembers which of its files holds what; describe and group run side by side.
+    return CaptionStore(objects)
 
 
 def describer_identity(domain: Domain, embedded: StageResult) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from conftest import draw, draw_folder
-from flows.adapt import repaired, run_plainly
+from flows.pipeline import repaired, run_plainly
 from storage.errors import DataError
 from tasks.domain import Domain
 from tasks.stage import StageResult

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flows.adapt import run_plainly
+from flows.pipeline import run_plainly
 from models.settings import LatteClipSettings
 from storage.tables import read_parquet
 from tasks.domain import Domain

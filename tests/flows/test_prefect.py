@@ -7,7 +7,8 @@ from prefect.client.orchestration import get_client
 from prefect.testing.utilities import prefect_test_harness
 
 from conftest import Domain
-from flows.adapt import adapt, run_plainly
+from flows.adapt import adapt
+from flows.pipeline import run_plainly
 
 
 @pytest.fixture(scope="module")

@@ -108,9 +108,63 @@ def test_the_first_of_two_workers_is_everybodys(store: ArtifactStore) -> None:
 def test_a_manifest_that_is_none_is_never_taken_for_not_done(store: ArtifactStore) -> None:
     artifact = make(store, {"a": b"one"})
     path = Path(store.objects.path(f"d/stage/{artifact.fingerprint}/manifest.json"))
+    good = path.read_text()
     path.write_text("{")
-    with pytest.raises(StorageError, match=r"not a manifest.*delete it"):
+    with pytest.raises(Damaged, match=r"manifest\.json is no record.*moved to d/stage/damaged/"):
         store.find("d", "stage", 1, INPUTS)
     path.write_text(json.dumps({**artifact.manifest, "format": 99}))
     with pytest.raises(StorageError, match="newer latteflow"):
         store.find("d", "stage", 1, INPUTS)
+    path.write_text(json.dumps({"format": 1}))
+    with pytest.raises(StorageError, match=r"not a manifest \('domain'\); delete it"):
+        store.find("d", "stage", 1, INPUTS)
+    path.write_text(json.dumps(artifact.manifest))  # of a version whose records had no digest of their own
+    assert store.open(artifact.ref).manifest == artifact.manifest
+    path.write_text(good)
+    assert store.open(artifact.ref).manifest == artifact.manifest
+
+
+@pytest.mark.parametrize("record", ["parts/*.json", "*/manifest.json"])
+def test_a_flipped_bit_in_a_record_is_noticed(store: ArtifactStore, record: str) -> None:
+    made = make(store, {"a": b"one"})
+    path = next(Path(store.objects.path("d/stage")).glob(record))
+    good = path.read_bytes()
+    path.write_bytes(good.replace(made.files["a.bin"][1].sha256[:8].encode(), b"00000000", 1))
+    with pytest.raises(Damaged, match="no record, or not as it was written"):
+        store.find("d", "stage", 1, INPUTS)
+        store.writer("d", "stage", 1, INPUTS).find("a", {"p": "a"})
+    assert next(Path(store.objects.path("d/stage/damaged")).iterdir()).read_bytes() != good
+    again = make(store, {"a": b"one"})
+    assert again.read("a.bin") == b"one" and path.read_bytes() == good
+
+
+def test_a_file_that_is_gone_makes_its_part_again(store: ArtifactStore) -> None:
+    made = make(store, {"a": b"one", "b": b"two"})
+    data_file(store, "a").unlink()
+    with pytest.raises(Damaged, match=r"does not exist, though a record names it"):
+        made.read("a.bin")
+    assert make(store, {"a": b"one", "b": b"two"}).read("a.bin") == b"one"
+
+
+def test_one_bad_read_moves_nothing(store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make(store, {"a": b"one"})
+    plain = ObjectStore.read
+    cut = iter([True, False] * 9)
+    monkeypatch.setattr(ObjectStore, "read", lambda self, key: plain(self, key)[: 2 if next(cut) else None])
+    assert made.read("a.bin") == b"one"
+    assert store.open(made.ref).ref == made.ref
+    assert store.objects.sizes("d/stage/damaged") == {}
+
+
+def test_a_record_that_vanishes_under_a_commit_is_written(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.commit("d/stage", "d/stage/parts/x.json", {"by": "another"})
+    plain = ObjectStore.read
+
+    def vanish(self: ObjectStore, key: str) -> bytes:
+        self.delete(key)
+        return plain(self, key)
+
+    monkeypatch.setattr(ObjectStore, "read", vanish)
+    assert store.commit("d/stage", "d/stage/parts/x.json", {"by": "us"}) == {"by": "us"}

@@ -1,6 +1,7 @@
 """Fingerprints: stable, complete, and explained."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -53,3 +54,23 @@ def test_a_difference_names_the_part() -> None:
     old = {"clip": {"model": "embedded", "resize": "pad"}, "size": 4}
     new = {"clip": {"model": "ViT-B-32", "resize": "pad"}, "size": 4, "extra": True}
     assert difference(old, new) == ['clip.model: "embedded" -> "ViT-B-32"', 'extra: "(none)" -> true']
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        (["a", "b"], ["a", "c", "d"], 'x: added 2 of 3: "c", "d"; removed "b"'),
+        (["a", "b"], ["b", "a"], "x: the same in another order"),
+        (["a"], [["b"]], r'x: added \["b"\]; removed "a"'),
+        ([], list("abcd"), r'x: added 4 of 4: "a", "b", "c", \.{3}'),
+        ("y" * 90 + "1" + "z" * 90, "y" * 90 + "2" + "z" * 90, r"x: \.{3}y{19,20}1z+\.{3} -> \.{3}y{19,20}2z+\.{3}"),
+        ("y" * 90, "y" * 90 + "2", r'x: \.{3}y+" -> \.{3}y+2"'),
+    ],
+)
+def test_a_difference_shows_what_differs(old: object, new: object, line: str) -> None:
+    assert re.fullmatch(line, difference({"x": old}, {"x": new})[0])
+
+
+@given(values, values)
+def test_a_difference_is_said_of_any_two_values(old: object, new: object) -> None:
+    assert bool(difference({"x": old}, {"x": new})) == (canonical_json(old) != canonical_json(new))

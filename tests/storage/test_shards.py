@@ -3,21 +3,36 @@
 import io
 import json
 import os
+import shutil
 import tarfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import webdataset
 from PIL import Image
 
-from storage.artifacts import Artifact, ArtifactStore
+from storage import shards
+from storage.artifacts import Artifact, ArtifactStore, ArtifactWriter
 from storage.errors import DataError
+from storage.fingerprint import canonical_json
 from storage.images import ImageLimits, ImageRejected, inspect
+from storage.listing import StatCache
 from storage.objects import ObjectStore
-from storage.shards import newest, read_index, read_quarantine, read_records, write_shards
-from storage.sources import Source, StatCache
+from storage.shards import (
+    Packing,
+    newest,
+    overlap,
+    read_index,
+    read_quarantine,
+    read_records,
+    retry_quarantined,
+    write_shards,
+)
+from storage.sources import Entry, Source
 from storage.tables import read_parquet
 
 
@@ -28,16 +43,16 @@ def picture(seed: int, size: tuple[int, int] = (8, 6), mode: str = "RGB", kind: 
     return out.getvalue()
 
 
-def pack(folder: Path, where: Path, per_shard: int = 4, **limits: int) -> Artifact:
+def pack(folder: Path, where: Path, per_shard: int = 4, *, drop: bool = False, **limits: int) -> Artifact:
     store = ArtifactStore(ObjectStore(str(where)))
     source = Source([str(folder)])
-    images = source.digest(source.scan(), StatCache(store.objects, "d/shard/stat"))
-    writer = store.writer("d", "shard", 1, {"split": "train", "images": [image.key for image in images]})
-    previous = newest(store, "d", "train")
-    counts = write_shards(
-        writer, source, images, previous, images_per_shard=per_shard, limits=ImageLimits(**limits), threads=2
-    )
-    return writer.finish(counts)
+    packing = Packing(per_shard, ImageLimits(**limits), drop)
+    with StatCache(store.objects, "d/shard/stat").digested(source, packing.limits) as images:
+        inputs = {"split": "train", "images": images.digest, "drop": drop, **limits}
+        writer = store.writer("d", "shard", 1, inputs)
+        previous = newest(store, "d", "train")
+        counts = write_shards(writer, source, images, previous, packing, again=bool(limits))
+        return writer.finish(counts)
 
 
 @pytest.fixture
@@ -122,7 +137,73 @@ def test_duplicates_are_recorded(folder: Path, tmp_path: Path) -> None:
     duplicates = read_parquet(artifact.read("duplicates.parquet"))
     paths = dict(read_index(artifact).select("key", "path").iter_rows())
     assert artifact.counts["duplicates"] == 1
-    assert {paths[key] for key in duplicates.row(0)} == {"copy.png", "deep/3.png"}
+    assert {paths[key] for key in duplicates.row(0)[:2]} == {"copy.png", "deep/3.png"}
+
+
+def test_dropped_duplicates_are_recorded_and_left_out(folder: Path, tmp_path: Path) -> None:
+    (folder / "copy.png").write_bytes(picture(3))
+    kept = pack(folder, tmp_path / "store")
+    dropped = pack(folder, tmp_path / "store", drop=True)
+    assert dropped.counts == kept.counts | {"images": 10}
+    assert read_index(dropped).height == 10 and read_index(kept).height == 11
+    assert len(set(read_index(dropped)["sha256"])) == 10
+    assert read_index(dropped, removed=True).equals(read_index(kept))
+    (twice,) = read_parquet(dropped.read("duplicates.parquet")).iter_rows(named=True)
+    assert twice["dropped"] and twice["duplicate_of"] in set(read_index(dropped)["key"])
+    (folder / dict(read_index(kept).select("key", "path").iter_rows())[twice["duplicate_of"]]).unlink()
+    again = pack(folder, tmp_path / "store", drop=True)
+    assert set(read_index(again)["key"]) == set(read_index(kept)["key"]) - {twice["duplicate_of"]}
+
+
+def test_the_overlap_of_two_splits_is_told(folder: Path, tmp_path: Path) -> None:
+    test = tmp_path / "test"
+    test.mkdir()
+    (folder / "again.png").write_bytes(picture(3))
+    for number in (3, 50):
+        (test / f"t{number}.png").write_bytes(picture(number))
+    train, unseen = pack(folder, tmp_path / "train_store"), pack(test, tmp_path / "test_store")
+    found = overlap(train, unseen)
+    assert found.select("path").rows() == [("t3.png",)]
+    assert found["train_path"][0] in ("again.png", "deep/3.png") and found["train_key"][0] in set(
+        read_index(train)["key"]
+    )
+    assert overlap(unseen, unseen).select("key", "train_key").rows() == [
+        (key, key) for key in read_index(unseen)["key"]
+    ]
+
+
+def test_what_is_packed_twice_is_packed_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that died after some shards takes them up without reading an image."""
+    whole = pack(folder, tmp_path / "whole")
+    plain, made = ArtifactWriter.put, []
+
+    def dying(self: ArtifactWriter, name: str, *args: object, **more: int) -> object:
+        if name == "shard-00002":
+            raise KeyboardInterrupt
+        made.append(name)
+        return plain(self, name, *args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ArtifactWriter, "put", dying)
+    with pytest.raises(KeyboardInterrupt):
+        pack(folder, tmp_path / "store")
+    assert made == ["shard-00000", "shard-00001"]
+    monkeypatch.setattr(ArtifactWriter, "put", plain)
+    loaded: list[str] = []
+    read = Source.read_all
+    monkeypatch.setattr(Source, "read_all", lambda self, some, limits: loaded.extend(some) or read(self, some, limits))
+    assert pack(folder, tmp_path / "store").ref == whole.ref
+    assert len(loaded) == 2
+    assert tree(tmp_path / "store") == tree(tmp_path / "whole")
+
+
+def test_a_shard_is_closed_before_it_grows_too_large(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = max(path.stat().st_size for path in folder.rglob("*.png"))
+    monkeypatch.setattr(shards, "SHARD_BYTES", 3 * size)
+    artifact = pack(folder, tmp_path / "store", per_shard=100)
+    sizes = read_index(artifact).group_by("shard").agg(pl.col("bytes").sum(), pl.len())
+    assert sizes["bytes"].max() <= 3 * size and sizes["len"].max() == 3
 
 
 def big_png(width: int, height: int) -> bytes:
@@ -167,6 +248,38 @@ def test_what_cannot_be_used_is_quarantined_with_its_bytes(folder: Path, tmp_pat
     assert again.ref == artifact.ref
 
 
+def test_what_was_refused_comes_back_when_the_limits_are_raised(folder: Path, tmp_path: Path) -> None:
+    (folder / "large.png").write_bytes(picture(300, (40, 30)))
+    (folder / "line.png").write_bytes(picture(301, (600, 2)))
+    (folder / "cut.png").write_bytes(HOSTILE["cut.png"][0])
+    before = pack(folder, tmp_path / "store", max_pixels=100)
+    assert before.counts["quarantined"] == 3
+    after = pack(folder, tmp_path / "store", max_pixels=10_000)
+    assert sorted(read_index(after)["path"]) == sorted([*read_index(before)["path"], "large.png"])
+    assert {row["path"]: row["reason"] for row in read_quarantine(after).iter_rows(named=True)} == {
+        "cut.png": "corrupt", "line.png": "too_narrow",
+    }  # fmt: skip
+    assert (after.counts["quarantined"], after.counts["shards"]) == (2, before.counts["shards"] + 1)
+    for name in before.names(".tar"):
+        assert after.files[name] == before.files[name]
+    assert pack(folder, tmp_path / "store", max_pixels=10_000).ref == after.ref
+
+
+def test_quarantine_can_be_replayed_without_the_source(folder: Path, tmp_path: Path) -> None:
+    (folder / "large.png").write_bytes(picture(300, (40, 30)))
+    (folder / "gone.png").write_bytes(picture(301, (40, 30)))
+    pack(folder, tmp_path / "store", max_pixels=100)
+    (folder / "gone.png").unlink()
+    before = pack(folder, tmp_path / "store", max_pixels=100)
+    shutil.rmtree(folder)
+    store = ArtifactStore(ObjectStore(str(tmp_path / "store")))
+    writer = store.writer("d", "shard", 1, {**before.inputs, "max_pixels": 10_000})
+    after = writer.finish(retry_quarantined(writer, before, Packing(4, ImageLimits(max_pixels=10_000))))
+    assert sorted(read_index(after)["path"]) == sorted([*read_index(before)["path"], "large.png"])
+    assert read_quarantine(after).height == 0
+    assert after.counts["quarantined"] == 0 and after.counts["removed"] == before.counts["removed"] == 1
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "I;16", "CMYK", "1"])
 def test_every_common_mode_is_accepted(mode: str) -> None:
     kind = {"CMYK": "JPEG", "I;16": "PNG"}.get(mode, "PNG")
@@ -186,36 +299,59 @@ def test_an_empty_or_missing_source_is_said(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("x")
     with pytest.raises(DataError, match=r"holds no image \(1 other files\)"):
-        Source([str(tmp_path / "empty")]).scan()
+        list(Source([str(tmp_path / "empty")]).scan())
     with pytest.raises(DataError, match="does not exist"):
-        Source([str(tmp_path / "none")]).scan()
+        list(Source([str(tmp_path / "none")]).scan())
 
 
 def test_odd_names_survive(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
-    names = ["späße & <b>.png", "\u202etxt.png", "a b\tc.PNG", "日本.png"]
+    names = {
+        "späße & <b>.png": "späße & <b>.png",
+        "日本.png": "日本.png",
+        "\u202etxt.png": r"\u202etxt.png",
+        "a b\tc.PNG": r"a b\x09c.PNG",
+        r"a b\x09c.PNG": r"a b\\x09c.PNG",
+        "\x1b[2J\n.png": r"\x1b[2J\x0a.png",
+        'a "quoted" name.png': 'a "quoted" name.png',
+        os.fsdecode(b"\xff\xfe.png"): r"\xff\xfe.png",
+    }
     for number, name in enumerate(names):
         (folder / name).write_bytes(picture(number))
-    (Path(os.fsdecode(os.fsencode(folder) + b"/\xff\xfe.png"))).write_bytes(picture(50))
     (folder / "._mac.png").write_bytes(b"resource fork")
     artifact = pack(folder, tmp_path / "store")
-    assert sorted(read_index(artifact)["path"]) == sorted([*names, "\\xff\\xfe.png"])
+    index = read_index(artifact)
+    with tarfile.open(fileobj=io.BytesIO(artifact.read("shard-00000.tar"))) as tar:
+        for row in index.filter(pl.col("shard") == "shard-00000").iter_rows(named=True):
+            told = {name: row[name] for name in ("key", "path", "sha256", "width", "height")}
+            assert tar.extractfile(f"{row['key']}.json").read() == canonical_json(told)  # type: ignore[union-attr]
+    records = {record.path: record.data for record in read_records(artifact, index)}
+    assert records == {shown: picture(number) for number, shown in enumerate(names.values())}
 
 
 def test_only_what_changed_is_read_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = ObjectStore(str(tmp_path / "store"))
     source = Source([str(folder)])
-    first = source.digest(source.scan(), StatCache(store, "stat"))
+    first = contents(store, source)
     read: list[str] = []
-    plain = Source.read
-    monkeypatch.setattr(Source, "read", lambda self, entry: read.append(entry.path) or plain(self, entry))
+    plain = Source.read_all
+
+    def watched(self: Source, entries: Sequence[Entry], limits: ImageLimits) -> list[bytes | ImageRejected]:
+        read.extend(entry.path for entry in entries)
+        return plain(self, entries, limits)
+
+    monkeypatch.setattr(Source, "read_all", watched)
     (folder / "0.png").touch()
-    assert source.digest(source.scan(), StatCache(store, "stat")) != []
+    assert contents(store, source) == first
     assert read == ["0.png"]
-    assert [image.key for image in source.digest(source.scan(), StatCache(store, "stat"))] == [
-        image.key for image in first
-    ]
+    assert contents(store, source) == first
+    assert read == ["0.png"]
+
+
+def contents(store: ObjectStore, source: Source) -> list[tuple[str, ...]]:
+    with StatCache(store, "stat").digested(source, ImageLimits()) as images:
+        return images.database.execute("SELECT path, sha256, key FROM image").fetchall()
 
 
 def test_several_sources_keep_their_paths_apart(folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,285 @@
+"""What the commands print. Names and texts come from outside: nothing in them is markup or reaches the terminal raw."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+from rich.text import Text
+
+from flows.plan import Planned
+from storage.artifacts import Artifact
+from storage.upkeep import Loose
+from tasks.history import History
+from tasks.lineage import Guess, Lineage, newest_artifacts
+from tasks.stage import StageResult
+
+_PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
+_PIPE = 160
+"""Columns of a table that nobody's window bounds."""
+console = Console(width=None if sys.stdout.isatty() else _PIPE, **_PLAIN)
+failures = Console(stderr=True, width=None if sys.stderr.isatty() else _PIPE, **_PLAIN)
+
+
+def printable(text: str, keep: str = "") -> str:
+    """A text whose control, direction and surrogate characters are written as escapes."""
+    return "".join(
+        each if each.isprintable() or each in keep else each.encode("unicode_escape", "surrogatepass").decode()
+        for each in text
+    )
+
+
+def log_to_terminal() -> None:
+    """Our own progress, and everybody's warnings, on standard error."""
+
+    class Printable(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return printable(super().format(record), keep="\n")
+
+    handler = RichHandler(console=failures, show_path=False)
+    handler.setFormatter(Printable("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("latteflow").setLevel(logging.INFO)
+
+
+def fail(message: str) -> None:
+    """A mistake of the user's or the world's, in one message."""
+    failures.print(f"error: {printable(message, keep=chr(10))}", style="red")
+
+
+def results(found: Iterable[StageResult]) -> Table:
+    """What became of each stage of a run."""
+    table = _table("stage", "", "seconds>", "artifact", "counts")
+    for each in found:
+        state = Text("cached", "green") if each.cached else "done"
+        table.add_row(each.label, state, f"{each.seconds:.1f}", each.ref.fingerprint[:12], _counts(each.counts))
+    return table
+
+
+def scores(metrics: Mapping[str, Any]) -> Table | str:
+    """The accuracies of a run; what can be said without labels, if there are none."""
+    if not metrics["n_test"]:
+        free = metrics["label_free"]
+        return f"no labels: {1 - free['agreement']:.1%} of the images changed class; accuracy is unknown"
+    table = _table(f"on {metrics['n_test']} test images", "top-1>", "95 % interval>", "gain over the better zero-shot>")
+    for name, score in {**metrics["zero_shot"]["methods"], **metrics["methods"]}.items():
+        gain = ""
+        if "gain" in score:
+            low, high = score["gain_interval"]
+            gain = f"{100 * score['gain']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        low, high = score["interval"]
+        table.add_row(name.replace("_", " "), f"{100 * score['top1']:.1f}", f"{100 * low:.1f} - {100 * high:.1f}", gain)
+    return table
+
+
+def plan(planned: Sequence[Planned]) -> Table:
+    """What a run would do, and why."""
+    table = _table("stage", "", "to make>", "time>", "why")
+    for each in planned:
+        if not each.reasons:
+            table.add_row(each.label, Text("cached", "green"), "", "", "")
+            continue
+        unit = each.unit.removesuffix("s") if each.work == 1 else each.unit
+        work = f"{'up to ' if each.at_most else ''}{each.work} {unit}"
+        table.add_row(
+            each.label,
+            Text("will run", "yellow"),
+            work,
+            duration(each.seconds),
+            Text("\n".join(map(printable, each.reasons))),
+        )
+    return table
+
+
+def totals(planned: Sequence[Planned]) -> str:
+    """Images, texts, tokens and time of a plan in a few lines."""
+    lines = []
+    for each in planned:
+        if each.label.startswith("shard "):
+            split, images = each.label.removeprefix("shard "), each.images
+            lines.append(f"{split} images: {images.new} new, {images.kept} kept, {images.removed} removed")
+    running = [each for each in planned if each.reasons]
+    if not running:
+        return "\n".join([*lines, "nothing to do"])
+    texts = [each for each in running if each.unit == "texts"]
+    bound = "up to " if any(each.at_most for each in texts) else ""
+    tokens = [each.tokens for each in texts]
+    known = "unknown" if None in tokens else f"about {sum(filter(None, tokens)):,}" if any(tokens) else "none"
+    lines.append(f"texts to write: {bound}{sum(each.work for each in texts)}, tokens: {known}")
+    unknown = [each.label for each in running if each.seconds is None]
+    seconds = sum(each.seconds or 0.0 for each in running)
+    without = f", not counting {', '.join(unknown)} (never timed)" if unknown else ""
+    lines.append("time: unknown" if len(unknown) == len(running) else f"time: about {duration(seconds)}{without}")
+    return "\n".join(lines)
+
+
+def artifacts(history: History) -> Table:
+    """All artifacts of a domain, those of the newest run marked."""
+    current = {artifact.fingerprint for artifact in newest_artifacts(history).values()}
+    table = _table("stage", "artifact", "", "made", "size>", "counts")
+    for stage in history.inventory.stages:
+        for made in history.inventory.made(stage):
+            each = made.artifact
+            mark = Text("current", "green") if each.fingerprint in current else ""
+            table.add_row(
+                history.label(each), each.fingerprint[:12], mark, moment(made.modified),
+                size(sum(file.bytes for _, file in each.files.values())), _counts(each.counts),
+            )  # fmt: skip
+    return table
+
+
+def artifact(history: History, found: Artifact) -> Table:
+    """What an artifact was made from, in words."""
+    table = _pairs()
+    table.add_row("artifact", f"{history.label(found)} {found.fingerprint}")
+    made = next(each for each in history.inventory.made(found.stage) if each.artifact.fingerprint == found.fingerprint)
+    table.add_row("made", f"{moment(made.modified)}, by version {found.manifest['version']} of the stage")
+    table.add_row("counts", _counts(found.counts))
+    table.add_row("made from", "")
+    for name, value in sorted(_flat(history.in_words(found.inputs))):
+        table.add_row(f"  {printable(name)}", printable(value))
+    table.add_row("files", "")
+    for kind, (number, total) in sorted(_files(found).items()):
+        table.add_row(f"  {printable(kind)}", f"{number}, {size(total)}")
+    table.add_row("libraries", ", ".join(f"{name} {version}" for name, version in found.manifest["versions"].items()))
+    return table
+
+
+def difference(history: History, old: Artifact, new: Artifact) -> str:
+    """Why two artifacts of a stage are not the same, in words."""
+    names = [f"{history.label(each)} {each.fingerprint[:12]}" for each in (old, new)]
+    lines = history.difference(old.inputs, new.inputs)
+    versions = [each.manifest["version"] for each in (old, new)]
+    if versions[0] != versions[1]:
+        lines.insert(0, f"code of the stage: version {versions[0]} -> {versions[1]}")
+    same = "their content is the same" if old.ref.digest == new.ref.digest else "their content differs"
+    return "\n".join([f"{names[0]} -> {names[1]}; {same}", *(f"  {printable(line)}" for line in lines)])
+
+
+def lineage(found: Lineage) -> Table:
+    """An image, followed through a run."""
+    table = _pairs()
+    table.add_row("image", printable(found.path))
+    table.add_row("content", f"sha256 {found.sha256}")
+    if found.refused:
+        table.add_row("quarantined", printable(found.refused))
+        return table
+    table.add_row("key", found.key + (" (no longer in the source)" if found.removed else ""))
+    table.add_row(
+        "shard",
+        _from(
+            found,
+            f"{found.shard} of {found.split}, {found.width} x {found.height}, {size(found.bytes)}",
+            f"shard {found.split}",
+        ),
+    )
+    if found.duplicate_of:
+        table.add_row("duplicate of", found.duplicate_of)
+    table.add_row("pseudo-label", _from(found, _guesses(found.pseudo_labels), f"embed {found.split}"))
+    for said in found.texts:
+        flags = f" [{', '.join(said.flags)}]" if said.flags else ""
+        text = f"{printable(said.text + flags)}, by {printable(said.by)}"
+        table.add_row(f"text, {said.kind}", _from(found, text, "describe" if said.kind == "image" else "group"))
+    if "tune" in found.artifacts:
+        table.add_row("model", f"tune {found.artifacts['tune'][:12]}")
+    for guess in found.predictions:
+        table.add_row("prediction", _from(found, f"{_guesses([guess])} by {guess.by.replace('_', ' ')}", "evaluate"))
+    if not found.predictions and "evaluate" in found.artifacts:
+        table.add_row("prediction", "none: only the images of `evaluation: source` were evaluated")
+    if found.truth is not None:
+        table.add_row("label", printable(found.truth))
+    return table
+
+
+def loose(found: Sequence[Loose]) -> Table:
+    """What `gc` would take, by domain, stage and kind."""
+    table = _table("domain", "stage", "kind", "objects>", "size>")
+    counts: Counter[tuple[str, str, str]] = Counter()
+    sizes: Counter[tuple[str, str, str]] = Counter()
+    for each in found:
+        domain, stage, *_ = each.key.split("/")
+        counts[domain, stage, each.kind] += 1
+        sizes[domain, stage, each.kind] += each.bytes
+    for place, number in sorted(counts.items()):
+        domain, stage, kind = place
+        table.add_row(printable(domain), printable(stage), kind, str(number), size(sizes[place]))
+    return table
+
+
+def size(number: float) -> str:
+    """Bytes for people: 1.5 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds for people: 4 min."""
+    if seconds is None:
+        return "unknown"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def moment(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
+
+
+def _table(*columns: str) -> Table:
+    """Columns by title; one that ends in > stands to the right."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        right = column.endswith(">")
+        table.add_column(column.removesuffix(">"), justify="right" if right else "left", overflow="fold", no_wrap=right)
+    return table
+
+
+def _pairs() -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} {name}" for name, number in counts.items() if number)
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    for name, each in value.items():
+        if isinstance(each, Mapping):
+            yield from _flat(each, f"{prefix}{name}.")
+        else:
+            text = each if isinstance(each, str) else json.dumps(each, ensure_ascii=False)
+            yield f"{prefix}{name}", text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def _files(found: Artifact) -> dict[str, tuple[int, int]]:
+    kinds: dict[str, tuple[int, int]] = {}
+    for name, (_, file) in found.files.items():
+        kind = f"*.{name.partition('.')[2]}" if name.startswith(("shard-", "seed-")) else name
+        number, total = kinds.get(kind, (0, 0))
+        kinds[kind] = number + 1, total + file.bytes
+    return kinds
+
+
+def _guesses(guesses: Sequence[Guess]) -> str:
+    return ", ".join(
+        printable(each.name) + (f" {each.probability:.2f}" if each.probability is not None else "") for each in guesses
+    )
+
+
+def _from(found: Lineage, text: str, label: str) -> str:
+    return f"{text} ({label} {found.artifacts[label][:12]})" if label in found.artifacts else text

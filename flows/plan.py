@@ -1,0 +1,178 @@
+"""plan: what a run would do and why, without doing it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import polars as pl
+
+from flows.pipeline import Step, graph
+from storage.artifacts import Artifact
+from storage.captions import CaptionStore, caption_key, describer_id
+from storage.errors import NotFound
+from storage.shards import read_index
+from storage.tables import read_parquet
+from tasks.changes import Images, image_changes
+from tasks.domain import Domain
+from tasks.history import History
+from tasks.stage import NotMade, StageResult, open_store, rules
+
+# The inputs of a stage whose change makes all of its work anew; any other change leaves the parts of old images.
+_REMAKES = {"embed": {"clip"}, "describe": {"describer"}, "group": {"describer", "size"}}
+_UNITS = {"describe": "texts", "group": "texts", "tune": "models", "report": "run"}
+_NO_LANGUAGE_MODEL = ("tags", "sidecar")
+_SAMPLE = 8
+"""Files of the newest artifact that tell how many tokens a text has."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What would become of one stage.
+
+    Attributes:
+        reasons: why it would run; empty where its artifact is there.
+        behind: the stages before it that would run.
+        result: its artifact; where it would run, the newest one, if there is any.
+        images: of the split that the stage is about.
+        unit: what the stage makes: images, texts, models, or one run.
+        work: how many of them are to be made.
+        at_most: ``work`` is a bound: what is to be made depends on a stage that would run before.
+        tokens, seconds: estimates from earlier runs; None where there are none.
+    """
+
+    label: str
+    reasons: tuple[str, ...]
+    behind: tuple[str, ...]
+    result: StageResult | None
+    images: Images
+    unit: str
+    work: int = 0
+    at_most: bool = False
+    tokens: int | None = 0
+    seconds: float | None = 0.0
+
+    @property
+    def only_behind(self) -> bool:
+        """It would run for no reason but that its input changes."""
+        return bool(self.behind) and len(self.reasons) == 1 and self.result is not None
+
+
+def plan(domain: Domain) -> list[Planned]:
+    """Every stage of a run, in order. Looks at the source and at what earlier runs left; loads no model.
+
+    Raises:
+        DataError: the source is missing or empty.
+    """
+    planner = _Planner(domain)
+    return [planner.plan(step) for step in graph(domain)]
+
+
+class _Planner:
+    def __init__(self, domain: Domain) -> None:
+        self._domain = domain
+        self._store = open_store(domain)
+        self._history = History(self._store, domain.name)
+        self._planned: dict[Step, Planned] = {}
+
+    def plan(self, step: Step) -> Planned:
+        before = [self._planned[each] for each in step.feeders]
+        behind = tuple(each.label for each in before if each.reasons)
+        found, missing = self._ask(step) if all(each.result for each in before) else (None, None)
+        unit = _UNITS.get(step.name, "images")
+        if found is not None and not behind:
+            images = before[0].images if before else Images(0, found.counts["images"], 0)
+            planned = Planned(step.label, (), (), found, images, unit)
+        else:
+            made = self._history.newest(step.name, step.split)
+            old = made.artifact if made else None
+            images = before[0].images if before else image_changes(self._store, self._domain, step.split)
+            reasons = self._reasons(step, missing, old, behind, images)
+            stand_in = StageResult(old.ref, step.label, True, 0.0, old.counts) if old else None
+            planned = Planned(step.label, reasons, behind, stand_in, images, unit)
+            planned = self._estimated(step, planned, missing, old)
+        self._planned[step] = planned
+        return planned
+
+    def _ask(self, step: Step) -> tuple[StageResult | None, NotMade | None]:
+        """The artifact from what the stages before it came to, or what it would be made from.
+
+        Where a stage before it would run, its newest artifact stands in: what differs then is this stage's own doing.
+        """
+        try:
+            with rules(make=False):
+                return step.call(self._domain, self._result), None
+        except NotMade as missing:
+            return None, missing
+        except NotFound:
+            return None, None  # what stood in is gone by now
+
+    def _result(self, step: Step) -> StageResult:
+        found = self._planned[step].result
+        assert found is not None
+        return found
+
+    def _reasons(
+        self, step: Step, missing: NotMade | None, old: Artifact | None, behind: tuple[str, ...], images: Images
+    ) -> tuple[str, ...]:
+        if old is None:
+            return ("not made yet",)
+        reasons = [f"input changes: {', '.join(behind)}"] if behind else []
+        changes = {"new": images.new, "removed": images.removed} if not step.feeders else {}
+        if any(changes.values()):
+            reasons.append(f"images: {', '.join(f'{number} {word}' for word, number in changes.items() if number)}")
+        if missing is not None:
+            reasons += self._history.why(missing, step.split, told={"images"} if any(changes.values()) else set())
+        return tuple(reasons)
+
+    def _estimated(self, step: Step, planned: Planned, missing: NotMade | None, old: Artifact | None) -> Planned:
+        anew = old is None or (missing is not None and bool(missing.changes(old) & _REMAKES.get(step.name, set())))
+        everything = planned.images.new + planned.images.kept
+        at_most = False
+        if step.name in ("describe", "group"):
+            work, at_most = self._texts(step, planned, missing, old, anew=anew)
+        elif step.name == "tune":
+            kept = set(old.inputs["seeds"]) if old and missing and missing.changes(old) == {"seeds"} else set()
+            work = len(set(self._domain.seeds) - kept)
+        elif step.name == "report":
+            work = 1
+        else:
+            work = everything if anew or step.name == "evaluate" else planned.images.new
+        rate = self._history.seconds_per(step.name, planned.unit)
+        return replace(
+            planned,
+            work=work,
+            at_most=at_most,
+            tokens=self._tokens(work, old) if planned.unit == "texts" else 0,
+            seconds=None if rate is None else rate * work,
+        )
+
+    def _texts(
+        self, step: Step, planned: Planned, missing: NotMade | None, old: Artifact | None, *, anew: bool
+    ) -> tuple[int, bool]:
+        """Texts that no describer has written yet, and whether that is a bound."""
+        images, embedded = (self._planned[each] for each in step.feeders[:2])
+        everything = planned.images.new + planned.images.kept
+        # Tags are relative to the mean feature, so all of them change with the features.
+        shifted = self._domain.describer.kind == "tags" and bool(embedded.reasons)
+        if step.name == "group":
+            touched = self._domain.group.size * (planned.images.new + planned.images.removed)
+            some = embedded.only_behind and not anew and not shifted
+            return min(everything, touched) if some else everything, True
+        contents = set(planned.images.contents)
+        if not contents and images.result:
+            contents = set(read_index(self._store.open(images.result.ref))["sha256"])
+        inputs = missing.inputs if missing else old.inputs if old else None
+        if inputs is None or shifted:
+            return len(contents), not shifted
+        who = describer_id({"kind": "image", **inputs["describer"]})
+        keys = {caption_key(who, [content]) for content in contents}
+        return len(keys - CaptionStore(self._store.objects).known(who, keys)), False
+
+    def _tokens(self, texts: int, old: Artifact | None) -> int | None:
+        if self._domain.describer.kind in _NO_LANGUAGE_MODEL:
+            return 0
+        if old is None:
+            return None
+        tables = [read_parquet(old.read(name)) for name in old.names(".parquet")[:_SAMPLE]]
+        mean = pl.concat(tables).select(pl.col("prompt_tokens") + pl.col("output_tokens")).to_series().mean()
+        return None if mean is None else round(texts * float(mean))  # type: ignore[arg-type]

@@ -1,0 +1,63 @@
+"""gc and verify over the domains that somebody named: by domain file, or all of a store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flows.pipeline import repaired
+from flows.plan import plan
+from storage.artifacts import Artifact, ArtifactStore
+from storage.errors import DataError
+from storage.inventory import domains
+from storage.objects import ObjectStore
+from storage.upkeep import Loose, garbage
+from tasks.domain import ConfigError, Domain
+from tasks.history import History
+from tasks.stage import open_store
+
+
+def histories(files: Sequence[Domain], url: str | None) -> list[History]:
+    """Each domain that is meant, once.
+
+    Raises:
+        ConfigError: neither domain files nor a store were given, or both.
+        DataError: the store is empty.
+    """
+    if bool(files) == bool(url):
+        raise ConfigError("give domain files, or --store URL for all domains of a store")
+    if url:
+        store = ArtifactStore(ObjectStore(url))
+        found = [History(store, name) for name in domains(store.objects)]
+        if not found:
+            raise DataError(f"store {url!r} holds nothing; check the path")
+        return found
+    distinct = {(each.store, each.name): each for each in files}
+    return [History(open_store(each), each.name) for each in distinct.values()]
+
+
+def stores(found: Sequence[History]) -> list[ArtifactStore]:
+    """The stores of some domains, each once."""
+    return list({each.store.objects.url: each.store for each in found}.values())
+
+
+def loose(history: History, files: Sequence[Domain], older_than: float) -> list[Loose] | str:
+    """What nothing needs of a domain, in the order in which to delete it; or why all of it is left alone.
+
+    Args:
+        files: domain files whose current artifacts are kept, beside those of the newest complete run.
+        older_than: seconds; younger objects stay.
+    """
+    running = history.inventory.under_way(older_than)
+    if running:
+        return f"{', '.join(running)} is under way"
+    newest = history.newest_run()
+    if not newest:
+        return "it has no complete run yet"
+    own = [each for each in files if (each.store, each.name) == (history.store.objects.url, history.domain)]
+    return garbage(history.inventory, [*newest.values(), *(a for each in own for a in _current(each))], older_than)
+
+
+def _current(domain: Domain) -> list[Artifact]:
+    """What a run of the domain file would take from the store now."""
+    store = open_store(domain)
+    return [store.open(each.result.ref) for each in repaired(plan, domain) if each.result and not each.reasons]

@@ -1,0 +1,151 @@
+"""What a store holds, from one listing of a domain: artifacts by age, what they were made of, and what is nobody's."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from storage.artifacts import FORMAT, Artifact, ArtifactStore
+from storage.errors import Damaged, NotFound, StorageError
+from storage.objects import ObjectStore
+
+log = logging.getLogger("latteflow.storage")
+CAPTIONS = "captions"
+"""The one folder of a store that is not a domain."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Size of an object in bytes, and when it was written, in seconds since 1970 by the store's clock."""
+
+    bytes: int
+    modified: float
+
+
+@dataclass(frozen=True)
+class Made:
+    """An artifact and when its manifest was written."""
+
+    artifact: Artifact
+    modified: float
+
+
+def domains(objects: ObjectStore) -> list[str]:
+    """The domains that have something in this store."""
+    return [name for name in objects.names("") if name != CAPTIONS]
+
+
+class Inventory:
+    """One domain of a store, as it was when this object was made."""
+
+    def __init__(self, store: ArtifactStore, domain: str) -> None:
+        self.store, self.domain = store, domain
+        self.objects = listing(store.objects, domain)
+        self._manifests: dict[str, list[tuple[float, str]]] = defaultdict(list)
+        self._read: dict[str, Artifact | None] = {}
+        for key, stored in self.objects.items():
+            match key.split("/"):
+                case [_, stage, folder, "manifest.json"] if len(folder) == 64:
+                    self._manifests[stage].append((-stored.modified, key))
+
+    @property
+    def stages(self) -> list[str]:
+        """Stages with at least one manifest."""
+        return sorted(self._manifests)
+
+    def made(self, stage: str) -> Iterator[Made]:
+        """The complete artifacts of a stage, newest first; each is read when it is asked for."""
+        for age, key in sorted(self._manifests.get(stage, [])):
+            if key not in self._read:
+                self._read[key] = self._load(key)
+            artifact = self._read[key]
+            if artifact is not None:
+                yield Made(artifact, -age)
+
+    def all(self) -> list[Made]:
+        """The complete artifacts of all stages."""
+        return [made for stage in self.stages for made in self.made(stage)]
+
+    def reachable(self, roots: Iterable[Artifact]) -> list[Artifact]:
+        """Artifacts, and all that they were made from, as far as it is still there."""
+        by_digest: dict[str, list[Artifact]] = defaultdict(list)
+        for made in self.all():
+            by_digest[made.artifact.ref.digest].append(made.artifact)
+        found: dict[tuple[str, str], Artifact] = {}
+        open_ = list(roots)
+        while open_:
+            artifact = open_.pop()
+            if (artifact.stage, artifact.fingerprint) not in found:
+                found[artifact.stage, artifact.fingerprint] = artifact
+                open_ += [each for digest in digests(artifact.inputs) for each in by_digest.get(digest, [])]
+        return list(found.values())
+
+    def under_way(self, younger_than: float, now: float | None = None) -> list[str]:
+        """Stages that were begun, not ended, and wrote something less than so many seconds ago."""
+        limit = (time.time() if now is None else now) - younger_than
+        begun = {key.split("/")[1] for key in self.objects if key.endswith("/running.json")}
+        alive = {key.split("/")[1] for key, stored in self.objects.items() if stored.modified > limit}
+        return sorted(begun & alive)
+
+    def _load(self, key: str) -> Artifact | None:
+        """The artifact of a manifest; None, with a warning, if it cannot be used."""
+        address, base = self.store.objects.address(key), "/".join(key.split("/")[:2])
+        try:
+            manifest = self.store.read_record(base, key)
+            if manifest["format"] > FORMAT:
+                raise StorageError(f"{address} was written by a newer latteflow: upgrade to read it")
+            artifact = Artifact(self.store, manifest)
+        except NotFound:
+            return None
+        except (Damaged, ValueError, KeyError, TypeError) as error:
+            log.warning("%s cannot be used: %s", address, error)
+            return None
+        nothing = Stored(-1, 0.0)
+        whole = all(
+            self.objects.get(f"{base}/data/{file.object}", nothing).bytes == file.bytes
+            for _, file in artifact.files.values()
+        )
+        return artifact if whole else None
+
+
+def digests(value: Any) -> Iterator[str]:
+    """Every sha256 that is a value somewhere inside the inputs of an artifact."""
+    if isinstance(value, str):
+        if len(value) == 64:
+            yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from digests(each)
+    elif isinstance(value, Collection):
+        for each in value:
+            yield from digests(each)
+
+
+def listing(objects: ObjectStore, prefix: str) -> dict[str, Stored]:
+    """Size and time of every object below ``prefix``, in one listing, with what killed processes were writing."""
+    try:
+        found = objects._do("list", prefix, lambda: objects._fs.find(objects.path(prefix), detail=True))
+    except NotFound:
+        return {}
+    skip = len(objects.path(""))
+    return {
+        objects._strip(path)[skip:]: Stored(int(info["size"] or 0), _modified(info)) for path, info in found.items()
+    }
+
+
+def _modified(info: Mapping[str, Any]) -> float:
+    """Each file system of fsspec has its own name for the time of the last write."""
+    for name in ("mtime", "LastModified", "last_modified", "updated", "created"):
+        found = info.get(name)
+        if isinstance(found, datetime):
+            return found.timestamp()
+        if isinstance(found, int | float):
+            return float(found)
+        if isinstance(found, str):
+            return datetime.fromisoformat(found).timestamp()
+    return time.time()  # unknown: never old enough to be deleted

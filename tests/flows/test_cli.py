@@ -1,0 +1,457 @@
+"""The program as people use it: commands, options, exit codes, and what a mistake prints."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from conftest import draw, draw_folder
+from flows.cli import entry
+from flows.pipeline import STAGES
+from storage.captions import CaptionStore
+from storage.errors import StorageError
+from tasks.domain import Domain
+from tasks.stage import open_store
+
+HOSTILE = "[red]x[/red]\x1b[31m\u202e\n.png"
+LABELS = [
+    "shard train", "shard test", "embed train", "embed test", "describe", "group", "tune", "evaluate", "report",
+]  # fmt: skip
+
+Latteflow = Callable[..., tuple[int, str, str]]
+"""Arguments -> exit code, standard output, standard error."""
+
+
+def call(*arguments: object) -> int:
+    before, sys.argv = sys.argv, ["latteflow", *map(str, arguments)]
+    try:
+        entry()
+    except SystemExit as done:
+        return int(done.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Path:
+    """The folder of a domain that was run once."""
+    folder = tmp_path_factory.mktemp("made")
+    train, test = draw_folder(folder / "train", 24), draw_folder(folder / "test", 12, first=100)
+    hostile = folder / "train" / HOSTILE
+    hostile.parent.mkdir()
+    draw(300, "red").save(hostile)
+    (folder / "train" / "bad[b]\x1b.png").write_text("no picture")
+    (folder / "labels.csv").write_text("path,class\n" + "".join(f"test/{path},{name}\n" for path, name in test.items()))
+    texts = "".join(f"train/{path},a [bold]{name}[/bold] \x1b[1mshape {path[:3]}\n" for path, name in train.items())
+    (folder / "texts.csv").write_text("path,text\n" + texts)
+    (folder / "domain.yaml").write_text(
+        f"""\
+name: shapes
+source: train
+classes: [red, green, blue]
+templates: ["a {{}} shape."]
+evaluation: {{source: test, labels: labels.csv}}
+clip: {{model: {tiny_clip}, resize: pad}}
+describer: {{kind: sidecar, texts: texts.csv}}
+latteclip: {{epochs: 2, batch_size: 8}}
+seeds: [0, 1]
+shard: {{images: 10}}
+store: store
+output: runs
+"""
+    )
+    assert call("run", folder / "domain.yaml") == 0
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of it to work on, and the working folder."""
+    copy = tmp_path / "domain"
+    shutil.copytree(made, copy)
+    monkeypatch.chdir(copy)
+    yield copy
+
+
+@pytest.fixture
+def latteflow(folder: Path, capsys: pytest.CaptureFixture[str]) -> Latteflow:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = call(*arguments)
+        said = capsys.readouterr()
+        for stream in said:
+            assert "\x1b" not in stream and "\u202e" not in stream
+        return code, said.out, said.err
+
+    return run
+
+
+def edit(folder: Path, old: str, new: str) -> None:
+    text = (folder / "domain.yaml").read_text()
+    assert old in text
+    (folder / "domain.yaml").write_text(text.replace(old, new))
+
+
+def states(said: str) -> dict[str, str]:
+    """Label of a stage -> cached, done or will run, as the tables of `run` and `plan` say."""
+    found = re.findall(rf"^({'|'.join(LABELS)}) +(cached|done|will run)", said, re.MULTILINE)
+    return dict(found)
+
+
+def tree(folder: Path) -> set[str]:
+    """Every object of the store but those that nobody trusts."""
+    paths = {str(path.relative_to(folder)) for path in (folder / "store").rglob("*") if path.is_file()}
+    return {path for path in paths if "stat-" not in path}
+
+
+def test_a_second_run_is_cached_and_says_the_same(latteflow: Latteflow) -> None:
+    code, said, _ = latteflow("run", "domain.yaml")
+    assert code == 0
+    assert states(said) == dict.fromkeys(LABELS, "cached")
+    assert "on 12 test images" in said and "runs/shapes/report.html" in said
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_a_cached_command_loads_neither_torch_nor_prefect(folder: Path, command: str) -> None:
+    code = "import sys; from flows.cli import app; app(standalone_mode=False); print(sorted(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, command, "domain.yaml"], capture_output=True, text=True, check=True, timeout=120
+    )
+    loaded = done.stdout.splitlines()[-1]
+    assert "'flows.cli'" in loaded
+    for heavy in ("torch", "prefect", "open_clip", "transformers", "altair"):
+        assert f"'{heavy}'" not in loaded
+
+
+def test_plan_says_what_a_run_then_does(latteflow: Latteflow, folder: Path) -> None:
+    draw(500, "red").save(folder / "train" / "new.png")
+    (folder / "train" / "003.png").unlink()
+    before = tree(folder)
+    code, said, _ = latteflow("plan", "domain.yaml")
+    assert code == 0 and tree(folder) == before
+    planned = states(said)
+    assert planned == {label: "cached" if label in ("shard test", "embed test") else "will run" for label in LABELS}
+    assert "images: 1 new, 1 removed" in said
+    assert "train images: 1 new, 24 kept, 1 removed" in said
+    assert re.search(r"^describe +will run +1 text +\d+\.\d s +input changes: shard train, embed train", said, re.M)
+    assert re.search(r"^group +will run +up to 8 texts", said, re.M)
+    assert "texts to write: up to 9, tokens: none" in said and "time: about" in said
+    _, did, _ = latteflow("run", "domain.yaml")
+    assert {label for label, state in states(did).items() if state == "done"} == {
+        label for label, state in planned.items() if state == "will run"
+    }
+    assert states(latteflow("plan", "domain.yaml")[1]) == dict.fromkeys(LABELS, "cached")
+
+
+def test_plan_of_a_domain_that_was_never_run(latteflow: Latteflow, folder: Path) -> None:
+    edit(folder, "store: store", "store: elsewhere")
+    code, said, _ = latteflow("plan", "domain.yaml")
+    assert code == 0 and states(said) == dict.fromkeys(LABELS, "will run")
+    assert said.count("not made yet") == len(LABELS)
+    assert "time: unknown" in said
+    assert {path.name for path in (folder / "elsewhere" / "shapes").iterdir()} == {"shard"}  # the stat cache
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "running", "why"),
+    [
+        ("epochs: 2", "epochs: 3", {"tune", "evaluate", "report"}, "latteclip.epochs: 2 -> 3"),
+        ("seeds: [0, 1]", "seeds: [0, 1, 7]", {"tune", "evaluate", "report"}, "seeds: added 7"),
+        ("labels.csv", "other.csv", {"evaluate", "report"}, "labels: "),
+        ("texts.csv", "other.csv", {"describe", "group", "tune", "evaluate", "report"}, "describer.revision: "),
+        ("a {} shape", "a {} thing", {*LABELS} - {"shard train", "shard test"}, 'prompts: added 3 of 3: ["a red'),
+    ],
+)  # fmt: skip
+def test_plan_says_why(latteflow: Latteflow, folder: Path, old: str, new: str, running: set[str], why: str) -> None:
+    (folder / "other.csv").write_text((folder / old).read_text() + "x.png,red\n" if old.endswith("csv") else "")
+    edit(folder, old, new)
+    _, said, _ = latteflow("plan", "domain.yaml")
+    assert {label for label, state in states(said).items() if state == "will run"} == running
+    assert why in said
+
+
+def test_plan_counts_models_and_texts_that_are_missing(latteflow: Latteflow, folder: Path) -> None:
+    edit(folder, "seeds: [0, 1]", "seeds: [0, 1, 7]")
+    assert re.search(r"^tune +will run +1 model ", latteflow("plan", "domain.yaml")[1], re.M)
+    (folder / "texts.csv").write_text((folder / "texts.csv").read_text().replace("shape 003", "form 003"))
+    assert re.search(r"^describe +will run +25 texts", latteflow("plan", "domain.yaml")[1], re.M)
+
+
+def test_only_runs_one_stage_and_what_it_needs_must_be_there(latteflow: Latteflow, folder: Path) -> None:
+    edit(folder, "epochs: 2", "epochs: 3")
+    draw(500, "red").save(folder / "train" / "new.png")
+    code, said, _ = latteflow("run", "domain.yaml", "--only", "tune")
+    assert code == 0
+    assert {label for label, state in states(said).items() if state == "done"} == {"tune"}
+    assert "25 images" in said and "evaluate" not in said and "report" not in said
+    code, _, error = latteflow("run", "domain.yaml", "--only", "report")
+    assert code == 1
+    assert '--only: evaluate would have to run first (tune: "tune ' in error and "run without --only" in error
+
+
+def test_from_starts_in_the_middle_with_the_images_of_the_last_run(latteflow: Latteflow, folder: Path) -> None:
+    edit(folder, "epochs: 2", "epochs: 3")
+    shutil.rmtree(folder / "train")
+    code, said, _ = latteflow("run", "domain.yaml", "--from", "tune")
+    assert code == 0
+    assert {label for label, state in states(said).items() if state == "done"} == {"tune", "evaluate", "report"}
+    assert json.loads((folder / "runs/shapes/metrics.json").read_text())["n_test"] == 12
+    edit(folder, "a {} shape", "a {} thing")
+    code, _, error = latteflow("run", "domain.yaml", "--from", "tune")
+    assert code == 1 and "--from: embed train would have to run first (prompts: added" in error
+
+
+def test_refresh_makes_a_stage_anew(latteflow: Latteflow, folder: Path) -> None:
+    captions = CaptionStore(open_store(Domain.load("domain.yaml")).objects)
+    before = {who: captions.scan(who).collect() for who in captions.describers()}
+    code, said, _ = latteflow("run", "domain.yaml", "--refresh", "describe", "--refresh", "tune")
+    assert code == 0
+    # The same bytes came out, so that nothing after them had to run.
+    assert {label for label, state in states(said).items() if state == "done"} == {"describe", "tune"}
+    assert all(captions.scan(who).collect().equals(texts) for who, texts in before.items())
+    assert sum(len(list(path.iterdir())) for path in (folder / "store" / "captions").iterdir()) > len(before)
+    assert states(latteflow("run", "domain.yaml")[1]) == dict.fromkeys(LABELS, "cached")
+
+
+def test_a_refresh_that_dies_loses_nothing(latteflow: Latteflow, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tasks.describe
+
+    before, written = tree(folder), tasks.describe.write_texts
+    calls = iter([True, False])
+
+    def die(*arguments: object) -> object:
+        if next(calls):
+            return written(*arguments)  # type: ignore[arg-type]
+        raise StorageError("the model server is gone")
+
+    monkeypatch.setattr(tasks.describe, "write_texts", die)
+    code, _, error = latteflow("run", "domain.yaml", "--refresh", "describe")
+    assert code == 1 and error.strip() == "error: the model server is gone"
+    assert before < tree(folder)
+    assert states(latteflow("run", "domain.yaml")[1]) == dict.fromkeys(LABELS, "cached")
+
+
+@pytest.mark.parametrize("option", ["--from", "--only", "--refresh"])
+def test_a_mistyped_stage_is_told_what_was_meant(latteflow: Latteflow, option: str) -> None:
+    code, _, error = latteflow("run", "domain.yaml", option, "descibe")
+    assert code == 1 and error.strip() == "error: there is no stage 'descibe'; did you mean describe?"
+    code, _, error = latteflow("run", "domain.yaml", option, "\x1b[31m")
+    assert code == 1 and f"stages are {', '.join(STAGES)}" in error
+
+
+def test_options_that_exclude_each_other(latteflow: Latteflow) -> None:
+    code, _, error = latteflow("run", "domain.yaml", "--from", "tune", "--only", "tune")
+    assert code == 1 and "exclude each other" in error
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "show", "explain", "replay", "verify", "gc"])
+def test_a_missing_domain_file_is_one_message(latteflow: Latteflow, command: str) -> None:
+    code, _, error = latteflow(command, "domian.yaml", *(["tune"] if command == "explain" else []))
+    assert code == 1
+    assert error.startswith("error: domain file domian.yaml cannot be read") and "did you mean domain.yaml?" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("command", ["", "run", "plan", "show", "explain", "replay", "verify", "gc", "export"])
+def test_help_is_there(latteflow: Latteflow, command: str) -> None:
+    code, said, _ = latteflow(*filter(None, [command]), "--help")
+    assert code == 0 and "Usage" in said
+
+
+def test_show_lists_artifacts_and_which_are_current(latteflow: Latteflow, folder: Path) -> None:
+    edit(folder, "epochs: 2", "epochs: 3")
+    latteflow("run", "domain.yaml", "--from", "tune")
+    code, said, _ = latteflow("show", "domain.yaml")
+    assert code == 0
+    assert len(re.findall(r"^tune +[0-9a-f]{12}", said, re.M)) == 2
+    assert len(re.findall(r"^tune +[0-9a-f]{12} +current", said, re.M)) == 1
+    assert len(re.findall(r"current", said)) == len(LABELS)
+
+
+def test_show_follows_an_image(latteflow: Latteflow, folder: Path) -> None:
+    code, by_path, _ = latteflow("show", "domain.yaml", "test/100.png")
+    assert code == 0
+    assert re.search(r"^shard +shard-0000\d of test, 40 x 32, \d+ B \(shard test [0-9a-f]{12}\)", by_path, re.M)
+    assert re.search(r"^pseudo-label +\w+ 0\.\d\d, \w+ 0\.\d\d, \w+ 0\.\d\d \(embed test [0-9a-f]{12}\)", by_path, re.M)
+    assert re.search(r"^prediction +\w+ 0\.\d\d by latteclip \(evaluate [0-9a-f]{12}\)", by_path, re.M)
+    assert re.search(r"^label +green", by_path, re.M)
+    key = re.search(r"^key +([0-9a-f]{20})", by_path, re.M)[1]  # type: ignore[index]
+    assert latteflow("show", "domain.yaml", key[:8])[1] == latteflow("show", "domain.yaml", "100.png")[1] == by_path
+    trained = latteflow("show", "domain.yaml", folder / "train" / "004.png")[1]
+    assert re.search(r"^text, image +a \[bold\]green\[/bold\] \\x1b\[1mshape 004, by sidecar", trained, re.M)
+    assert len(re.findall(r"^text, group of 4 ", trained, re.M)) == 4
+    assert "prediction" in trained and "none: only the images of `evaluation: source` were evaluated" in trained
+
+
+def test_show_of_an_unknown_image(latteflow: Latteflow) -> None:
+    code, _, error = latteflow("show", "domain.yaml", "0004.png")
+    assert code == 1 and "has no image '0004.png'; did you mean '004.png'?" in error
+
+
+def test_hostile_names_are_printed_and_nothing_more(latteflow: Latteflow, folder: Path) -> None:
+    code, said, _ = latteflow("show", "domain.yaml", folder / "train" / HOSTILE)
+    assert code == 0 and re.search(r"^image +\[red\]x\[/red\]\\x1b\[31m\\u202e\\x0a\.png *$", said, re.M)
+    code, said, _ = latteflow("show", "domain.yaml", folder / "train" / "bad[b]\x1b.png")
+    assert code == 0 and re.search(r"^image +bad\[b\]\\x1b\.png *$", said, re.M)
+    assert re.search(r"^quarantined +not_an_image", said, re.M)
+    for command in (["plan"], ["verify"], ["gc"], ["show"], ["explain", "shard"]):
+        assert latteflow(command[0], "domain.yaml", *command[1:])[0] == 0
+    code, _, error = latteflow("show", "domain.yaml", "\x1b]0;[red]\u202e")
+    assert code == 1 and r"\x1b]0;[red]\u202e" in error
+
+
+def test_explain_in_words(latteflow: Latteflow, folder: Path) -> None:
+    code, said, _ = latteflow("explain", "domain.yaml", "tune")
+    assert code == 0
+    assert re.search(r"^  embed +embed train [0-9a-f]{12}", said, re.M)
+    assert re.search(r"^  latteclip\.epochs +2", said, re.M)
+    old = re.search(r"^artifact +tune ([0-9a-f]{64})", said, re.M)[1]  # type: ignore[index]
+    edit(folder, "epochs: 2", "epochs: 3")
+    latteflow("run", "domain.yaml", "--only", "tune")
+    assert "embed test" in latteflow("explain", "domain.yaml", "embed test")[1]
+    for name in (old, old[:10], f"tune/{old[:10]}", f"shapes/tune/{old[:10]}"):
+        code, said, _ = latteflow("explain", "domain.yaml", name, "tune")
+        assert code == 0
+        assert re.match(
+            rf"tune {old[:12]} -> tune [0-9a-f]{{12}}; their content differs\n  latteclip.epochs: 2 -> 3\n$", said
+        )
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["tune", "embed"], "'tune' is of stage tune and 'embed' of embed; compare two of one stage"),
+        (["zzz"], "domain 'shapes' has no artifact 'zzz'; give a stage (describe, embed, "),
+        (["tune/zzz"], "has no artifact 'tune/zzz'"),
+        (["embed/"], "'embed/' fits 2 artifacts: embed/"),
+    ],
+)
+def test_explain_of_what_is_not_there(latteflow: Latteflow, names: list[str], message: str) -> None:
+    code, _, error = latteflow("explain", "domain.yaml", *names)
+    assert code == 1 and message in error
+
+
+def grow_old(folder: Path) -> None:
+    then = time.time() - 2 * 86400
+    for path in (folder / "store").rglob("*"):
+        os.utime(path, (then, then))
+
+
+@pytest.mark.parametrize("address", [["domain.yaml"], ["--store", "store"]])
+def test_gc_takes_what_no_current_run_needs(latteflow: Latteflow, folder: Path, address: list[str]) -> None:
+    old = {stage: next((folder / "store/shapes" / stage).glob("*/manifest.json")) for stage in ("tune", "report")}
+    edit(folder, "epochs: 2", "epochs: 3")
+    latteflow("run", "domain.yaml")
+    (folder / "store/shapes/tune/data/.tmp-1").write_text("half")
+    before = tree(folder)
+    assert "nothing to delete" in latteflow("gc", *address)[1]
+    grow_old(folder)
+    os.utime(old["report"], (1, 1))
+    code, said, _ = latteflow("gc", *address)
+    assert code == 0 and tree(folder) == before
+    assert "would delete" in said and "`--delete` does it" in said
+    assert re.search(r"^shapes +tune +unfinished +1 +4 B", said, re.M)
+    code, said, _ = latteflow("gc", *address, "--delete")
+    assert code == 0 and "deleted" in said and "2 small files of texts merged" in said
+    assert not any(path.exists() for path in old.values())
+    gone = before - tree(folder)
+    assert {path.split("/")[2] for path in gone if not path.startswith("store/captions")} == {
+        "tune",
+        "evaluate",
+        "report",
+    }
+    assert latteflow("verify", *address)[0] == 0
+    assert "nothing to delete" in latteflow("gc", *address)[1]
+    assert states(latteflow("run", "domain.yaml")[1]) == dict.fromkeys(LABELS, "cached")
+
+
+def test_gc_keeps_what_the_domain_file_would_take_now(latteflow: Latteflow, folder: Path) -> None:
+    edit(folder, "epochs: 2", "epochs: 3")
+    latteflow("run", "domain.yaml")
+    grow_old(folder)
+    edit(folder, "epochs: 3", "epochs: 2")
+    latteflow("gc", "domain.yaml", "--delete")
+    assert states(latteflow("run", "domain.yaml")[1]) == dict.fromkeys(LABELS, "cached")
+
+
+def test_gc_leaves_a_domain_alone_that_is_run_or_never_was(latteflow: Latteflow, folder: Path) -> None:
+    edit(folder, "epochs: 2", "epochs: 3")
+    latteflow("run", "domain.yaml")
+    grow_old(folder)
+    running = folder / "store" / "shapes" / "describe" / ("0" * 64) / "running.json"
+    running.parent.mkdir()
+    running.write_text("{}")
+    before = tree(folder)
+    assert "shapes: describe is under way; nothing of it goes" in latteflow("gc", "domain.yaml", "--delete")[1]
+    running.unlink()
+    for path in (folder / "store/shapes/report").glob("*/manifest.json"):
+        path.unlink()
+    assert "shapes: it has no complete run yet; nothing of it goes" in latteflow("gc", "domain.yaml", "--delete")[1]
+    assert {
+        path for path in before if "/report/" not in path and "captions" not in path and "running" not in path
+    } < tree(folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give domain files, or --store URL"),
+        (["domain.yaml", "--store", "store"], "give domain files, or --store URL"),
+        (["--store", "nowhere"], "store 'nowhere' holds nothing; check the path"),
+    ],
+)
+@pytest.mark.parametrize("command", ["gc", "verify"])
+def test_gc_and_verify_need_to_know_where(
+    latteflow: Latteflow, command: str, arguments: list[str], message: str
+) -> None:
+    code, _, error = latteflow(command, *arguments)
+    assert code == 1 and message in error
+
+
+def test_gc_wants_an_age(latteflow: Latteflow) -> None:
+    code, _, error = latteflow("gc", "domain.yaml", "--older-than", "soon")
+    assert code == 1 and "--older-than 'soon': give a number and a unit, such as 30m, 12h or 7d" in error
+
+
+@pytest.mark.parametrize("address", [["domain.yaml"], ["--store", "store"]])
+def test_verify_finds_damage_and_the_next_run_repairs_it(
+    latteflow: Latteflow, folder: Path, address: list[str]
+) -> None:
+    code, said, _ = latteflow("verify", *address)
+    assert code == 0 and "all sound" in said
+    harmed = [
+        next((folder / "store/shapes/embed/data").glob("shard-00001.*")),
+        next((folder / "store/captions").glob("*/*.parquet")),
+    ]
+    for path in harmed:
+        path.write_bytes(path.read_bytes()[:-8] + bytes(8))
+    code, said, _ = latteflow("verify", *address)
+    assert code == 1 and "2 damaged" in said
+    assert all(str(path) in said and not path.exists() for path in harmed)
+    code, said, _ = latteflow("run", "domain.yaml")
+    assert code == 0 and "done" in states(said).values()
+    assert latteflow("verify", *address)[0] == 0
+
+
+def test_replay_is_cached_until_the_limits_change(latteflow: Latteflow, folder: Path) -> None:
+    code, said, _ = latteflow("replay", "domain.yaml")
+    assert code == 0 and states(said) == {"shard train": "cached", "shard test": "cached"}
+    edit(folder, "images: 10", "images: 10, max_aspect: 50")
+    code, said, _ = latteflow("replay", "domain.yaml")
+    assert code == 0 and states(said) == {"shard train": "done", "shard test": "done"}
+
+
+def test_the_installed_program_ends_with_the_exit_code(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "run", "nothing.yaml"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: domain file nothing.yaml cannot be read") and "Traceback" not in done.stderr
