@@ -35,10 +35,12 @@ lint: install
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/pytest -m "not network"
+	$(BIN)/pytest -m "not network" -n auto --maxprocesses 4 --ignore tests/faults
+	@# By itself: it counts what it inflicts, and prints the table of docs/guarantees.md.
+	$(BIN)/pytest tests/faults
 
 test-fast: install
-	$(BIN)/pytest -m "not network and not slow"
+	$(BIN)/pytest -m "not network and not slow" -n auto --maxprocesses 4 --ignore tests/faults --ignore tests/browser
 
 clean:
 	rm -rf $(VENV) runs data .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -57,6 +57,7 @@ def test_one_new_image_runs_what_depends_on_it(domain: Domain, tmp_path: Path) -
     assert before["embed train"].ref != after["embed train"].ref
 
 
+@pytest.mark.slow
 def test_other_seeds_or_classes_do_not_embed_again(domain: Domain) -> None:
     run_plainly(domain)
     more = run_plainly(domain.model_copy(update={"seeds": [0, 1, 2]}))

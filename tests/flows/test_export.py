@@ -41,6 +41,9 @@ json.dump(probabilities.tolist(), open(out, "w"))
 """
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.mark.parametrize("train", ["prototypes", "projections", "last_blocks", "all"])
 @pytest.mark.parametrize("centre", [False, True])
 def test_open_clip_alone_gives_our_predictions(domain: Domain, tmp_path: Path, train: str, centre: bool) -> None:

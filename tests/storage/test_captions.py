@@ -110,6 +110,7 @@ said = st.dictionaries(st.sampled_from("abcdef"), any_text, min_size=1)
 events = st.tuples(st.sampled_from(["add", "anew"]), said) | st.tuples(st.just("compact"), st.integers(0, 4))
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.lists(events, max_size=10))
 def test_any_history_shows_one_row_for_each_key(history: list[tuple[str, Any]]) -> None:
