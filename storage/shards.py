@@ -414,6 +414,19 @@ def read_records(shards: Artifact, index: pl.DataFrame) -> Iterator[Record]:
         yield Record(key, checksum, path, tar[offset : offset + size])
 
 
+def read_image(shards: Artifact, shard: str, offset: int, size: int, checksum: str) -> bytes:
+    """One image, read by itself.
+
+    Raises:
+        Damaged: its shard is not what it was; it was set aside.
+    """
+    data = shards.read_range(f"{shard}.tar", offset, offset + size)
+    if sha256(data) != checksum:
+        tar = shards.read(f"{shard}.tar")  # raises, unless only our reading of the stretch went wrong
+        data = tar[offset : offset + size]
+    return data
+
+
 def overlap(train: Artifact, test: Artifact) -> pl.DataFrame:
     """Images of the test split whose very bytes are also in the training split.
 

@@ -27,7 +27,7 @@ def describe(domain: Domain, shards: StageResult, embedded: StageResult) -> Stag
     inputs = {"shards": shards.ref.digest, "describer": identity}
 
     def body(writer: ArtifactWriter) -> Mapping[str, int]:
-        gallery = Gallery(store.open(shards.ref), store.open(embedded.ref))
+        gallery = Gallery(domain, store.open(shards.ref), store.open(embedded.ref))
         describer = functools.cache(lambda: open_describer(domain, gallery))
         for shard, keys in gallery.keys_by_shard().items():
             own = {"images": sha256(canonical_json(keys)), "describer": identity}

@@ -28,7 +28,7 @@ def group(domain: Domain, shards: StageResult, embedded: StageResult) -> StageRe
     inputs = {"embed": embedded.ref.digest, "size": domain.group.size, "describer": identity}
 
     def body(writer: ArtifactWriter) -> Mapping[str, int]:
-        gallery = Gallery(store.open(shards.ref), store.open(embedded.ref))
+        gallery = Gallery(domain, store.open(shards.ref), store.open(embedded.ref))
         describer = functools.cache(lambda: open_describer(domain, gallery))
         labels, groups = look_alikes(gallery.labels, domain.group.size)
         texts = write_texts(store, describer, "group", gallery, groups, identity)

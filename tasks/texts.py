@@ -15,22 +15,26 @@ from models.settings import ClipSettings
 from storage.artifacts import Artifact, ArtifactStore
 from storage.captions import CAPTION_SCHEMA, CaptionStore, caption_key, describer_id
 from storage.fingerprint import canonical_json, sha256
+from storage.images import open_image
 from storage.objects import ObjectStore
-from storage.shards import read_index
+from storage.shards import read_image, read_index
 from tasks.domain import Domain
 from tasks.features import read_features
 from tasks.stage import StageResult, anew
 from tasks.tables import digest_of_table, read_by_path
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from models.describers.tags import TagVocabulary
 
 
 class Gallery:
     """The live images of a split with all that a describer may look at, by key."""
 
-    def __init__(self, images: Artifact, embedded: Artifact) -> None:
+    def __init__(self, domain: Domain, images: Artifact, embedded: Artifact) -> None:
         found = read_features(embedded)
+        self._images, self._classes = images, domain.classes
         self.index = read_index(images).filter(pl.col("key").is_in(found.keys))
         self._place = {key: row for row, key in enumerate(self.index["key"])}
         self._features = dict(zip(found.keys, found.features, strict=True))
@@ -48,13 +52,20 @@ class Gallery:
             str(shard): rows["key"].to_list() for (shard,), rows in self.index.group_by("shard", maintain_order=True)
         }
 
-    def item(self, keys: Sequence[str]) -> Item:
+    def item(self, keys: Sequence[str], seed: int) -> Item:
         """What a describer sees of one or more images."""
         rows = [self._place[key] for key in keys]
         return Item(
             paths=tuple(self.paths[row] for row in rows),
             features=np.stack([self._features[key] for key in keys]),
+            label=self._classes[self.labels[keys[0]]],
+            images=lambda: [self._open(row) for row in rows],
+            seed=seed,
         )
+
+    def _open(self, row: int) -> Image:
+        at = self.index.row(row, named=True)
+        return open_image(read_image(self._images, at["shard"], at["offset"], at["bytes"], at["sha256"]))
 
 
 def write_texts(
@@ -83,7 +94,9 @@ def write_texts(
     # The same content may be wanted more than once; it is asked about once.
     missing = list({key: place for place, key in enumerate(wanted) if key not in known}.values())
     if missing:
-        texts = describer().describe(kind, [gallery.item(members[place]) for place in missing])
+        texts = describer().describe(
+            kind, [gallery.item(members[place], seed=int(wanted[place][:8], 16)) for place in missing]
+        )
         rows = [
             {
                 "caption_key": wanted[place],
