@@ -123,10 +123,10 @@ def _number(field: bytes, position: int) -> int:
         if field[0] != 0x80:
             raise TarBroken(f"the header at byte {position:,} states a negative number")
         return int.from_bytes(field[1:], "big")
-    try:
-        return int(field.split(b"\0")[0].strip() or b"0", 8)
-    except ValueError:
-        raise TarBroken(f"the header at byte {position:,} is damaged" if position else "it is not a tar") from None
+    octal = field.split(b"\0")[0].strip()
+    if octal.strip(b"01234567"):  # Python would take a sign, and a negative size leads round in circles
+        raise TarBroken(f"the header at byte {position:,} is damaged" if position else "it is not a tar")
+    return int(octal or b"0", 8)
 
 
 def _number_in_words(extended: Mapping[str, bytes], key: str, default: int, position: int) -> int:

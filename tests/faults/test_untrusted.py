@@ -215,6 +215,16 @@ def test_any_header_is_a_member_or_refused(edits: list[tuple[int, bytes]], mende
     assert all(0 < member.offset <= len(archive) and 0 <= member.size <= len(archive) for member in found)
 
 
+@pytest.mark.parametrize("size", [b"-0000001000", b"-1", b"+7", b"1_0", b"0o7", b"8"])
+def test_a_size_in_other_than_octal_digits_is_refused(size: bytes) -> None:
+    """A member of -512 bytes would be followed by itself."""
+    archive = bytearray(mutants.special("a.png", tarfile.REGTYPE, data=b"a"))
+    archive[124:136] = size.ljust(12, b"\0")
+    archive[148:156] = b"%06o\0 " % (sum(archive[:148]) + 8 * 32 + sum(archive[156:BLOCK]))
+    with pytest.raises(TarBroken, match="not a tar"):
+        next(members(io.BytesIO(archive), len(archive)))
+
+
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.text(st.characters(codec=None, exclude_characters="\0")))
 def test_names_come_back_and_are_harmless(name: str) -> None:
