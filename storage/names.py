@@ -25,6 +25,12 @@ def raw(printed: str) -> str:
     return _ESCAPED.sub(_unescape, printed) if "\\" in printed else printed
 
 
+def member_path(name: str) -> str:
+    """The name of an archive's member as a printable path that leads nowhere but down."""
+    parts = [printable(part) for part in name.split("/") if part not in ("", ".")]
+    return "/".join(r"\x2e\x2e" if part == ".." else part for part in parts)
+
+
 def _escape(found: re.Match[str]) -> str:
     character = found.group()
     code = ord(character)

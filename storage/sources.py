@@ -16,7 +16,7 @@ from typing import NamedTuple
 from storage.columns import ColumnBroken, ImageColumn
 from storage.errors import DataError
 from storage.images import SUFFIXES, ImageLimits, ImageRejected, RejectReason, too_many_bytes
-from storage.names import printable, raw
+from storage.names import member_path, printable, raw
 from storage.roots import File, Root, is_hidden
 from storage.tars import TarBroken, members
 
@@ -182,7 +182,7 @@ class Source:
         with root.open(name) as file:
             try:
                 for member in members(file, container.size):
-                    inner = _member_path(member.name)
+                    inner = member_path(member.name)
                     if _is_image(inner) and not is_hidden(inner):
                         found.append((inner, member.offset, member.size))
             except TarBroken as error:
@@ -279,12 +279,6 @@ def _split(name: str) -> str | None:
         if found:
             return found.group(1).lower()
     return None
-
-
-def _member_path(name: str) -> str:
-    """A tar member's name as a path that leads nowhere but down."""
-    parts = [printable(part) for part in name.split("/") if part not in ("", ".")]
-    return "/".join(r"\x2e\x2e" if part == ".." else part for part in parts)
 
 
 def _images_of_samples(members: Sequence[tuple[str, int, int]]) -> Iterator[tuple[str, int, int]]:
