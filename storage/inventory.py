@@ -7,24 +7,15 @@ import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from storage.artifacts import FORMAT, Artifact, ArtifactStore
 from storage.errors import Damaged, NotFound, StorageError
-from storage.objects import ObjectStore
+from storage.objects import ObjectStore, Stored
 
 log = logging.getLogger("latteflow.storage")
 CAPTIONS = "captions"
 """The one folder of a store that is not a domain."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Size of an object in bytes, and when it was written, in seconds since 1970 by the store's clock."""
-
-    bytes: int
-    modified: float
 
 
 @dataclass(frozen=True)
@@ -45,7 +36,7 @@ class Inventory:
 
     def __init__(self, store: ArtifactStore, domain: str) -> None:
         self.store, self.domain = store, domain
-        self.objects = listing(store.objects, domain)
+        self.objects = store.objects.listing(domain)
         self._manifests: dict[str, list[tuple[float, str]]] = defaultdict(list)
         self._read: dict[str, Artifact | None] = {}
         for key, stored in self.objects.items():
@@ -124,28 +115,3 @@ def digests(value: Any) -> Iterator[str]:
     elif isinstance(value, Collection):
         for each in value:
             yield from digests(each)
-
-
-def listing(objects: ObjectStore, prefix: str) -> dict[str, Stored]:
-    """Size and time of every object below ``prefix``, in one listing, with what killed processes were writing."""
-    try:
-        found = objects._do("list", prefix, lambda: objects._fs.find(objects.path(prefix), detail=True))
-    except NotFound:
-        return {}
-    skip = len(objects.path(""))
-    return {
-        objects._strip(path)[skip:]: Stored(int(info["size"] or 0), _modified(info)) for path, info in found.items()
-    }
-
-
-def _modified(info: Mapping[str, Any]) -> float:
-    """Each file system of fsspec has its own name for the time of the last write."""
-    for name in ("mtime", "LastModified", "last_modified", "updated", "created"):
-        found = info.get(name)
-        if isinstance(found, datetime):
-            return found.timestamp()
-        if isinstance(found, int | float):
-            return float(found)
-        if isinstance(found, str):
-            return datetime.fromisoformat(found).timestamp()
-    return time.time()  # unknown: never old enough to be deleted

@@ -12,8 +12,11 @@ import errno
 import os
 import shutil
 import threading
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +33,8 @@ T = TypeVar("T")
 # File systems whose fsspec driver passes mode="create" on to the server as a precondition.
 _CONDITIONAL = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}
 _S3 = ("s3://", "s3a://")
-_TEMPORARY = ".tmp-"
+TEMPORARY = ".tmp-"
+"""How the names of unfinished writes begin."""
 _LEFTOVER_SECONDS = 86_400
 _MARKER = ".latteflow"
 _WRITE = "latteflow-write"
@@ -41,6 +45,14 @@ _CHUNK = 64 << 20
 _CHUNKS_AT_ONCE = 4
 _READS = 5
 _memory_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Size of an object in bytes, and when it was written, in seconds since 1970 by the store's clock."""
+
+    bytes: int
+    modified: float
 
 
 class ObjectStore:
@@ -135,15 +147,21 @@ class ObjectStore:
             key, lambda: self.fetch(key, folder), good, lambda path: (path.stat().st_size, sha256_file(path))
         )
 
-    def sizes(self, prefix: str) -> dict[str, int]:
-        """Key and size in bytes of every object below ``prefix``, in one listing. Unfinished writes are left out."""
+    def listing(self, prefix: str) -> dict[str, Stored]:
+        """Every object below ``prefix`` by its key, in one listing, with the unfinished writes of a local folder."""
         try:
             found = self._do("list", prefix, lambda: self._fs.find(self.path(prefix), detail=True))
         except NotFound:
             return {}
         skip = len(self._root) + 1
-        keys = {self._strip(path)[skip:]: int(info["size"] or 0) for path, info in found.items()}
-        return {key: size for key, size in keys.items() if _visible(key.rsplit("/", 1)[-1])}
+        return {
+            self._strip(path)[skip:]: Stored(int(info["size"] or 0), _modified(info)) for path, info in found.items()
+        }
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Key and size in bytes of every object below ``prefix``, in one listing. Unfinished writes are left out."""
+        found = self.listing(prefix)
+        return {key: stored.bytes for key, stored in found.items() if _visible(key.rsplit("/", 1)[-1])}
 
     def names(self, prefix: str) -> list[str]:
         """Sorted names directly below ``prefix`` (folders and objects), in one listing."""
@@ -220,7 +238,7 @@ class ObjectStore:
     @contextlib.contextmanager
     def _temporary(self, target: Path, data: bytes | Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        temporary = target.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
         try:
             with temporary.open("xb") as out:
                 if isinstance(data, Path):
@@ -373,7 +391,20 @@ class ObjectStore:
 
 
 def _visible(name: str) -> bool:
-    return not name.startswith((_TEMPORARY, _MARKER))
+    return not name.startswith((TEMPORARY, _MARKER))
+
+
+def _modified(info: Mapping[str, Any]) -> float:
+    """Each file system of fsspec has its own name for the time of the last write."""
+    for name in ("mtime", "LastModified", "last_modified", "updated", "created"):
+        found = info.get(name)
+        if isinstance(found, datetime):
+            return found.timestamp()
+        if isinstance(found, int | float):
+            return float(found)
+        if isinstance(found, str):
+            return datetime.fromisoformat(found).timestamp()
+    return time.time()  # unknown: never old enough to be deleted
 
 
 def _bytes(data: bytes | Path) -> bytes:
@@ -388,7 +419,7 @@ def _sweep(folder: Path, fresh: Path) -> None:
     now = fresh.stat().st_mtime
     for entry in os.scandir(folder):
         with contextlib.suppress(FileNotFoundError):
-            if entry.name.startswith(_TEMPORARY) and abs(now - entry.stat().st_mtime) > _LEFTOVER_SECONDS:
+            if entry.name.startswith(TEMPORARY) and abs(now - entry.stat().st_mtime) > _LEFTOVER_SECONDS:
                 Path(entry.path).unlink()
 
 

@@ -14,10 +14,10 @@ from storage.artifacts import _part as part_of
 from storage.captions import CaptionStore
 from storage.errors import Damaged, NotFound, StorageError
 from storage.fingerprint import fingerprint, sha256_file
-from storage.inventory import CAPTIONS, Inventory, listing
+from storage.inventory import CAPTIONS, Inventory
+from storage.objects import TEMPORARY
 
 _KINDS = ("artifact", "part", "file", "damaged", "unfinished")
-_TEMPORARY = ".tmp-"
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ def leftovers(store: ArtifactStore, older_than: float, now: float | None = None)
     """As :func:`garbage`, beside the captions of a store. Texts themselves never go: somebody paid for them."""
     limit = (time.time() if now is None else now) - older_than
     found = []
-    for key, stored in listing(store.objects, CAPTIONS).items():
+    for key, stored in store.objects.listing(CAPTIONS).items():
         kind = "damaged" if key.startswith(f"{CAPTIONS}/damaged/") else "unfinished"
-        if stored.modified <= limit and (kind == "damaged" or key.rsplit("/", 1)[-1].startswith(_TEMPORARY)):
+        if stored.modified <= limit and (kind == "damaged" or key.rsplit("/", 1)[-1].startswith(TEMPORARY)):
             found.append(Loose(key, stored.bytes, kind))
     return found
 
@@ -75,7 +75,7 @@ def leftovers(store: ArtifactStore, older_than: float, now: float | None = None)
 def _kind(key: str) -> str | None:
     """What an object is, by its place in a domain; None for what is no business of ours."""
     _, _, folder, *rest = [*key.split("/"), "", ""]
-    if key.rsplit("/", 1)[-1].startswith(_TEMPORARY):
+    if key.rsplit("/", 1)[-1].startswith(TEMPORARY):
         return "unfinished"
     if folder in ("parts", "data", "damaged"):
         return {"parts": "part", "data": "file", "damaged": "damaged"}[folder]

@@ -8,8 +8,8 @@ import pytest
 
 from storage.artifacts import Artifact, ArtifactStore, ArtifactWriter
 from storage.captions import CaptionStore
-from storage.inventory import Inventory, Stored, listing
-from storage.objects import ObjectStore
+from storage.inventory import Inventory
+from storage.objects import ObjectStore, Stored
 from storage.upkeep import Loose, garbage, leftovers, verify
 
 DAY = 86400.0
@@ -114,10 +114,10 @@ def test_a_stage_is_under_way_while_it_writes(store: ArtifactStore) -> None:
 def test_ages_are_known_in_memory_too() -> None:
     objects = ObjectStore("memory://ages")
     objects.put("d/a", b"12")
-    found = listing(objects, "d")
+    found = objects.listing("d")
     assert found.keys() == {"d/a"} and found["d/a"].bytes == 2
     assert abs(found["d/a"].modified - time.time()) < 60
-    assert listing(objects, "nowhere") == {} and isinstance(found["d/a"], Stored)
+    assert objects.listing("nowhere") == {} and isinstance(found["d/a"], Stored)
 
 
 def broken(store: ArtifactStore, pattern: str) -> Path:
