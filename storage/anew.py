@@ -7,14 +7,13 @@ parts. Data files are named by content, so whoever still reads the old artifact 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from storage.artifacts import Artifact, ArtifactStore, ArtifactWriter, sealed
+from storage.artifacts import Artifact, ArtifactStore, ArtifactWriter
 from storage.errors import NotFound
-from storage.fingerprint import canonical_json, fingerprint, sha256
+from storage.fingerprint import fingerprint, sha256
 
 
 class AnewWriter(ArtifactWriter):
@@ -36,25 +35,21 @@ class AnewWriter(ArtifactWriter):
     def finish(self, counts: Mapping[str, int] | None = None, versions: Mapping[str, str] | None = None) -> Artifact:
         """Put the new parts and the new manifest in the place of the old ones."""
         own = [part.fingerprint for part in self._parts.values() if part.fingerprint in self._plain]
-        store, self._store = self._store, _Replacing(self._store.objects)
         for name, part in self._parts.items():
             part = replace(part, fingerprint=self._plain.get(part.fingerprint, part.fingerprint))
-            self._store.commit(self._base, f"{self._base}/parts/{part.fingerprint}.json", asdict(part))
+            self._store.replace(f"{self._base}/parts/{part.fingerprint}.json", asdict(part))
             self._parts[name] = part
-        manifest = super().finish(counts, versions).manifest
+        artifact = super().finish(counts, versions)
         for name in own:
-            store.objects.delete(f"{self._base}/parts/{name}.json")
-        return Artifact(store, manifest)
+            self._store.objects.delete(f"{self._base}/parts/{name}.json")
+        return artifact
 
-    def _part_fingerprint(self, name: str, inputs: Mapping[str, Any]) -> str:
-        plain = super()._part_fingerprint(name, inputs)
+    def part_fingerprint(self, name: str, inputs: Mapping[str, Any]) -> str:
+        """Of this attempt alone."""
+        plain = super().part_fingerprint(name, inputs)
         own = sha256(f"{plain} in place of {self._replaces}".encode())
         self._plain[own] = plain
         return own
 
-
-class _Replacing(ArtifactStore):
-    def commit(self, base: str, key: str, record: Mapping[str, Any]) -> dict[str, Any]:
-        plain: dict[str, Any] = json.loads(canonical_json(record))
-        self.objects.put(key, sealed(plain))
-        return plain
+    def _commit(self, key: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
+        return self._store.replace(key, manifest)

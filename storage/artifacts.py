@@ -52,6 +52,16 @@ class Part:
     files: tuple[File, ...]
     counts: Mapping[str, int] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Part:
+        """The part that a record stands for.
+
+        Raises:
+            KeyError, TypeError: it is no record of a part.
+        """
+        files = tuple(File(**file) for file in record["files"])
+        return cls(record["name"], record["fingerprint"], files, record["counts"])
+
 
 @dataclass(frozen=True)
 class ArtifactRef:
@@ -79,7 +89,7 @@ class Artifact:
         self.fingerprint: str = manifest["fingerprint"]
         self.inputs: Mapping[str, Any] = manifest["inputs"]
         self.counts: Mapping[str, int] = manifest["counts"]
-        self.parts = tuple(_part(record) for record in manifest["parts"])
+        self.parts = tuple(Part.of(record) for record in manifest["parts"])
         self.files = {file.name: (part, file) for part in self.parts for file in part.files}
         self.ref = ArtifactRef(self.domain, self.stage, self.fingerprint, content_digest(self.parts))
         self._base = f"{self.domain}/{self.stage}"
@@ -133,7 +143,7 @@ class ArtifactWriter:
 
     def find(self, name: str, inputs: Mapping[str, Any]) -> Part | None:
         """The part made earlier from the same inputs, if all its files are there at their size."""
-        key = f"{self._base}/parts/{self._part_fingerprint(name, inputs)}.json"
+        key = f"{self._base}/parts/{self.part_fingerprint(name, inputs)}.json"
         part = self._read_part(key)
         if part is None:
             return None
@@ -159,6 +169,10 @@ class ArtifactWriter:
         file = next(file for file in part.files if file.name == name)
         return self._store.read_checked(self._base, part, file)
 
+    def part_fingerprint(self, name: str, inputs: Mapping[str, Any]) -> str:
+        """Digest over what a part is made from, which names its record."""
+        return fingerprint(self._stage, self._version, {"part": name, **inputs})
+
     def put(
         self,
         name: str,
@@ -178,10 +192,10 @@ class ArtifactWriter:
             counts: numbers to be summed into the artifact's counts.
         """
         stored = tuple(self._store_file(file, data, rows) for file, data in files.items())
-        part = Part(name, self._part_fingerprint(name, inputs), stored, dict(counts or {}))
+        part = Part(name, self.part_fingerprint(name, inputs), stored, dict(counts or {}))
         key = f"{self._base}/parts/{part.fingerprint}.json"
         # If another worker finished the same part first, its files count, so that all readers see one set.
-        part = _part(self._store.commit(self._base, key, asdict(part)))
+        part = Part.of(self._store.commit(self._base, key, asdict(part)))
         self._parts[name] = part
         return part
 
@@ -209,20 +223,20 @@ class ArtifactWriter:
             "versions": dict(versions or {}),
         }
         key = f"{self._base}/{manifest['fingerprint']}/manifest.json"
-        return Artifact(self._store, self._store.commit(self._base, key, manifest))
+        return Artifact(self._store, self._commit(key, manifest))
+
+    def _commit(self, key: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
+        return self._store.commit(self._base, key, manifest)
 
     def _read_part(self, key: str) -> Part | None:
         try:
-            return _part(self._store.read_record(self._base, key))
+            return Part.of(self._store.read_record(self._base, key))
         except NotFound:
             return None
         except (KeyError, TypeError) as error:
             raise StorageError(
                 f"{self._store.objects.address(key)} is not a part record ({error}); delete it"
             ) from error
-
-    def _part_fingerprint(self, name: str, inputs: Mapping[str, Any]) -> str:
-        return fingerprint(self._stage, self._version, {"part": name, **inputs})
 
     def _store_file(self, name: str, data: bytes | Path, rows: int) -> File:
         digest = sha256(data) if isinstance(data, bytes) else sha256_file(data)
@@ -278,9 +292,15 @@ class ArtifactStore:
     def commit(self, base: str, key: str, record: Mapping[str, Any]) -> dict[str, Any]:
         """Write a record, with a digest of itself, unless there is one; returns the one that counts."""
         plain = json.loads(canonical_json(record))
-        while not self.objects.put_if_absent(key, sealed(plain)):
+        while not self.objects.put_if_absent(key, _sealed(plain)):
             with contextlib.suppress(NotFound):  # set aside by another worker just now
                 return self.read_record(base, key)
+        return dict(plain)
+
+    def replace(self, key: str, record: Mapping[str, Any]) -> dict[str, Any]:
+        """As :meth:`commit`, in the place of the record that is there."""
+        plain = json.loads(canonical_json(record))
+        self.objects.put(key, _sealed(plain))
         return dict(plain)
 
     def read_record(self, base: str, key: str) -> dict[str, Any]:
@@ -377,7 +397,7 @@ class ArtifactStore:
         return None
 
 
-def sealed(record: Mapping[str, Any]) -> bytes:
+def _sealed(record: Mapping[str, Any]) -> bytes:
     """A record as it is stored: with a digest of itself."""
     return canonical_json({**record, _SEAL: sha256(canonical_json(dict(record)))})
 
@@ -403,8 +423,3 @@ def content_digest(parts: tuple[Part, ...]) -> str:
     """sha256 over names and digests of all files, in order of name."""
     files = sorted((file.name, file.sha256) for part in parts for file in part.files)
     return sha256(canonical_json(files))
-
-
-def _part(record: Mapping[str, Any]) -> Part:
-    files = tuple(File(**file) for file in record["files"])
-    return Part(record["name"], record["fingerprint"], files, record["counts"])

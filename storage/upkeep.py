@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from storage.artifacts import FORMAT, Artifact, ArtifactStore, File, Part
-from storage.artifacts import _part as part_of
 from storage.captions import CaptionStore
 from storage.errors import Damaged, NotFound, StorageError
 from storage.fingerprint import fingerprint, sha256_file
@@ -150,7 +149,7 @@ def _parts(store: ArtifactStore, key: str) -> list[Part]:
     """
     base = "/".join(key.split("/")[:2])
     if _kind(key) == "part":
-        return [part_of(store.read_record(base, key))]
+        return [Part.of(store.read_record(base, key))]
     if _kind(key) == "artifact" and key.endswith("/manifest.json"):
         manifest = store.read_record(base, key)
         if manifest["format"] > FORMAT:

@@ -153,7 +153,7 @@ def watch(journal: Journal, kill: Mapping[str, Any] | None) -> None:
         die("linked")
 
     def part(self: ArtifactWriter, name: str, inputs: Mapping[str, Any], *args: Any, **named: Any) -> Any:
-        journal.add("part", self._stage, name, self._part_fingerprint(name, inputs))
+        journal.add("part", self._stage, name, self.part_fingerprint(name, inputs))
         return plain_part(self, name, inputs, *args, **named)
 
     ObjectStore._temporary = temporary  # type: ignore[method-assign]
