@@ -104,6 +104,19 @@ def tars() -> dict[str, bytes]:
     }
 
 
+def small_tars() -> dict[str, bytes]:
+    """A file behind a member of each kind. Few bytes: most mutants hit something that matters."""
+    file = special("a.png", tarfile.REGTYPE, size=1, data=b"a")
+    fronts = {
+        "file": file,
+        "link": special("a.png", tarfile.SYMTYPE, "b.png"),
+        "name": special("a", b"L", size=5, data=b"b.png"),
+        "pax": special("a", b"x", size=14, data=b"14 path=b.png\n"),
+        "sparse": special("b.png", tarfile.GNUTYPE_SPARSE, size=1, data=b"b"),
+    }
+    return {name: front + file for name, front in fronts.items()}
+
+
 def tables() -> dict[str, bytes]:
     """Parquet, Arrow stream and Arrow file."""
     data = [encoded(pixels(side), "PNG") for side in range(4, 12)]
