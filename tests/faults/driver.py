@@ -11,6 +11,7 @@ Commands::
     store     URL that replaces the domain file's
     env       environment of the workers (credentials, endpoint)
     workers   how many start at once
+    refresh   stages to make anew
     kill      {"moment": before | half | written | linked | after, "commit": n}: SIGKILL to itself at the n-th commit
     seconds   SIGKILL from outside after so long
     clock     what time.time() says, in seconds; "wild" for another answer at every call
@@ -41,7 +42,7 @@ from storage.shards import read_index, read_records
 from storage.tables import parquet, read_parquet
 from tasks.domain import Domain
 from tasks.shard import shard
-from tasks.stage import open_store, run_stage
+from tasks.stage import anew, open_store, rules, run_stage
 
 MOMENTS = ("before", "half", "written", "linked", "after")
 """Before a commit; with half the temporary file written; with all of it; with the object in place and the temporary
@@ -56,7 +57,7 @@ def storage_work(domain: Domain) -> None:
 
 
 def describe(store: ArtifactStore, domain: Domain, images: ArtifactRef) -> None:
-    """A stage of storage alone: a text for each image, once, whatever happens."""
+    """A stage of storage alone: a text for each image, once, whatever happens; another one if it is made anew."""
     shards = store.open(images)
     captions = CaptionStore(store.objects)
     who = describer_id({"kind": "image", "model": "test"})
@@ -67,17 +68,18 @@ def describe(store: ArtifactStore, domain: Domain, images: ArtifactRef) -> None:
             inputs = {"members": rows["sha256"].to_list()}
             if writer.find(str(name), inputs) is None:
                 keys = {digest: caption_key(who, [digest]) for digest in rows["sha256"]}
-                known = set(captions.get(who, keys.values())["caption_key"])
+                known = set() if anew() else set(captions.get(who, keys.values())["caption_key"])
                 new = {
                     record.sha256: {
                         "caption_key": keys[record.sha256], "kind": "image", "members": [record.sha256],
-                        "text": f"{len(record.data)} bytes, {record.sha256}", "flags": [], "model": "test",
+                        "text": f"{len(record.data)} bytes, {record.sha256}{', anew' * anew()}",
+                        "flags": [], "model": "test",
                     }
                     for record in read_records(shards, rows)
                     if keys[record.sha256] not in known
                 }  # fmt: skip
                 if new:
-                    captions.add(who, pl.DataFrame(list(new.values()), schema=CAPTION_SCHEMA))
+                    captions.add(who, pl.DataFrame(list(new.values()), schema=CAPTION_SCHEMA), anew=anew())
                 wanted = rows.select("key", caption_key=pl.col("sha256").replace_strict(keys, return_dtype=pl.String))
                 texts = wanted.join(captions.get(who, keys.values()), on="caption_key", maintain_order="left")
                 file = parquet(texts.select("key", "text"))
@@ -177,7 +179,8 @@ def work(command: Mapping[str, Any]) -> None:
         domain = domain.model_copy(update={"store": command["store"]})
     watch(Journal(command.get("journal")), command.get("kill"))
     set_clock(command.get("clock"))
-    {"storage": storage_work, "pipeline": pipeline_work}[command["work"]](domain)
+    with rules(refresh=command.get("refresh", ())):
+        {"storage": storage_work, "pipeline": pipeline_work}[command["work"]](domain)
 
 
 def fork(command: Mapping[str, Any], stderr: int) -> int:

@@ -41,6 +41,7 @@ WORDS = {
     "kill random": "kills at random moments",
     "kill s3": "kills of a process that writes to S3",
     "kill pipeline": "kills of the whole pipeline",
+    "kill refresh": "kills while a stage is made anew",
     "kill server": "kills of the S3 server under a running stage",
     "network": "network faults",
     "workers": "workers side by side on one stage",

@@ -2,6 +2,7 @@
 
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,12 @@ from faults.driver import MOMENTS, read_texts
 from faults.harness import Clean, Driver, Tally, commits, difference, environment, repeated_parts, tree
 from faults.seaweed import Seaweed, options
 
-from storage.artifacts import ArtifactStore
+from storage.artifacts import Artifact, ArtifactStore
+from storage.captions import CaptionStore
+from storage.inventory import Inventory
 from storage.objects import ObjectStore
-from storage.tables import read_parquet
+from storage.tables import parquet, read_parquet
+from storage.upkeep import garbage
 from tasks.domain import Domain
 
 pytestmark = pytest.mark.slow
@@ -69,6 +73,60 @@ def test_at_random_moments(driver: Driver, small: Path, clean: Clean, quick: Pat
         if done >= RANDOM_KILLS:
             return
     pytest.fail(f"only {done} of {RANDOM_KILLS} kills met a running process")
+
+
+@pytest.mark.parametrize("stage", ["shard", "describe"])
+def test_while_a_stage_is_made_anew(driver: Driver, small: Path, quick: Path, tally: Tally, stage: str) -> None:
+    """Until the new artifact is committed the old one is there, and whoever opened it goes on reading."""
+    refresh = {"work": "storage", "domain": small, "refresh": [stage]}
+    driver.finish(work="storage", domain=small, store=quick / "old")
+    shutil.copytree(quick / "old", quick / "new")
+    driver.finish(**refresh, store=quick / "new", journal=quick / "new.journal")
+    old, new = contents(artifact(quick / "old", stage)), contents(artifact(quick / "new", stage))
+    assert (old == new) == (stage == "shard")  # the other one gives other texts
+    points = [
+        (moment, commit)
+        for moment in ("half", "written", "after")
+        for commit in range(commits(quick / "new.journal").total())
+    ]
+    kills = 0
+    for moment, commit in points:
+        store, journal = quick / f"{moment}-{commit}", quick / f"{moment}-{commit}.journal"
+        shutil.copytree(quick / "old", store)
+        opened = artifact(store, stage)
+        kill = {"moment": moment, "commit": commit}
+        status = driver.run(**refresh, store=store, journal=journal, kill=kill)["statuses"][0]
+        if status == 0 and moment != "after":
+            continue  # what is deleted is not written
+        assert status == KILLED
+        kills += 1
+        tally.inflicted["kill refresh"] += 1
+        committed = f"put shapes/{stage}/{opened.fingerprint}/manifest.json" in commits(journal)
+        assert contents(artifact(store, stage)) == (new if committed else old)
+        driver.finish(**refresh, store=store, journal=journal)
+        assert committed or repeated_parts(journal) <= 1
+        assert difference(needed(store), needed(quick / "new")) == {}
+        assert contents(opened) == old and contents(artifact(store, stage)) == new
+        tally.survived["kill refresh"] += 1
+    assert kills >= 0.6 * len(points)
+
+
+def artifact(store: Path, stage: str) -> Artifact:
+    (found,) = ArtifactStore(ObjectStore(str(store))).all("shapes", stage)
+    return found
+
+
+def contents(artifact: Artifact) -> dict[str, bytes]:
+    return {name: artifact.read(name) for name in artifact.files}
+
+
+def needed(store: Path) -> dict[str, bytes]:
+    """What stays when rubbish is removed, with the texts that readers see in the place of the parts they lie in."""
+    objects = ObjectStore(str(store))
+    inventory, captions = Inventory(ArtifactStore(objects), "shapes"), CaptionStore(objects)
+    loose = {each.key for each in garbage(inventory, [made.artifact for made in inventory.all()], older_than=-60)}
+    found = {key: data for key, data in tree(objects).items() if key not in loose and not key.startswith("captions/")}
+    return found | {who: parquet(captions.scan(who).collect()) for who in captions.describers()}
 
 
 def test_while_writing_to_s3(
