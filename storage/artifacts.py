@@ -261,9 +261,41 @@ class ArtifactStore:
         """The artifact made from exactly these inputs, or None if there is none or a file of it is gone."""
         return self.load(domain, stage, fingerprint(stage, version, inputs))
 
-    def load(self, domain: str, stage: str, digest: str) -> Artifact | None:
-        """The artifact with this fingerprint; None if its manifest or one of its files (by size) is missing."""
-        return self._load(domain, stage, digest)
+    def load(self, domain: str, stage: str, digest: str, sizes: Mapping[str, int] | None = None) -> Artifact | None:
+        """The artifact with this fingerprint; None if its manifest or one of its files (by size) is missing.
+
+        Args:
+            sizes: an earlier listing of the stage's data, see :meth:`complete`.
+        """
+        base = f"{domain}/{stage}"
+        key = f"{base}/{digest}/manifest.json"
+        try:
+            artifact = self.read_artifact(key)
+        except NotFound:
+            return None
+        except (KeyError, TypeError) as error:
+            raise StorageError(f"{self.objects.address(key)} is not a manifest ({error}); delete it") from error
+        if sizes is None:
+            sizes = self.objects.sizes(f"{base}/data")
+        if self.complete(base, (file for _, file in artifact.files.values()), sizes):
+            return artifact
+        log.warning("%s: a file is missing or cut short; the stage runs again", self.objects.address(key))
+        self.objects.delete(key)
+        return None
+
+    def read_artifact(self, key: str) -> Artifact:
+        """The artifact of the manifest under a key, whether its files are there or not.
+
+        Raises:
+            NotFound: there is no such manifest.
+            Damaged: it is not what was written; it was set aside.
+            StorageError: it was written by a newer version.
+            KeyError, TypeError: it is no manifest.
+        """
+        manifest = self.read_record(key.rsplit("/", 2)[0], key)
+        if manifest["format"] > FORMAT:
+            raise StorageError(f"{self.objects.address(key)} was written by a newer latteflow: upgrade to read it")
+        return Artifact(self, manifest)
 
     def open(self, ref: ArtifactRef) -> Artifact:
         """The artifact behind a reference.
@@ -283,7 +315,7 @@ class ArtifactStore:
         """Every complete artifact of a stage, sorted by fingerprint."""
         sizes = self.objects.sizes(f"{domain}/{stage}/data")
         names = self.objects.names(f"{domain}/{stage}")
-        found = (self._load(domain, stage, name, sizes) for name in names if len(name) == 64)
+        found = (self.load(domain, stage, name, sizes) for name in names if len(name) == 64)
         return [artifact for artifact in found if artifact is not None]
 
     def writer(self, domain: str, stage: str, version: int, inputs: Mapping[str, Any]) -> ArtifactWriter:
@@ -376,25 +408,6 @@ class ArtifactStore:
             f"{file.sha256[:12]}, found {len(data)} bytes with {sha256(data)[:12]}; moved to {base}/damaged/, "
             "and the part will be made again"
         )
-
-    def _load(self, domain: str, stage: str, digest: str, sizes: Mapping[str, int] | None = None) -> Artifact | None:
-        key = f"{domain}/{stage}/{digest}/manifest.json"
-        try:
-            manifest = self.read_record(f"{domain}/{stage}", key)
-            if manifest["format"] > FORMAT:
-                raise StorageError(f"{self.objects.address(key)} was written by a newer latteflow: upgrade to read it")
-            artifact = Artifact(self, manifest)
-        except NotFound:
-            return None
-        except (KeyError, TypeError) as error:
-            raise StorageError(f"{self.objects.address(key)} is not a manifest ({error}); delete it") from error
-        if sizes is None:
-            sizes = self.objects.sizes(f"{domain}/{stage}/data")
-        if self.complete(f"{domain}/{stage}", (file for _, file in artifact.files.values()), sizes):
-            return artifact
-        log.warning("%s: a file is missing or cut short; the stage runs again", self.objects.address(key))
-        self.objects.delete(key)
-        return None
 
 
 def _sealed(record: Mapping[str, Any]) -> bytes:

@@ -10,7 +10,7 @@ class NotFound(StorageError):
 
 
 class Damaged(StorageError):
-    """Stored bytes differ from the digest in their manifest. They were set aside; running again remakes them."""
+    """Stored bytes differ from their digest. They were set aside; running again remakes them."""
 
 
 class DataError(Exception):

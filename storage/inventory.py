@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from storage.artifacts import FORMAT, Artifact, ArtifactStore
-from storage.errors import Damaged, NotFound, StorageError
+from storage.artifacts import Artifact, ArtifactStore
+from storage.errors import Damaged, NotFound
 from storage.objects import ObjectStore, Stored
 
 log = logging.getLogger("latteflow.storage")
@@ -85,16 +85,13 @@ class Inventory:
 
     def _load(self, key: str) -> Artifact | None:
         """The artifact of a manifest; None, with a warning, if it cannot be used."""
-        address, base = self.store.objects.address(key), "/".join(key.split("/")[:2])
+        base = key.rsplit("/", 2)[0]
         try:
-            manifest = self.store.read_record(base, key)
-            if manifest["format"] > FORMAT:
-                raise StorageError(f"{address} was written by a newer latteflow: upgrade to read it")
-            artifact = Artifact(self.store, manifest)
+            artifact = self.store.read_artifact(key)
         except NotFound:
             return None
         except (Damaged, ValueError, KeyError, TypeError) as error:
-            log.warning("%s cannot be used: %s", address, error)
+            log.warning("%s cannot be used: %s", self.store.objects.address(key), error)
             return None
         nothing = Stored(-1, 0.0)
         whole = all(

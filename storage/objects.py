@@ -56,7 +56,7 @@ class Stored:
 
 
 class ObjectStore:
-    """Keys are relative paths with ``/``; values are bytes that never change once written.
+    """Keys are relative paths with ``/``; values are bytes.
 
     Args:
         url: any fsspec URL or a local folder, for example ``runs/store`` or ``s3://bucket/latteflow``.
@@ -193,7 +193,10 @@ class ObjectStore:
         return self._do("write", key, create)
 
     def put(self, key: str, data: bytes) -> None:
-        """Create or replace an object whose loss would cost nothing but time (statistics, a stat cache)."""
+        """Create or replace an object; in a folder or bucket, readers see the old bytes or the new ones.
+
+        Of two writers the last one wins, unnoticed: for statistics, caches and copies, and for records made anew.
+        """
 
         def replace() -> None:
             if self._local:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from storage.artifacts import FORMAT, Artifact, ArtifactStore, File, Part
+from storage.artifacts import Artifact, ArtifactStore, File, Part
 from storage.captions import CaptionStore
 from storage.errors import Damaged, NotFound, StorageError
 from storage.fingerprint import fingerprint, sha256_file
@@ -147,19 +147,14 @@ def _parts(store: ArtifactStore, key: str) -> list[Part]:
     Raises:
         ValueError, KeyError, TypeError: it is broken, or not the one that belongs under this key.
     """
-    base = "/".join(key.split("/")[:2])
     if _kind(key) == "part":
-        return [Part.of(store.read_record(base, key))]
+        return [Part.of(store.read_record(key.rsplit("/", 2)[0], key))]
     if _kind(key) == "artifact" and key.endswith("/manifest.json"):
-        manifest = store.read_record(base, key)
-        if manifest["format"] > FORMAT:
-            raise StorageError(
-                f"{store.objects.address(key)} was written by a newer latteflow: upgrade to verify this store"
-            )
-        made = fingerprint(manifest["stage"], manifest["version"], manifest["inputs"])
+        artifact = store.read_artifact(key)
+        made = fingerprint(artifact.stage, artifact.manifest["version"], artifact.inputs)
         if key.split("/")[2] != made:
             raise ValueError(f"its inputs have fingerprint {made[:12]}")
-        return list(Artifact(store, manifest).parts)
+        return list(artifact.parts)
     return []
 
 
