@@ -195,7 +195,7 @@ class ArtifactWriter:
         part = Part(name, self.part_fingerprint(name, inputs), stored, dict(counts or {}))
         key = f"{self._base}/parts/{part.fingerprint}.json"
         # If another worker finished the same part first, its files count, so that all readers see one set.
-        part = Part.of(self._store.commit(self._base, key, asdict(part)))
+        part = Part.of(self._store.commit(key, asdict(part)))
         self._parts[name] = part
         return part
 
@@ -226,11 +226,11 @@ class ArtifactWriter:
         return Artifact(self._store, self._commit(key, manifest))
 
     def _commit(self, key: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
-        return self._store.commit(self._base, key, manifest)
+        return self._store.commit(key, manifest)
 
     def _read_part(self, key: str) -> Part | None:
         try:
-            return Part.of(self._store.read_record(self._base, key))
+            return Part.of(self._store.read_record(key))
         except NotFound:
             return None
         except (KeyError, TypeError) as error:
@@ -292,7 +292,7 @@ class ArtifactStore:
             StorageError: it was written by a newer version.
             KeyError, TypeError: it is no manifest.
         """
-        manifest = self.read_record(key.rsplit("/", 2)[0], key)
+        manifest = self.read_record(key)
         if manifest["format"] > FORMAT:
             raise StorageError(f"{self.objects.address(key)} was written by a newer latteflow: upgrade to read it")
         return Artifact(self, manifest)
@@ -321,12 +321,12 @@ class ArtifactStore:
     def writer(self, domain: str, stage: str, version: int, inputs: Mapping[str, Any]) -> ArtifactWriter:
         return ArtifactWriter(self, domain, stage, version, inputs)
 
-    def commit(self, base: str, key: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    def commit(self, key: str, record: Mapping[str, Any]) -> dict[str, Any]:
         """Write a record, with a digest of itself, unless there is one; returns the one that counts."""
         plain = json.loads(canonical_json(record))
         while not self.objects.put_if_absent(key, _sealed(plain)):
             with contextlib.suppress(NotFound):  # set aside by another worker just now
-                return self.read_record(base, key)
+                return self.read_record(key)
         return dict(plain)
 
     def replace(self, key: str, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -335,7 +335,7 @@ class ArtifactStore:
         self.objects.put(key, _sealed(plain))
         return dict(plain)
 
-    def read_record(self, base: str, key: str) -> dict[str, Any]:
+    def read_record(self, key: str) -> dict[str, Any]:
         """The record under a key, checked against the digest it carries.
 
         Raises:
@@ -352,6 +352,7 @@ class ArtifactStore:
         data, whole = self.objects.read_sure(key, good)
         if whole:
             return record
+        base = key.rsplit("/", 2)[0]
         self.objects.put(f"{base}/damaged/{sha256(data)[:16]}.json", data)
         self.objects.delete(key)
         raise Damaged(

@@ -87,7 +87,7 @@ def _files_of(inventory: Inventory, key: str) -> list[str]:
     if folder != "parts":
         return []
     try:
-        record = inventory.store.read_record(f"{domain}/{stage}", key)
+        record = inventory.store.read_record(key)
         return [f"{domain}/{stage}/data/{file['object']}" for file in record["files"]]
     except (StorageError, ValueError, KeyError, TypeError):
         return []
@@ -148,7 +148,7 @@ def _parts(store: ArtifactStore, key: str) -> list[Part]:
         ValueError, KeyError, TypeError: it is broken, or not the one that belongs under this key.
     """
     if _kind(key) == "part":
-        return [Part.of(store.read_record(key.rsplit("/", 2)[0], key))]
+        return [Part.of(store.read_record(key))]
     if _kind(key) == "artifact" and key.endswith("/manifest.json"):
         artifact = store.read_artifact(key)
         made = fingerprint(artifact.stage, artifact.manifest["version"], artifact.inputs)

@@ -159,7 +159,7 @@ def test_one_bad_read_moves_nothing(store: ArtifactStore, tmp_path: Path, monkey
 def test_a_record_that_vanishes_under_a_commit_is_written(
     store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.commit("d/stage", "d/stage/parts/x.json", {"by": "another"})
+    store.commit("d/stage/parts/x.json", {"by": "another"})
     plain = ObjectStore.read
 
     def vanish(self: ObjectStore, key: str) -> bytes:
@@ -167,4 +167,4 @@ def test_a_record_that_vanishes_under_a_commit_is_written(
         return plain(self, key)
 
     monkeypatch.setattr(ObjectStore, "read", vanish)
-    assert store.commit("d/stage", "d/stage/parts/x.json", {"by": "us"}) == {"by": "us"}
+    assert store.commit("d/stage/parts/x.json", {"by": "us"}) == {"by": "us"}
