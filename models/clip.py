@@ -208,12 +208,16 @@ def _folder(model: str) -> Path | None:
 
 
 def _digest(paths: Sequence[Path]) -> str:
-    digests = {path.name: _digest_file(path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+    digests = {path.name: digest_of_file(path) for path in paths}
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def digest_of_file(path: Path) -> str:
+    """sha256 of a local file. Every stage asks; weights of one size and time are read once in a process."""
+    return _digest_file(path, path.stat().st_size, path.stat().st_mtime_ns)
 
 
 @functools.cache
 def _digest_file(path: Path, size: int, mtime_ns: int) -> str:
-    """Every stage asks; weights of this size and time are read once in a process."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

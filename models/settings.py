@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from models.schedule import steps_per_epoch
 
@@ -31,6 +31,106 @@ class ClipSettings(Settings):
     centre: bool | None = None
     """Subtract the domain's mean image embedding before normalising. Default: on for embedded, off otherwise."""
 
+
+class TagsSettings(Settings):
+    """Zero-shot tags of the CLIP itself; no language model."""
+
+    kind: Literal["tags"] = "tags"
+    """Who writes the texts."""
+
+
+class SidecarSettings(Settings):
+    """Texts that came with the images."""
+
+    kind: Literal["sidecar"]
+    """Who writes the texts."""
+    texts: str
+    """CSV or Parquet with columns ``path`` and ``text``, or a folder with one .txt for each image."""
+
+
+class LanguageModelSettings(Settings):
+    """What is asked of a multimodal model, wherever it runs."""
+
+    model: str
+    """Name on the model hub or of the server, or the path of a model folder, beginning with ``/`` or ``./``."""
+    revision: str | None = None
+    """Commit or tag of the weights. Texts of different revisions never mix."""
+    prompts: str = "generic"
+    """Prompt pack: one that ships (docs/describers.md lists them), or the path of a YAML file."""
+    max_tokens: int = Field(default=77, ge=1, le=8192)
+    """Length of an answer, in tokens of the model; LatteCLIP has 77."""
+    temperature: float = Field(default=0.0, ge=0, le=2)
+    """0 gives the likeliest answer, and the same one every time."""
+    structured: bool = False
+    """Constrain answers to JSON, for models that chat around their answer. Costs about half of the speed."""
+    longest_px: int = Field(default=1024, ge=32, le=8192)
+    """Images are made smaller to have no longer side."""
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """All that shapes a text besides model and prompt."""
+        return self.model_dump(include={"max_tokens", "temperature", "structured", "longest_px"})
+
+
+class VllmSettings(LanguageModelSettings):
+    """vLLM in the worker's own process. What is not about the texts has no part in their identity."""
+
+    kind: Literal["vllm"]
+    """Who writes the texts."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Arithmetic. auto: what the weights are stored in."""
+    max_context: int | None = Field(default=None, ge=64)
+    """Tokens of prompt, images and answer together. Default: what the model has; less takes less memory."""
+    max_batch: int = Field(default=256, ge=1)
+    """Prompts that are answered at the same time."""
+    max_images: int = Field(default=4, ge=1, le=64)
+    """Images in one prompt."""
+    gpu_memory: float = Field(default=0.9, gt=0, le=1)
+    """Share of the GPU's memory that vLLM may take."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """GPUs that one model is spread over."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the weights. Only for models you have read."""
+    extra: dict[str, Any] = {}
+    """Further arguments of ``vllm.LLM``, such as ``quantization``; all of them are part of the texts' identity."""
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """As of any language model, and the arithmetic."""
+        return {**super().sampling, "dtype": self.dtype, **({"extra": self.extra} if self.extra else {})}
+
+
+class OpenAISettings(LanguageModelSettings):
+    """Any server that speaks OpenAI's chat API: vllm serve, SGLang, llama-server, a hosted one."""
+
+    kind: Literal["openai"]
+    """Who writes the texts."""
+    url: str = Field(pattern=r"^https?://")
+    """Base address, for example http://127.0.0.1:8000/v1."""
+    key_env: str = "OPENAI_API_KEY"
+    """Environment variable with the key; a server without keys needs none."""
+    key_block: str | None = None
+    """Name of a Prefect Secret block with the key, instead of the variable."""
+    concurrency: int = Field(default=32, ge=1, le=1024)
+    """Requests under way at a time."""
+    timeout_s: float = Field(default=120.0, gt=0)
+    """Seconds until a request counts as failed."""
+    patience_s: float = Field(default=120.0, ge=0)
+    """Seconds without a single answer until the run stops, retrying meanwhile."""
+
+
+def _kind(value: Any) -> Any:
+    return value.get("kind", "tags") if isinstance(value, dict) else getattr(value, "kind", None)
+
+
+DescriberSettings = Annotated[
+    Annotated[TagsSettings, Tag("tags")]
+    | Annotated[SidecarSettings, Tag("sidecar")]
+    | Annotated[VllmSettings, Tag("vllm")]
+    | Annotated[OpenAISettings, Tag("openai")],
+    Discriminator(_kind),
+]
+"""Who writes the texts: ``kind`` is tags, sidecar, vllm or openai."""
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 

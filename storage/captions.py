@@ -34,14 +34,23 @@ CAPTION_SCHEMA: dict[str, Any] = {
     "model": pl.String,
     "revision": pl.String,
     "prompt_id": pl.String,
+    "prompt": pl.String,
+    "sampling": pl.String,
+    "engine": pl.String,
+    "detail": pl.String,
 }
-"""What readers get. ``members`` are the sha256 digests of the described images' bytes."""
+"""What readers get. ``members`` are the sha256 digests of the described images' bytes; ``prompt_id`` is the prompt pack
+and its version, ``prompt`` what was asked; ``sampling`` is JSON; ``engine`` is what ran the model, with its version;
+``detail`` says why there is no text where ``finish_reason`` is error."""
 
 STORED_SCHEMA: dict[str, Any] = {**CAPTION_SCHEMA, "generation": pl.Int32}
 """What parts hold. ``generation`` counts how often a text was asked for anew; the highest is the visible one."""
 
-SCHEMA_VERSION = 2
-"""Version 1 has no ``generation``. A column that a part does not have is null in its rows."""
+SCHEMA_VERSION = 3
+"""Version 1 has no ``generation``, version 2 nothing after ``prompt_id``. A column that a part lacks reads as null."""
+
+ERROR = "error"
+"""The ``finish_reason`` of a row that has no text, as its model could not answer."""
 
 _PART = re.compile(r"(?P<digest>[0-9a-f]{32})(\.v(?P<version>\d+))?\.parquet")
 _SMALL = 32 << 20
@@ -51,13 +60,13 @@ log = logging.getLogger("latteflow.storage")
 
 
 def describer_id(identity: Mapping[str, Any]) -> str:
-    """Digest of everything but the images that shapes a text: kind, prompt, model, revision, sampling."""
+    """Digest of who writes: kind of text, model, revision, sampling."""
     return sha256(canonical_json(dict(identity)))
 
 
-def caption_key(describer: str, members: Sequence[str], index: int = 0) -> str:
-    """Key of one text: describer, content digests of the images in order, and which of several texts it is."""
-    return sha256(canonical_json([describer, list(members), index]))
+def caption_key(describer: str, members: Sequence[str], prompt: str = "") -> str:
+    """Key of one text: describer, content digests of the images in order, and what was asked about them."""
+    return sha256(canonical_json([describer, list(members), prompt]))
 
 
 class CaptionStore:
@@ -76,8 +85,9 @@ class CaptionStore:
         return visible(self._find(describer, keys).lazy()).select(*CAPTION_SCHEMA).collect()
 
     def known(self, describer: str, keys: Iterable[str]) -> set[str]:
-        """Those of the keys that have a text."""
-        return set(self._find(describer, keys)["caption_key"])
+        """Those of the keys that need not be asked again: a text was written, however it ended, and no error."""
+        rows = self._find(describer, keys)
+        return set(rows.filter(pl.col("finish_reason").ne_missing(ERROR))["caption_key"])
 
     def add(self, describer: str, rows: pl.DataFrame, *, anew: bool = False) -> None:
         """Append texts; adding the same rows again changes nothing.
@@ -235,13 +245,15 @@ class CaptionStore:
 
 
 def visible(rows: pl.LazyFrame) -> pl.LazyFrame:
-    """One row for each key: the newest generation; among equals, which two workers wrote, the first in order of text.
+    """One row for each key: the newest generation; among equals a text before an error; then, as two workers wrote it,
+    the first in order of text.
 
     The choice depends on the rows alone, so that moving them to another part never changes it.
     """
     newest_first = -pl.col("generation").fill_null(0)
+    failed = pl.col("finish_reason").eq_missing(ERROR)
     rest = [pl.col("finish_reason", "prompt_tokens", "output_tokens"), pl.col("flags").list.join(" ")]
-    ordered = rows.sort("caption_key", newest_first, "text", *rest)
+    ordered = rows.sort("caption_key", newest_first, failed, "text", *rest)
     return ordered.unique("caption_key", keep="first", maintain_order=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,19 @@ from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from models.settings import ClipSettings, LatteClipSettings, Settings
+from models import prompts
+from models.errors import ModelError
+from models.settings import (
+    ClipSettings,
+    DescriberSettings,
+    LanguageModelSettings,
+    LatteClipSettings,
+    OpenAISettings,
+    Settings,
+    SidecarSettings,
+    TagsSettings,
+    VllmSettings,
+)
 
 
 class ConfigError(Exception):
@@ -36,28 +49,13 @@ class EvaluationSettings(Settings):
     """Images that nothing was tuned on. Default: the training images themselves (transductive)."""
 
 
-class DescriberSettings(Settings):
-    """Who writes the texts."""
-
-    kind: Literal["tags", "sidecar"] = "tags"
-    """tags: zero-shot tags of the CLIP itself, no language model. sidecar: texts that came with the images."""
-    texts: str | None = None
-    """sidecar only: CSV or Parquet with columns ``path`` and ``text``, or a folder with one .txt for each image."""
-
-    @model_validator(mode="after")
-    def _texts_belong_to_sidecar(self) -> DescriberSettings:
-        if (self.kind == "sidecar") != (self.texts is not None):
-            raise PydanticCustomError(
-                "texts", "`texts` (where the sidecar texts are) goes with `kind: sidecar`, and only there"
-            )
-        return self
-
-
 class GroupSettings(Settings):
     """Texts about look-alikes."""
 
     size: int = Field(default=4, ge=2, le=16)
     """Images in a group, all with the same pseudo-label (LatteCLIP uses 4)."""
+    view: Literal["collage", "images"] = "collage"
+    """How a multimodal model sees a group: as one picture, as in LatteCLIP, or as several images."""
 
 
 class ShardSettings(Settings):
@@ -86,6 +84,11 @@ class EmbedSettings(Settings):
 
 Method = Literal["latteclip"]
 
+_KINDS: dict[str, type[BaseModel]] = {
+    settings.model_fields["kind"].annotation.__args__[0]: settings  # type: ignore[union-attr]
+    for settings in (TagsSettings, SidecarSettings, VllmSettings, OpenAISettings)
+}
+
 
 class Domain(Settings):
     """One image domain: its images, its class names, and how to adapt to it. Only the first three are required."""
@@ -101,7 +104,7 @@ class Domain(Settings):
     evaluation: EvaluationSettings | None = None
     """Labels for evaluation; nothing that trains ever sees them."""
     clip: ClipSettings = ClipSettings()
-    describer: DescriberSettings = DescriberSettings()
+    describer: DescriberSettings = TagsSettings()
     method: Annotated[list[Method], Field(min_length=1), BeforeValidator(_one_or_many)] = Field(default=["latteclip"])
     latteclip: LatteClipSettings = LatteClipSettings()
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
@@ -139,6 +142,27 @@ class Domain(Settings):
                     "templates", f"`templates`: {template!r} needs exactly one {{}} for the class name"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _questions_can_be_asked(self) -> Domain:
+        shown = self.group.size if self.group.view == "images" else 1
+        if self.prompt_pack and isinstance(self.describer, VllmSettings) and shown > self.describer.max_images:
+            raise PydanticCustomError(
+                "describer",
+                f"`group.view: images` shows {shown} images in one prompt (`group.size`), and `describer.max_images` "
+                f"is {self.describer.max_images}; raise it, or use `view: collage`",
+            )
+        return self
+
+    @functools.cached_property
+    def prompt_pack(self) -> prompts.PromptPack | None:
+        """The questions to a language model; None for a describer without one."""
+        if not isinstance(self.describer, LanguageModelSettings):
+            return None
+        try:
+            return prompts.load(self.describer.prompts)
+        except ModelError as error:
+            raise PydanticCustomError("prompts", "`describer.prompts`: {why}", {"why": str(error)}) from error
 
     @staticmethod
     def prompt_name(name: str) -> str:
@@ -215,9 +239,14 @@ def _resolve(raw: dict[str, Any], folder: Path) -> None:
     ]:
         if isinstance(section, dict) and section.get(field) is not None:
             section[field] = absolute(section[field])
-    clip = raw.get("clip")
-    if isinstance(clip, dict) and isinstance(clip.get("model"), str) and clip["model"].startswith((".", "/", "~")):
-        clip["model"] = absolute(clip["model"])
+    for section, field in [
+        (raw.get("clip"), "model"),
+        (raw.get("describer"), "model"),
+        (raw.get("describer"), "prompts"),
+    ]:
+        value = section.get(field) if isinstance(section, dict) else None
+        if isinstance(value, str) and value.startswith((".", "/", "~")):
+            section[field] = absolute(value)  # type: ignore[index]
     if isinstance(raw.get("classes"), str):
         file = Path(absolute(raw["classes"]))
         try:
@@ -234,14 +263,25 @@ def _resolve(raw: dict[str, Any], folder: Path) -> None:
 def _explain(error: Mapping[str, Any], raw: Any) -> str:
     """One line of the message: where, what, and a suggestion."""
     where = [part for part in error["loc"] if not str(part).startswith("function-")]
+    kind = where.pop(1) if len(where) > 1 and where[0] == "describer" else None
     field = ".".join(map(str, where))
     message = str(error["msg"])
     if error["type"] == "extra_forbidden":
-        known = list(_section(Domain, where[:-1]))
+        known = list(_section(Domain, [*where[:-1], *([kind] if kind else [])]))
         near = difflib.get_close_matches(str(where[-1]), known, 1, 0.6)
-        message = "unknown key; " + (f"did you mean `{near[0]}`?" if near else f"known are {', '.join(known)}")
+        others = [f"`kind: {name}`" for name, each in _KINDS.items() if kind and where[-1] in each.model_fields]
+        message = f"goes with {' and '.join(others)}" if others else "unknown key; "
+        if not others:
+            message += f"did you mean `{near[0]}`?" if near else f"known are {', '.join(known)}"
     elif error["type"] == "missing":
         message = "is missing"
+    elif error["type"] == "union_tag_invalid":
+        near = difflib.get_close_matches(str(error["ctx"]["tag"]), _KINDS, 1)
+        where.append("kind")
+        field += ".kind"
+        message = f"{error['ctx']['tag']!r} is none of {', '.join(_KINDS)}" + (
+            f"; did you mean {near[0]}?" if near else ""
+        )
     elif error["type"] == "string_type":
         message = f"{error['input']!r} is not text; put it in quotes"
     elif error["type"] == "literal_error":
@@ -259,7 +299,9 @@ def _explain(error: Mapping[str, Any], raw: Any) -> str:
 
 def _section(model: type[BaseModel], where: Sequence[Any]) -> Iterator[str]:
     for name in where:
-        if name in model.model_fields:
+        if name in _KINDS:
+            model = _KINDS[name]
+        elif name in model.model_fields:
             for candidate in (model.model_fields[name].annotation, *get_args(model.model_fields[name].annotation)):
                 if isinstance(candidate, type) and issubclass(candidate, BaseModel):
                     model = candidate

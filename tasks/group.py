@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -10,10 +9,9 @@ import polars as pl
 
 from storage.artifacts import ArtifactWriter
 from storage.tables import parquet
-from tasks.describe import text_counts
 from tasks.domain import Domain
 from tasks.stage import StageResult, open_store, run_stage
-from tasks.texts import Gallery, describer_identity, open_describer, write_texts
+from tasks.texts import Gallery, Texts, describer_identity, questions_identity, text_counts
 
 VERSION = 1
 
@@ -21,22 +19,33 @@ VERSION = 1
 def group(domain: Domain, shards: StageResult, embedded: StageResult) -> StageResult:
     """One group for every live image, and its text.
 
-    Files: ``groups.parquet``: ``label`` (the pseudo-class), ``member_keys`` and the caption columns.
+    Files: ``groups.parquet``: ``label`` (the pseudo-class), ``member_keys``, ``index`` of the question and the caption
+    columns.
     """
     store = open_store(domain)
     identity = describer_identity(domain, embedded)
-    inputs = {"embed": embedded.ref.digest, "size": domain.group.size, "describer": identity}
+    if domain.prompt_pack is not None:
+        identity["view"] = domain.group.view
+    inputs = {
+        "describer": identity,
+        **questions_identity(domain, embedded, "group"),
+        "embed": embedded.ref.digest,
+        "size": domain.group.size,
+    }
+    timings: dict[str, float] = {}
 
     def body(writer: ArtifactWriter) -> Mapping[str, int]:
         gallery = Gallery(domain, store.open(shards.ref), store.open(embedded.ref))
-        describer = functools.cache(lambda: open_describer(domain, gallery))
-        labels, groups = look_alikes(gallery.labels, domain.group.size)
-        texts = write_texts(store, describer, "group", gallery, groups, identity)
-        table = texts.with_columns(label=pl.Series(labels, dtype=pl.Int64))
-        writer.put("groups", inputs, {"groups.parquet": parquet(table)}, rows=table.height, counts=text_counts(table))
-        return {"groups": table.height}
+        texts = Texts(domain, store.objects, "group", gallery, identity)
+        found = list(zip(*look_alikes(gallery.labels, domain.group.size), strict=True))
+        asked = [(label, each) for label, members in found for each in gallery.questions("group", members)]
+        for name, texts_of in texts.write({"groups": [each for _, each in asked]}):
+            table = texts_of.with_columns(label=pl.Series([label for label, _ in asked], dtype=pl.Int64))
+            writer.put(name, inputs, {"groups.parquet": parquet(table)}, rows=table.height, counts=text_counts(table))
+        timings.update(texts.timings)
+        return {"groups": len(found)}
 
-    return run_stage(store, domain, "group", VERSION, inputs, body)
+    return run_stage(store, domain, "group", VERSION, inputs, body, timings=timings)
 
 
 def look_alikes(labels: Mapping[str, int], size: int) -> tuple[list[int], list[list[str]]]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib import metadata
+from types import MappingProxyType
 from typing import Any
 
 from storage.anew import AnewWriter
@@ -97,6 +98,7 @@ def run_stage(
     body: Callable[[ArtifactWriter], Mapping[str, int]],
     *,
     split: str = "",
+    timings: Mapping[str, float] = MappingProxyType({}),
 ) -> StageResult:
     """Return the artifact made from ``inputs``, making it with ``body`` if it is not there.
 
@@ -105,6 +107,7 @@ def run_stage(
         inputs: everything the artifact depends on, as JSON values and digests; no paths of this machine.
         body: puts parts into the writer and returns the counts that parts do not carry.
         split: shown beside the stage's name where a stage runs once for each split.
+        timings: filled by ``body``; kept with the statistics of the run.
     """
     label = f"{stage} {split}".strip()
     asked = _rules.get()
@@ -123,7 +126,8 @@ def run_stage(
         artifact = writer.finish(body(writer), _versions())
     seconds = time.perf_counter() - begin
     made = len(artifact.parts) - writer.reused
-    stats = {"seconds": round(seconds, 3), "parts_made": made, "parts_reused": writer.reused, **artifact.counts}
+    stats = {"seconds": round(seconds, 3), "parts_made": made, "parts_reused": writer.reused}
+    stats |= {**artifact.counts, **timings}
     store.objects.put(f"{folder}/stats.json", json.dumps(stats).encode())
     log.info("%s done %s wall_s=%.1f parts_reused=%d", label, _shown(artifact.counts), seconds, writer.reused)
     return StageResult(artifact.ref, label, False, seconds, artifact.counts)

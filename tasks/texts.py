@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 
 from models import clip
-from models.describers import Describer, Item, Kind
-from models.settings import ClipSettings
-from storage.artifacts import Artifact, ArtifactStore
+from models.describers import Describer, Engine, Item, Kind, Text
+from models.errors import ModelError
+from models.prompts import fill
+from models.settings import ClipSettings, LanguageModelSettings, OpenAISettings, SidecarSettings, VllmSettings
+from storage.artifacts import Artifact
 from storage.captions import CAPTION_SCHEMA, CaptionStore, caption_key, describer_id
+from storage.errors import DataError
 from storage.fingerprint import canonical_json, sha256
 from storage.images import open_image
 from storage.objects import ObjectStore
@@ -28,19 +35,39 @@ if TYPE_CHECKING:
 
     from models.describers.tags import TagVocabulary
 
+_DECODED = 64
+"""Images kept decoded: the groups of a class share members with those next to them."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What one text is to be about.
+
+    Attributes:
+        members: keys of the images; none for a class.
+        prompt: in words; empty for a describer that is not asked.
+        index: which of several questions about the same images.
+    """
+
+    members: tuple[str, ...]
+    prompt: str = ""
+    index: int = 0
+
 
 class Gallery:
     """The live images of a split with all that a describer may look at, by key."""
 
     def __init__(self, domain: Domain, images: Artifact, embedded: Artifact) -> None:
         found = read_features(embedded)
-        self._images, self._classes = images, domain.classes
+        self._domain, self._images = domain, images
         self.index = read_index(images).filter(pl.col("key").is_in(found.keys))
         self._place = {key: row for row, key in enumerate(self.index["key"])}
-        self._features = dict(zip(found.keys, found.features, strict=True))
+        self._feature = {key: row for row, key in enumerate(found.keys)}
+        self._features = found.features
         self.mean_feature = found.features.mean(axis=0)
         self.labels = dict(zip(found.keys, found.zero_shot.tolist(), strict=True))
         self._digests, self.paths = self.index["sha256"].to_list(), self.index["path"].to_list()
+        self._opened = functools.lru_cache(_DECODED)(self._open)
 
     def digest(self, key: str) -> str:
         """Content digest of the image."""
@@ -52,14 +79,21 @@ class Gallery:
             str(shard): rows["key"].to_list() for (shard,), rows in self.index.group_by("shard", maintain_order=True)
         }
 
-    def item(self, keys: Sequence[str], seed: int) -> Item:
-        """What a describer sees of one or more images."""
-        rows = [self._place[key] for key in keys]
+    def questions(self, kind: Kind, members: Sequence[str]) -> list[Question]:
+        """What is asked about one or more images, by the domain's prompt pack."""
+        pack = self._domain.prompt_pack
+        asked = ("",) if pack is None else pack.image if kind == "image" else pack.group
+        name = self._domain.prompt_name(self._domain.classes[self.labels[members[0]]])
+        return [Question(tuple(members), fill(one, **{"class": name}), place) for place, one in enumerate(asked)]
+
+    def item(self, question: Question, seed: int) -> Item:
+        """What a describer sees."""
+        rows = [self._place[key] for key in question.members]
         return Item(
             paths=tuple(self.paths[row] for row in rows),
-            features=np.stack([self._features[key] for key in keys]),
-            label=self._classes[self.labels[keys[0]]],
-            images=lambda: [self._open(row) for row in rows],
+            features=lambda: self._features[[self._feature[key] for key in question.members]],
+            images=lambda: [self._opened(row).copy() for row in rows],
+            prompt=question.prompt,
             seed=seed,
         )
 
@@ -68,57 +102,103 @@ class Gallery:
         return open_image(read_image(self._images, at["shard"], at["offset"], at["bytes"], at["sha256"]))
 
 
-def write_texts(
-    store: ArtifactStore,
-    describer: Callable[[], Describer],
-    kind: Kind,
-    gallery: Gallery,
-    members: Sequence[Sequence[str]],
-    identity: Mapping[str, Any],
-) -> pl.DataFrame:
-    """A text for each tuple of image keys; those that were ever written come from the caption store.
+class Texts:
+    """The texts of one kind, through the caption store: those that were ever written are not written again.
 
     Args:
-        describer: opened only if a text is missing.
-        members: keys of the images of each text.
-        identity: of the describer.
-
-    Returns:
-        Columns ``member_keys`` and those of the caption schema, in the order of ``members``.
+        identity: of the describer, see :func:`describer_identity`.
     """
-    captions = _captions(store.objects)
-    who = describer_id({"kind": kind, **identity})
-    digests = [[gallery.digest(key) for key in keys] for keys in members]
-    wanted = [caption_key(who, each) for each in digests]
-    known = set() if anew() else captions.known(who, wanted)
-    # The same content may be wanted more than once; it is asked about once.
-    missing = list({key: place for place, key in enumerate(wanted) if key not in known}.values())
-    if missing:
-        texts = describer().describe(
-            kind, [gallery.item(members[place], seed=int(wanted[place][:8], 16)) for place in missing]
-        )
-        rows = [
+
+    def __init__(
+        self, domain: Domain, objects: ObjectStore, kind: Kind, gallery: Gallery, identity: Mapping[str, Any]
+    ) -> None:
+        self._domain, self._kind, self._gallery, self._identity = domain, kind, gallery, identity
+        self._captions = _captions(objects)
+        self._who = describer_id({"kind": kind, **identity})
+        self.timings: dict[str, float] = {}
+        """After :meth:`write`: ``engine_wait``, the share of its time that the engine waited for images."""
+
+    def digest(self, questions: Sequence[Question]) -> str:
+        """Digest of everything that shapes the texts of these questions, and of whom they are about."""
+        return sha256(canonical_json([[self._key(each), list(each.members)] for each in questions]))
+
+    def write(self, parts: Mapping[str, Sequence[Question]]) -> Iterator[tuple[str, pl.DataFrame]]:
+        """Name and table of each part, as soon as all of its texts are there.
+
+        The describer works through all parts without a pause between them. What it wrote is safe in the caption store
+        from batch to batch, whatever becomes of the part.
+
+        Yields:
+            columns ``member_keys``, ``index`` and those of the caption schema, in the order of the part's questions.
+
+        Raises:
+            EngineStopped: the describer cannot go on.
+        """
+        # The same content may be wanted more than once; it is asked about once.
+        wanted = {self._key(each): each for questions in parts.values() for each in questions}
+        known = set() if anew() else self._captions.known(self._who, wanted)
+        left = {name: {self._key(each) for each in questions} - known for name, questions in parts.items()}
+        owners = defaultdict(list)
+        for name, keys in left.items():
+            for key in keys:
+                owners[key].append(name)
+        yield from ((name, self._table(parts[name])) for name, keys in left.items() if not keys)
+        if missing := [key for key in wanted if key not in known]:
+            describer = open_describer(self._domain, self._gallery)
+            items = [self._gallery.item(wanted[key], int(key[:8], 16)) for key in missing]
+            for batch in describer.describe(self._kind, items):
+                done = {missing[place]: text for place, text in batch.items()}
+                rows = [self._row(key, wanted[key], text, describer.engine) for key, text in done.items()]
+                self._captions.add(self._who, pl.DataFrame(rows, schema=CAPTION_SCHEMA), anew=anew())
+                touched = dict.fromkeys(name for key in done for name in owners[key])
+                for name in touched:
+                    left[name] -= done.keys()
+                yield from ((name, self._table(parts[name])) for name in touched if not left[name])
+            if (waited := getattr(describer, "waited", None)) is not None:
+                self.timings["engine_wait"] = round(waited, 4)
+
+    def _key(self, question: Question) -> str:
+        return caption_key(self._who, self._digests(question), question.prompt)
+
+    def _digests(self, question: Question) -> list[str]:
+        return [self._gallery.digest(key) for key in question.members]
+
+    def _row(self, key: str, question: Question, text: Text, engine: str) -> dict[str, Any]:
+        pack = self._domain.prompt_pack
+        return {
+            "caption_key": key,
+            "kind": self._kind,
+            "members": self._digests(question),
+            "text": text.text,
+            "flags": list(text.flags),
+            "finish_reason": text.finish_reason,
+            "prompt_tokens": text.prompt_tokens,
+            "output_tokens": text.output_tokens,
+            "model": self._identity["model"],
+            "revision": self._identity["revision"],
+            "prompt_id": f"{self._identity['model']}/1" if pack is None else pack.id,
+            "prompt": question.prompt,
+            "sampling": canonical_json(self._identity.get("sampling", {})).decode(),
+            "engine": engine,
+            "detail": text.detail,
+        }
+
+    def _table(self, questions: Sequence[Question]) -> pl.DataFrame:
+        keys = [self._key(each) for each in questions]
+        asked = pl.DataFrame(
             {
-                "caption_key": wanted[place],
-                "kind": kind,
-                "members": digests[place],
-                "text": text.text,
-                "flags": list(text.flags),
-                "finish_reason": text.finish_reason,
-                "prompt_tokens": text.prompt_tokens,
-                "output_tokens": text.output_tokens,
-                "model": str(identity["model"]),
-                "revision": str(identity["revision"]),
-                "prompt_id": str(identity["prompt_id"]),
-            }
-            for place, text in zip(missing, texts, strict=True)
-        ]
-        captions.add(who, pl.DataFrame(rows, schema=CAPTION_SCHEMA), anew=anew())
-    asked = pl.DataFrame(
-        {"member_keys": [list(keys) for keys in members], "caption_key": wanted},
-        schema={"member_keys": pl.List(pl.String), "caption_key": pl.String},
-    )
-    return asked.join(captions.get(who, wanted), on="caption_key", how="left", maintain_order="left")
+                "member_keys": [list(each.members) for each in questions],
+                "index": [each.index for each in questions],
+                "caption_key": keys,
+            },
+            schema={"member_keys": pl.List(pl.String), "index": pl.Int32, "caption_key": pl.String},
+        )
+        return asked.join(self._captions.get(self._who, keys), on="caption_key", how="left", maintain_order="left")
+
+
+def text_counts(texts: pl.DataFrame) -> dict[str, int]:
+    """Texts and flagged texts of a caption table."""
+    return {"texts": texts.height, "flagged": texts.filter(pl.col("flags").list.len() > 0).height}
 
 
 @functools.lru_cache(maxsize=2)
@@ -128,23 +208,88 @@ def _captions(objects: ObjectStore) -> CaptionStore:
 
 
 def describer_identity(domain: Domain, embedded: StageResult) -> dict[str, Any]:
-    """Everything but the images that shapes the texts; cheap, so that a cached run loads no model."""
-    if domain.describer.kind == "sidecar":
-        return {"model": "sidecar", "revision": digest_of_table(str(domain.describer.texts)), "prompt_id": "sidecar/1"}
+    """Who writes: everything but images and prompts that shapes the texts; cheap, a cached run loads no model."""
+    describer = domain.describer
+    if isinstance(describer, SidecarSettings):
+        return {"model": "sidecar", "revision": digest_of_table(describer.texts)}
+    if isinstance(describer, LanguageModelSettings):
+        revision = describer.revision or _revision_of_folder(describer.model)
+        return {
+            "by": describer.kind,
+            "model": describer.model if not Path(describer.model).is_absolute() else Path(describer.model).name,
+            "revision": revision,
+            "sampling": describer.sampling,
+        }
     # Zero-shot tags see features relative to the domain's mean, so they belong to this very set of images.
-    revision = {"clip": clip.identity(domain.clip), "embed": embedded.ref.digest}
-    return {"model": "tags", "revision": sha256(canonical_json(revision)), "prompt_id": "tags/1"}
+    found = {"clip": clip.identity(domain.clip), "embed": embedded.ref.digest}
+    return {"model": "tags", "revision": sha256(canonical_json(found))}
+
+
+def questions_identity(domain: Domain, embedded: StageResult, kind: Kind) -> dict[str, Any]:
+    """What is asked: the questions of the prompt pack, and the pseudo-labels if they stand in them."""
+    pack = domain.prompt_pack
+    asked = () if pack is None else pack.image if kind == "image" else pack.group if kind == "group" else pack.classes
+    found: dict[str, Any] = {"prompts": list(asked)} if asked else {}
+    if any("{class}" in question for question in asked):
+        found["classes"] = domain.classes
+        if kind != "class":
+            found["embed"] = embedded.ref.digest
+    return found
+
+
+@functools.lru_cache(maxsize=4)
+def _revision_of_folder(model: str) -> str:
+    folder = Path(model)
+    if not folder.is_absolute():
+        return "main"
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if not files:
+        raise DataError(f"the describer's model folder {model!r} does not exist or is empty; check `describer.model`")
+    return sha256(canonical_json([[path.relative_to(folder).as_posix(), clip.digest_of_file(path)] for path in files]))
 
 
 def open_describer(domain: Domain, gallery: Gallery) -> Describer:
-    """The describer that the domain names, for the images of the gallery."""
-    if domain.describer.kind == "sidecar":
+    """The describer that the domain names, for the images of the gallery.
+
+    Raises:
+        ModelError: it cannot be opened.
+    """
+    describer = domain.describer
+    if isinstance(describer, SidecarSettings):
         from models.describers.sidecar import Sidecar
 
-        return Sidecar(read_by_path(str(domain.describer.texts), "text", domain.source, gallery.paths))
+        return Sidecar(read_by_path(describer.texts, "text", domain.source, gallery.paths))
+    if isinstance(describer, LanguageModelSettings):
+        from models.describers.prompted import Prompted
+
+        is_collage = domain.group.view == "collage"
+        engine = _open_engine(describer)
+        return Prompted(engine, longest_px=describer.longest_px, collage=is_collage, structured=describer.structured)
     from models.describers.tags import Tags
 
     return Tags(*_vocabulary(domain.clip), clip.load(domain.clip).scale, gallery.mean_feature)
+
+
+def _open_engine(settings: LanguageModelSettings) -> Engine:
+    if isinstance(settings, VllmSettings):
+        from models.describers.vllm import open_vllm
+
+        return open_vllm(settings)
+    assert isinstance(settings, OpenAISettings)
+    from models.describers.openai import OpenAIEngine
+
+    return OpenAIEngine(settings, _key(settings))
+
+
+def _key(settings: OpenAISettings) -> str | None:
+    if settings.key_block is None:
+        return os.environ.get(settings.key_env)
+    try:
+        from prefect.blocks.system import Secret
+
+        return str(Secret.load(settings.key_block, _sync=True).get())  # type: ignore[call-arg, union-attr]
+    except (ImportError, ValueError) as error:
+        raise ModelError(f"`key_block: {settings.key_block}`: no such Prefect Secret block ({error})") from error
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,12 +1,12 @@
-"""Describers write texts about images. One small protocol; each real describer is a module of its own.
+"""Describers write texts about images and class names. One small protocol; each real describer is a module of its own.
 
 ``tags`` and ``sidecar`` know their texts already. A multimodal model is an :class:`Engine`, prompts in and texts out,
-and :class:`~models.describers.prompted.Prompted` puts the questions of a prompt pack to it.
+and :class:`~models.describers.prompted.Prompted` puts questions to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -26,17 +26,17 @@ class Item:
     """What one text is to be about. A describer uses what it understands.
 
     Attributes:
-        paths: of the images below their source.
-        features: unit image features of the untouched CLIP, not centred, ``(images, dim)``.
-        label: name of the class that the untouched CLIP sees in the images, for prompts that ask for it.
+        paths: of the images below their source; none for a class.
+        features: looks up the unit image features of the untouched CLIP, not centred, ``(images, dim)``.
         images: decodes the images; called in a thread, ahead of the engine.
+        prompt: the question to a language model.
         seed: fixes a model's draws; from the caption's key, so that a text does not depend on its neighbours.
     """
 
     paths: tuple[str, ...]
-    features: np.ndarray
-    label: str
+    features: Callable[[], np.ndarray]
     images: Callable[[], list[Image]]
+    prompt: str
     seed: int
 
 
@@ -47,52 +47,61 @@ class Text:
     text: str
     flags: tuple[str, ...] = ()
     finish_reason: str = "stop"
-    """stop, length, or error: the model can never answer this prompt, and the text says why."""
+    """stop, length, or error: the model cannot answer this prompt, and ``detail`` says why."""
     prompt_tokens: int = 0
     output_tokens: int = 0
+    detail: str = ""
+
+    @classmethod
+    def failed(cls, why: object) -> Text:
+        """No text, and why."""
+        return cls("", ("error",), "error", detail=" ".join(str(why).split())[:500])
 
 
 class Describer(Protocol):
     """A writer of texts."""
 
-    def describe(self, kind: Kind, items: Sequence[Item]) -> list[Text]:
-        """One text for each item, in order.
+    engine: str
+    """What runs it, with its version."""
+
+    def describe(self, kind: Kind, items: Sequence[Item]) -> Iterator[Mapping[int, Text]]:
+        """Texts by the place of their item, some at a time and in any order, as they come: keep them at once.
 
         Raises:
-            EngineStopped: it cannot go on; the texts that are done come with the error.
+            EngineStopped: it cannot go on.
         """
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question to a model: the images, then the text."""
+    """One question to a model: the images, if any, then the text."""
 
     text: str
-    images: tuple[Image, ...]
+    images: Callable[[], list[Image]]
+    """Decodes them; may be called in any thread, may fail, and costs time and memory."""
     seed: int
 
 
 class Engine(Protocol):
     """A multimodal or text model, in this process or behind a server."""
 
-    def generate(self, prompts: Sequence[Prompt]) -> list[Text]:
-        """One text for each prompt, in order; continuous batching is the engine's business.
+    waited: float
+    """Share of its time that it waited for images, 0 to 1."""
 
-        A prompt that this model can never answer (an image its processor rejects, more tokens than its context) comes
-        back as a text with ``finish_reason`` error; the others are answered.
+    @property
+    def version(self) -> str:
+        """What runs the model, with its version."""
+
+    def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Text]]:
+        """The place of a prompt and its text, as they come; images are decoded ahead, and few are held at a time.
+
+        A prompt that this model can never answer (an image that cannot be decoded or that its processor rejects, more
+        tokens than its context) comes back as :meth:`Text.failed`; the others are answered.
 
         Raises:
-            EngineStopped: the engine or its server died, or kept failing; what is done comes with the error.
+            EngineStopped: the engine or its server died, or kept failing.
         """
 
 
 class EngineStopped(ModelError):
-    """An engine cannot go on: running again may help, and asks only for what is missing.
-
-    Attributes:
-        done: texts by the place of their prompt.
-    """
-
-    def __init__(self, message: str, done: Mapping[int, Text]) -> None:
-        super().__init__(message)
-        self.done = done
+    """An engine cannot go on. Texts that came before are kept; running again asks only for those that are missing."""

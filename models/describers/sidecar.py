@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from models.describers import Item, Kind, Text
 
@@ -21,9 +21,11 @@ class Sidecar:
     def __init__(self, texts: Mapping[str, str]) -> None:
         self._texts = texts
 
-    def describe(self, kind: Kind, items: Sequence[Item]) -> list[Text]:
+    engine = "sidecar"
+
+    def describe(self, kind: Kind, items: Sequence[Item]) -> Iterator[dict[int, Text]]:
         """The image's own text; for a group, the words that most of its members' texts share."""
-        return [self._one(item) if kind == "image" else self._common(item) for item in items]
+        yield {place: self._one(item) if kind == "image" else self._common(item) for place, item in enumerate(items)}
 
     def _one(self, item: Item) -> Text:
         text = " ".join(self._texts.get(item.paths[0], "").split())

@@ -199,9 +199,13 @@ class Tags:
     ) -> None:
         self._known = (vocabulary, vocabulary_features, logit_scale, domain_mean)
 
-    def describe(self, kind: Kind, items: Sequence[Item]) -> list[Text]:
-        """One sentence for each item, in order."""
+    engine = "tags"
+
+    def describe(self, kind: Kind, items: Sequence[Item]) -> Iterator[dict[int, Text]]:
+        """One sentence for each item."""
+        features = [item.features() for item in items]
         if kind == "group":
-            return [Text(text) for text in describe_groups([item.features for item in items], *self._known)]
-        features = np.concatenate([item.features for item in items])
-        return [Text(text) for text in describe_features(features, *self._known)]
+            texts = describe_groups(features, *self._known)
+        else:
+            texts = describe_features(np.concatenate(features), *self._known)
+        yield {place: Text(text) for place, text in enumerate(texts)}

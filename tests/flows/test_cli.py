@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from storage.captions import CaptionStore
 from storage.errors import StorageError
 from tasks.domain import Domain
 from tasks.stage import open_store
+from tasks.texts import Question, Texts
 
 HOSTILE = "[red]x[/red]\x1b[31m\u202e\n.png"
 LABELS = [
@@ -222,17 +223,13 @@ def test_refresh_makes_a_stage_anew(latteflow: Latteflow, folder: Path) -> None:
 
 
 def test_a_refresh_that_dies_loses_nothing(latteflow: Latteflow, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import tasks.describe
+    before, write = tree(folder), Texts.write
 
-    before, written = tree(folder), tasks.describe.write_texts
-    calls = iter([True, False])
-
-    def die(*arguments: object) -> object:
-        if next(calls):
-            return written(*arguments)  # type: ignore[arg-type]
+    def die(self: Texts, parts: Mapping[str, Sequence[Question]]) -> Iterator[object]:
+        yield next(write(self, parts))
         raise StorageError("the model server is gone")
 
-    monkeypatch.setattr(tasks.describe, "write_texts", die)
+    monkeypatch.setattr(Texts, "write", die)
     code, _, error = latteflow("run", "domain.yaml", "--refresh", "describe")
     assert code == 1 and error.strip() == "error: the model server is gone"
     assert before < tree(folder)
@@ -348,6 +345,7 @@ def grow_old(folder: Path) -> None:
 @pytest.mark.parametrize("address", [["domain.yaml"], ["--store", "store"]])
 def test_gc_takes_what_no_current_run_needs(latteflow: Latteflow, folder: Path, address: list[str]) -> None:
     old = {stage: next((folder / "store/shapes" / stage).glob("*/manifest.json")) for stage in ("tune", "report")}
+    latteflow("run", "domain.yaml", "--refresh", "describe")
     edit(folder, "epochs: 2", "epochs: 3")
     latteflow("run", "domain.yaml")
     (folder / "store/shapes/tune/data/.tmp-1").write_text("half")
@@ -360,7 +358,7 @@ def test_gc_takes_what_no_current_run_needs(latteflow: Latteflow, folder: Path, 
     assert "would delete" in said and "`--delete` does it" in said
     assert re.search(r"^shapes +tune +unfinished +1 +4 B", said, re.M)
     code, said, _ = latteflow("gc", *address, "--delete")
-    assert code == 0 and "deleted" in said and "2 small files of texts merged" in said
+    assert code == 0 and "deleted" in said and "1 small files of texts merged" in said
     assert not any(path.exists() for path in old.values())
     gone = before - tree(folder)
     assert {path.split("/")[2] for path in gone if not path.startswith("store/captions")} == {

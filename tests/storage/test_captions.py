@@ -67,13 +67,25 @@ def test_two_describers_never_mix(objects: ObjectStore) -> None:
     assert captions.get(other, [caption_key(other, ["a"]), caption_key(WHO, ["a"])]).height == 0
 
 
-@given(st.lists(st.text(), min_size=1, max_size=4), st.integers(0, 3))
-def test_a_key_is_of_content_order_and_index(members: list[str], index: int) -> None:
-    key = caption_key(WHO, members, index)
+@given(st.lists(st.text(), min_size=1, max_size=4), st.text())
+def test_a_key_is_of_content_order_and_question(members: list[str], prompt: str) -> None:
+    key = caption_key(WHO, members, prompt)
     assert len(key) == 64
-    assert key != caption_key(WHO, members, index + 1)
-    assert key != caption_key(WHO, [*members, "x"], index)
-    assert (key == caption_key(WHO, members[::-1], index)) == (members == members[::-1])
+    assert key != caption_key(WHO, members, prompt + "?")
+    assert key != caption_key(WHO, [*members, "x"], prompt)
+    assert (key == caption_key(WHO, members[::-1], prompt)) == (members == members[::-1])
+
+
+def test_an_error_is_asked_again_and_gives_way_to_a_text(objects: ObjectStore) -> None:
+    captions = CaptionStore(objects)
+    keys = {image: caption_key(WHO, [image]) for image in "ab"}
+    error = rows({"a": "", "b": ""}).with_columns(finish_reason=pl.lit("error"), detail=pl.lit("no memory"))
+    captions.add(WHO, error)
+    assert captions.known(WHO, keys.values()) == set()
+    assert captions.get(WHO, keys.values())["detail"].to_list() == ["no memory"] * 2
+    captions.add(WHO, rows({"a": "zebra"}))
+    assert captions.known(WHO, keys.values()) == {keys["a"]}
+    assert texts(captions, "ab") == {"a": "zebra", "b": ""}
 
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]))
@@ -183,9 +195,11 @@ def test_an_artifact_of_long_ago_reads_its_own_texts(objects: ObjectStore) -> No
     assert texts(captions, "a") == {"a": "asked anew"}
 
 
-def test_parts_of_the_version_before_are_read(objects: ObjectStore) -> None:
-    data = parquet(rows({"a": "old", "b": "old"}))
-    objects.put(f"captions/{WHO}/{sha256(data)[:32]}.parquet", data)
+@pytest.mark.parametrize("version", [1, 2])
+def test_parts_of_the_versions_before_are_read(objects: ObjectStore, version: int) -> None:
+    table = rows({"a": "old", "b": "old"}).drop("prompt", "sampling", "engine", "detail")
+    data = parquet(table if version == 1 else table.with_columns(generation=pl.lit(0, pl.Int32)))
+    objects.put(f"captions/{WHO}/{sha256(data)[:32]}{'' if version == 1 else '.v2'}.parquet", data)
     captions = CaptionStore(objects)
     assert texts(captions, "ab") == {"a": "old", "b": "old"}
     captions.add(WHO, rows({"b": "newer"}), anew=True)
@@ -199,9 +213,9 @@ def test_a_newer_schema_is_an_error_and_not_an_empty_store(objects: ObjectStore)
     captions = CaptionStore(objects)
     captions.add(WHO, rows({"a": "one"}))
     part = parts(objects)[0]
-    part.rename(part.with_name(part.name.replace(".v2.", ".v3.")))
+    part.rename(part.with_name(part.name.replace(".v3.", ".v4.")))
     for act in (lambda: texts(captions, "a"), lambda: captions.scan(WHO), lambda: captions.compact(WHO)):
-        with pytest.raises(StorageError, match="has caption schema 3, this latteflow reads 1 to 2: upgrade"):
+        with pytest.raises(StorageError, match="has caption schema 4, this latteflow reads 1 to 3: upgrade"):
             act()
 
 

@@ -1,0 +1,221 @@
+"""Any server that speaks OpenAI's chat API: ``vllm serve``, SGLang, llama-server, or a hosted one."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from models.describers import EngineStopped, Prompt, Text
+from models.describers.prompted import ANSWER
+from models.errors import ModelError
+from models.settings import OpenAISettings
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+NEVER = frozenset({400, 413, 415, 422})
+"""Statuses of a request that will not be answered however often it is sent: one row's fault."""
+PATIENT = frozenset({408, 409, 425, 429})
+"""Statuses, besides 5xx, that a later try may not meet."""
+LONGEST_WAIT_S = 30.0
+
+
+class OpenAIEngine:
+    """An :class:`~models.describers.Engine`.
+
+    Args:
+        settings: of the server.
+        key: sent as bearer token; never logged, stored or shown.
+
+    Raises:
+        ModelError: the package openai is missing.
+    """
+
+    def __init__(self, settings: OpenAISettings, key: str | None) -> None:
+        try:
+            import openai
+        except ImportError as error:
+            raise ModelError(
+                "the describer `kind: openai` needs the package openai: pip install 'latteflow[openai]'"
+            ) from error
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line for each request
+        self._settings, self._key = settings, key or "none"
+        self._client = openai.OpenAI(
+            base_url=settings.url, api_key=self._key, timeout=settings.timeout_s, max_retries=0
+        )
+        self.waited = 0.0
+        self._host = urlsplit(settings.url).hostname or "the server"
+        self._request = {
+            "model": settings.model,
+            "max_tokens": settings.max_tokens,
+            "temperature": settings.temperature,
+        }
+        if settings.structured:
+            form = {"name": "description", "schema": ANSWER, "strict": True}
+            self._request["response_format"] = {"type": "json_schema", "json_schema": form}
+
+    @functools.cached_property
+    def version(self) -> str:
+        """What the server says it is; vLLM does, the API has no such question."""
+        import httpx
+
+        root = self._settings.url.rstrip("/").removesuffix("/v1")
+        try:
+            answer = httpx.get(f"{root}/version", timeout=5, headers={"Authorization": f"Bearer {self._key}"})
+            return f"server of version {str(answer.json()['version'])[:40]}"
+        except (httpx.HTTPError, ValueError, LookupError, TypeError):
+            return "server of unknown version"
+
+    def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Text]]:
+        """See :meth:`models.describers.Engine.generate`."""
+        order = iter(enumerate(prompts))
+        session = _Session(self._settings.patience_s)
+        under_way: dict[Future[Text], int] = {}
+        pool = ThreadPoolExecutor(self._settings.concurrency)
+        try:
+            while True:
+                while len(under_way) < self._settings.concurrency and (coming := next(order, None)) is not None:
+                    under_way[pool.submit(self._answer, coming[1], session)] = coming[0]
+                if not under_way:
+                    break
+                stop: EngineStopped | None = None
+                for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                    place = under_way.pop(future)
+                    try:
+                        yield place, future.result()
+                    except EngineStopped as error:
+                        stop = error
+                if stop is not None:
+                    session.stopped.set()
+                    for future in wait(under_way).done:  # those that are answered were paid for
+                        if future.exception() is None:
+                            yield under_way[future], future.result()
+                    raise stop
+        finally:
+            session.stopped.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            self.waited = session.share_of_images
+
+    def _answer(self, prompt: Prompt, session: _Session) -> Text:
+        """One text, however many tries it takes."""
+        import openai
+
+        start = time.perf_counter()
+        try:
+            content: list[dict[str, Any]] = [
+                {"type": "image_url", "image_url": {"url": _data_url(image)}} for image in prompt.images()
+            ]
+        except Exception as error:  # a hostile image may raise anything; it is one row
+            return Text.failed(error)
+        session.decoded(time.perf_counter() - start)
+        message = {"role": "user", "content": [*content, {"type": "text", "text": prompt.text}]}
+        for attempt in range(1_000_000):
+            start = time.perf_counter()
+            try:
+                # Any: its own types are for requests that are written out.
+                create: Any = self._client.chat.completions.create
+                text = _text(create(messages=[message], seed=prompt.seed, **self._request))
+                session.succeeded(time.perf_counter() - start)
+                return text
+            except openai.APIStatusError as error:
+                if error.status_code in NEVER:
+                    return Text.failed(self._shown(error))
+                if error.status_code < 500 and error.status_code not in PATIENT:
+                    raise EngineStopped(
+                        f"the server at {self._host} refuses model {self._settings.model!r}: {self._shown(error)}. "
+                        f"Check `url`, `model` and the key (variable {self._settings.key_env}, or `key_block`)"
+                    ) from None
+                why: Exception = error
+                asked = _retry_after(error)
+            except (openai.APIError, _Garbage) as error:
+                why, asked = error, 0.0
+                if isinstance(error, _Garbage) and not session.ever:
+                    raise EngineStopped(
+                        f"the server at {self._host} does not speak OpenAI's chat API: {self._shown(error)}. "
+                        "Check `url`; it ends in /v1 for most servers"
+                    ) from None
+            # Spread by the prompt's own seed, so that not all come back at once.
+            pause = min(LONGEST_WAIT_S, max(asked, 0.5 * 2.0 ** min(attempt, 6) * (0.75 + (prompt.seed % 64) / 128)))
+            if not session.wait(pause):
+                raise EngineStopped(
+                    f"the server at {self._host} gave no answer for {self._settings.patience_s:.0f} s, the last time: "
+                    f"{self._shown(why)}. What was written is kept; run again when the server is back"
+                ) from None
+        raise AssertionError("unreachable")
+
+    def _shown(self, error: Exception) -> str:
+        """The error in one line, without the key, which some servers repeat."""
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        return text.replace(self._key, "***") if len(self._key) > 4 else text
+
+
+class _Garbage(Exception):
+    """An answer that is none."""
+
+
+class _Session:
+    """What the requests of one call share: when the last one succeeded, and whether to stop."""
+
+    def __init__(self, patience_s: float) -> None:
+        self.stopped = threading.Event()
+        self.ever = False
+        self._patience_s, self._last = patience_s, time.monotonic()
+        self._lock = threading.Lock()
+        self._images_s = self._requests_s = 0.0
+
+    def decoded(self, seconds: float) -> None:
+        with self._lock:
+            self._images_s += seconds
+
+    def succeeded(self, seconds: float) -> None:
+        with self._lock:
+            self.ever, self._last = True, time.monotonic()
+            self._requests_s += seconds
+
+    def wait(self, seconds: float) -> bool:
+        """Pause; False if patience is at an end or the run stops."""
+        left = self._last + self._patience_s - time.monotonic()
+        return left > 0 and not self.stopped.wait(min(seconds, left))
+
+    @property
+    def share_of_images(self) -> float:
+        return self._images_s / max(self._images_s + self._requests_s, 1e-9)
+
+
+def _text(answer: Any) -> Text:
+    try:
+        choice = answer.choices[0]
+        text = choice.message.content or ""
+        if not isinstance(text, str):
+            raise TypeError(text)
+        usage = answer.usage
+        return Text(
+            text,
+            flags=("filtered",) if choice.finish_reason == "content_filter" else (),
+            finish_reason="length" if choice.finish_reason == "length" else "stop",
+            prompt_tokens=int(usage.prompt_tokens) if usage else 0,
+            output_tokens=int(usage.completion_tokens) if usage else 0,
+        )
+    except (AttributeError, LookupError, TypeError, ValueError):
+        raise _Garbage(f"it answered {str(answer)[:200]!r}") from None
+
+
+def _retry_after(error: Any) -> float:
+    try:
+        return max(0.0, float(error.response.headers.get("retry-after", 0)))
+    except ValueError:
+        return 0.0
+
+
+def _data_url(image: Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95, subsampling=0)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

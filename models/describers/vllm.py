@@ -1,0 +1,167 @@
+"""vLLM in this process: continuous batching, fed while it works."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from models.describers import EngineStopped, Prompt, Text
+from models.describers.prompted import ANSWER
+from models.errors import ModelError
+from models.settings import VllmSettings
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+AHEAD = 64
+"""Prompts whose images are decoded before the engine takes them."""
+
+
+def open_vllm(settings: VllmSettings) -> VllmEngine:
+    """The engine, kept for the life of the process: starting one takes from seconds to minutes."""
+    return _open(settings.model_dump_json())
+
+
+@functools.lru_cache(maxsize=1)
+def _open(settings: str) -> VllmEngine:
+    return VllmEngine(VllmSettings.model_validate_json(settings))
+
+
+class VllmEngine:
+    """An :class:`~models.describers.Engine`. Use :func:`open_vllm`.
+
+    Raises:
+        ModelError: vLLM is not installed, there is no such model, or it does not fit into memory.
+    """
+
+    def __init__(self, settings: VllmSettings) -> None:
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        try:
+            import vllm
+            from vllm.sampling_params import StructuredOutputsParams
+        except ImportError as error:
+            raise ModelError(
+                f"the describer `kind: vllm` needs the package vllm ({error}); install latteflow[vllm] into an "
+                "environment of its own (docs/describers.md), or use `kind: openai` with a server"
+            ) from error
+        self.version = f"vllm {vllm.__version__}"
+        self.waited = 0.0
+        self._model = settings.model
+        self._in_flight = 2 * settings.max_batch
+        self._sampling = functools.partial(
+            vllm.SamplingParams,
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            structured_outputs=StructuredOutputsParams(json=json.dumps(ANSWER)) if settings.structured else None,
+        )
+        try:
+            self._llm = vllm.LLM(
+                model=settings.model,
+                revision=settings.revision,
+                trust_remote_code=settings.trust_remote_code,
+                dtype=settings.dtype,
+                max_model_len=settings.max_context,
+                max_num_seqs=settings.max_batch,
+                tensor_parallel_size=settings.tensor_parallel,
+                gpu_memory_utilization=settings.gpu_memory,
+                limit_mm_per_prompt={"image": settings.max_images},
+                enable_prefix_caching=True,
+                seed=0,
+                **settings.extra,
+            )
+        except Exception as error:  # whatever the many loaders below raise
+            raise ModelError(
+                f"vLLM cannot start with model {settings.model!r}: {_short(error)}. Check the name or path; "
+                "if memory is short, lower `max_context` or `max_batch`, or choose a smaller or quantized model"
+            ) from error
+
+    def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Text]]:
+        """See :meth:`models.describers.Engine.generate`."""
+        begin, waited = time.perf_counter(), 0.0
+        engine = self._llm.llm_engine
+        places: dict[str, int] = {}
+        order = iter(enumerate(prompts))
+        ahead: deque[tuple[int, Future[list[Image]]]] = deque()
+        threads = min(16, 2 * (os.cpu_count() or 1))
+        pool = ThreadPoolExecutor(threads)
+        try:
+            while True:
+                while len(ahead) < AHEAD and (coming := next(order, None)) is not None:
+                    ahead.append((coming[0], pool.submit(coming[1].images)))
+                # Only images that are ready, unless there is nothing else to do.
+                while ahead and len(places) < self._in_flight and (ahead[0][1].done() or not places):
+                    place, decoded = ahead.popleft()
+                    start = time.perf_counter()
+                    error = decoded.exception()
+                    waited += time.perf_counter() - start
+                    try:
+                        if error is not None:
+                            raise error
+                        places[self._ask(prompts[place], decoded.result())] = place
+                    except EngineStopped:
+                        raise
+                    except Exception as why:  # a hostile image may raise anything; it is one row
+                        yield place, Text.failed(why)
+                    if (coming := next(order, None)) is not None:
+                        ahead.append((coming[0], pool.submit(coming[1].images)))
+                if not places:
+                    break
+                for output in self._step():
+                    if output.finished and output.request_id in places:
+                        yield places.pop(output.request_id), _text(output)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            if places:  # the reader went away; the engine stays for the next
+                engine.abort_request(list(places))
+            self.waited = waited / max(time.perf_counter() - begin, 1e-9)
+
+    def _ask(self, prompt: Prompt, images: list[Image]) -> str:
+        content: list[dict[str, Any]] = [{"type": "image_pil", "image_pil": image} for image in images]
+        message = {"role": "user", "content": [*content, {"type": "text", "text": prompt.text}]}
+        try:
+            (request,) = self._llm.enqueue_chat([[message]], self._sampling(seed=prompt.seed), use_tqdm=False)
+        except Exception as error:
+            raise self._stopped(error) if _is_dead(error) else error from error
+        return str(request).split("-")[0]  # outputs come under the number, without vLLM's random ending
+
+    def _step(self) -> list[Any]:
+        try:
+            if not self._llm.llm_engine.has_unfinished_requests():
+                raise RuntimeError("it lost requests")
+            return list(self._llm.llm_engine.step())
+        except Exception as error:
+            raise self._stopped(error) from error
+
+    def _stopped(self, error: Exception) -> EngineStopped:
+        _open.cache_clear()  # what is left of this engine answers nothing any more
+        return EngineStopped(
+            f"vLLM with model {self._model!r} stopped: {_short(error)}. What was written is kept; run again to go on. "
+            "If memory was short, lower `max_batch` or `max_context`"
+        )
+
+
+def _text(output: Any) -> Text:
+    (answer,) = output.outputs
+    return Text(
+        answer.text,
+        finish_reason="length" if answer.finish_reason == "length" else "stop",
+        prompt_tokens=len(output.prompt_token_ids or ()),
+        output_tokens=len(answer.token_ids),
+    )
+
+
+def _is_dead(error: Exception) -> bool:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    return isinstance(error, (EngineDeadError, MemoryError))
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]

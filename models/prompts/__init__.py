@@ -1,0 +1,102 @@
+"""Prompt packs: the questions that are put to a language model, one versioned YAML file for each kind of domain."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from models.errors import ModelError
+from models.settings import Settings
+
+_VARIABLE = re.compile(r"\{(\w*)\}")
+_KNOWN = {
+    "class": "the name of the class that the untouched CLIP sees in the image, or that the question is about",
+}
+
+
+def _one_or_many(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Questions = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_one_or_many)]
+
+
+class PromptPack(Settings):
+    """The questions of one kind of domain.
+
+    ``{class}`` stands for a class name; other braces are themselves.
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
+    """Kept beside every text, with the version."""
+    version: int = Field(ge=1)
+    """Counts changes. A text is keyed by what was asked in words, so a change asks again just what it changes."""
+    source: str = ""
+    """Where the questions come from."""
+    variables: tuple[str, ...] = ()
+    """Those that the questions use."""
+    image: Questions = Field(min_length=1)
+    """About one image. Several give several texts, which are compared with each other."""
+    group: Questions = Field(min_length=1)
+    """About what the images of a group have in common."""
+    classes: Questions = ()
+    """About a class name, without an image."""
+
+    @model_validator(mode="after")
+    def _variables_are_declared_and_used(self) -> PromptPack:
+        used = {name for question in (*self.image, *self.group, *self.classes) for name in _VARIABLE.findall(question)}
+        if unknown := sorted((used | set(self.variables)) - _KNOWN.keys()):
+            raise ValueError(f"{{{unknown[0]}}} is no variable; known: {', '.join(f'{{{name}}}' for name in _KNOWN)}")
+        if missing := sorted(used - set(self.variables)):
+            raise ValueError(
+                f"{{{missing[0]}}} is used and not declared; write `variables: [{', '.join(sorted(used))}]`"
+            )
+        if idle := sorted(set(self.variables) - used):
+            raise ValueError(f"`variables` declares {idle[0]!r}, which no question uses")
+        if any("{class}" not in question for question in self.classes):
+            raise ValueError("each question under `classes` needs {class}, or all classes get the same text")
+        return self
+
+    @property
+    def id(self) -> str:
+        """Name and version."""
+        return f"{self.name}/{self.version}"
+
+
+def fill(question: str, **values: str) -> str:
+    """The question with its variables filled in, each once: braces in a class name are themselves."""
+    return _VARIABLE.sub(lambda found: values[found.group(1)], question)
+
+
+def shipped() -> list[str]:
+    """Names of the packs that come with latteflow."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
+
+
+def load(name: str) -> PromptPack:
+    """A pack that ships, by name, or a user's, by the path of its file.
+
+    Raises:
+        ModelError: there is none, or it has mistakes; all of them are listed.
+    """
+    is_path = "/" in name or name.endswith((".yaml", ".yml"))
+    path = Path(name) if is_path else Path(__file__).parent / f"{name}.yaml"
+    if not path.is_file():
+        raise ModelError(
+            f"prompt pack {name!r}: " + (f"there is no file {path}" if is_path else f"known are {', '.join(shipped())}")
+        )
+    try:
+        return PromptPack.model_validate(YAML(typ="safe").load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raise ModelError(f"prompt pack {path} cannot be read: {error}") from error
+    except ValidationError as error:
+        lines = [
+            f"  {'.'.join(map(str, each['loc'])) or 'pack'}: {each['msg'].removeprefix('Value error, ')}"
+            for each in error.errors()
+        ]
+        raise ModelError("\n".join([f"prompt pack {path} has {len(lines)} mistake(s):", *lines])) from error

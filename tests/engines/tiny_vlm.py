@@ -1,0 +1,70 @@
+"""A real vision-language model of the SmolVLM family (Idefics3), tiny and with random weights, for tests without a hub.
+
+Its texts are noise; engines, batches, orders and failures are as with any other. Run as a program, as it needs the
+transformers of the environment that vLLM lives in: ``python tests/engines/tiny_vlm.py FOLDER``.
+"""
+
+import sys
+
+SIDE_PX = 64
+CONTEXT = 512
+SPECIAL = [
+    "<pad>", "<|im_start|>", "<end_of_utterance>", "<image>", "<fake_token_around_image>", "<global-img>",
+    *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
+]  # fmt: skip
+CHAT = """\
+<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:\
+{% if message['content'] is string %} {{ message['content'] }}{% else %}{% for part in message['content'] %}\
+{% if part['type'] == 'image' %}<image>{% else %} {{ part['text'] }}{% endif %}{% endfor %}{% endif %}<end_of_utterance>
+{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"""
+
+
+def tokenizer():
+    """Bytes with a few merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bytes_ = pre_tokenizers.ByteLevel
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer, raw.decoder = bytes_(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIAL, initial_alphabet=bytes_.alphabet())
+    raw.train_from_iterator(["Describe what the pictures have in common to the eye, in less than 20 words."], trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token=SPECIAL[1], eos_token=SPECIAL[2], pad_token=SPECIAL[0],
+        additional_special_tokens=SPECIAL[2:],
+    )  # fmt: skip
+    wrapped.image_token, wrapped.fake_image_token, wrapped.global_image_token = SPECIAL[3:6]
+    wrapped.end_of_utterance_token = SPECIAL[2]
+    wrapped.image_token_id = wrapped.convert_tokens_to_ids(SPECIAL[3])
+    wrapped.fake_image_token_id = wrapped.convert_tokens_to_ids(SPECIAL[4])
+    wrapped.chat_template = CHAT
+    return wrapped
+
+
+def build(folder: str) -> None:
+    """Write model and processor as a folder that transformers and vLLM load."""
+    import torch
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor, LlamaConfig
+    from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    torch.manual_seed(0)
+    words = tokenizer()
+    size = {"num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = Idefics3VisionConfig(hidden_size=64, intermediate_size=128, image_size=SIDE_PX, patch_size=16, **size)
+    text = LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_key_value_heads=4, vocab_size=len(words),
+        max_position_embeddings=CONTEXT, pad_token_id=0, bos_token_id=1, eos_token_id=2, **size,
+    )  # fmt: skip
+    config = Idefics3Config(
+        vision_config=vision, text_config=text, image_token_id=words.image_token_id, scale_factor=2, pad_token_id=0
+    )
+    Idefics3ForConditionalGeneration(config).save_pretrained(folder)
+    edge = {"longest_edge": SIDE_PX}
+    pixels = Idefics3ImageProcessorPil(size=edge, max_image_size=edge, do_image_splitting=False)
+    processor = Idefics3Processor(image_processor=pixels, tokenizer=words, image_seq_len=4, chat_template=CHAT)
+    processor.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    build(sys.argv[1])
