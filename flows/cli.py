@@ -90,15 +90,39 @@ def run(
 
 @app.command()
 def plan(domain: DomainFile) -> None:
-    """Say what `run` would do and why: images, texts, tokens, time. Nothing is run, no model is loaded.
+    """Say what `run` would do and why: images, texts, tokens, time, cost. Nothing is run, no model is loaded.
 
-    Times are those of earlier runs of the same stage, per image or text.
+    Times are those of earlier runs of the same stage, per image or text; tokens those of the texts written so far.
+    Prices and first estimates are in the domain file, under `prices`.
     """
     from flows.plan import plan as planned
 
-    found = repaired(planned, Domain.load(domain))
+    settings = Domain.load(domain)
+    found = repaired(planned, settings)
     out.print(console.plan(found))
-    out.print(console.totals(found))
+    out.print(console.totals(settings, found))
+
+
+@app.command()
+def preview(
+    domain: DomainFile,
+    images: Annotated[int, typer.Option(min=1, max=100, help="How many images.")] = 5,
+) -> None:
+    """Ask the describer about a few images, and write a page with images, questions and answers side by side.
+
+    The images are sharded and embedded first, as by `run`. The texts are kept, so a run does not pay for them again.
+    """
+    from tasks.embed import embed
+    from tasks.preview import preview as previewed
+    from tasks.shard import shard
+
+    settings = Domain.load(domain)
+
+    def write(settings: Domain) -> Path:
+        shards = shard(settings, "train")
+        return previewed(settings, shards, embed(settings, shards), images)
+
+    out.print(f"preview  {repaired(write, settings)}")
 
 
 @app.command()

@@ -15,9 +15,11 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
-from flows.plan import Planned
+from flows.plan import Planned, cost
+from models.settings import LanguageModelSettings
 from storage.artifacts import Artifact
 from storage.upkeep import Loose
+from tasks.domain import Domain
 from tasks.history import History
 from tasks.lineage import Guess, Lineage, newest_artifacts
 from tasks.stage import StageResult
@@ -99,8 +101,8 @@ def plan(planned: Sequence[Planned]) -> Table:
     return table
 
 
-def totals(planned: Sequence[Planned]) -> str:
-    """Images, texts, tokens and time of a plan in a few lines."""
+def totals(domain: Domain, planned: Sequence[Planned]) -> str:
+    """Images, texts, tokens, time and cost of a plan in a few lines."""
     lines = []
     for each in planned:
         if each.label.startswith("shard "):
@@ -111,14 +113,32 @@ def totals(planned: Sequence[Planned]) -> str:
         return "\n".join([*lines, "nothing to do"])
     texts = [each for each in running if each.unit == "texts"]
     bound = "up to " if any(each.at_most for each in texts) else ""
-    tokens = [each.tokens for each in texts]
-    known = "unknown" if None in tokens else f"about {sum(filter(None, tokens)):,}" if any(tokens) else "none"
-    lines.append(f"texts to write: {bound}{sum(each.work for each in texts)}, tokens: {known}")
+    lines.append(f"texts to write: {bound}{sum(each.work for each in texts)}, tokens: {_tokens(texts)}")
     unknown = [each.label for each in running if each.seconds is None]
     seconds = sum(each.seconds or 0.0 for each in running)
     without = f", not counting {', '.join(unknown)} (never timed)" if unknown else ""
     lines.append("time: unknown" if len(unknown) == len(running) else f"time: about {duration(seconds)}{without}")
+    if isinstance(domain.describer, LanguageModelSettings) and any(each.work for each in texts):
+        lines.append(_cost(domain, planned, texts))
     return "\n".join(lines)
+
+
+def _tokens(texts: Sequence[Planned]) -> str:
+    if any(each.tokens is None for each in texts):
+        return "unknown; `latteflow preview` measures them on some images"
+    prompt, output = (sum(each.tokens[place] for each in texts if each.tokens) for place in (0, 1))
+    return f"about {prompt:,} in prompts and {output:,} in answers" if prompt + output else "none"
+
+
+def _cost(domain: Domain, planned: Sequence[Planned], texts: Sequence[Planned]) -> str:
+    timed = all(each.seconds is not None for each in texts)
+    hours = f"{sum(each.seconds or 0 for each in texts) / 3600:.2g}" if timed else "unknown"
+    found = cost(domain, planned)
+    if found is None:
+        return f"engine: {hours} hours; cost: unknown, see `prices` in docs/describers.md"
+    images = max(each.images.new + each.images.kept for each in texts)
+    each_thousand = f" ({1000 * found / images:.2f} for 1,000 images)" if images else ""
+    return f"engine: {hours} hours; cost: about {found:.2f} {printable(domain.prices.currency)}{each_thousand}"
 
 
 def artifacts(history: History) -> Table:

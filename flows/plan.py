@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import polars as pl
 
 from flows.pipeline import Step, graph
+from models.settings import LanguageModelSettings
 from storage.artifacts import Artifact
 from storage.captions import CaptionStore, caption_key, describer_id
 from storage.errors import NotFound
 from storage.shards import read_index
-from storage.tables import read_parquet
 from tasks.changes import Images, image_changes
 from tasks.domain import Domain
 from tasks.history import History
 from tasks.stage import NotMade, StageResult, open_store, rules
 
 # The inputs of a stage whose change makes all of its work anew; any other change leaves the parts of old images.
-_REMAKES = {"embed": {"clip"}, "describe": {"describer"}, "group": {"describer", "size"}}
+_REMAKES = {"embed": {"clip"}, "describe": {"describer", "prompts"}, "group": {"describer", "prompts", "size"}}
 _UNITS = {"describe": "texts", "group": "texts", "tune": "models", "report": "run"}
-_NO_LANGUAGE_MODEL = ("tags", "sidecar")
-_SAMPLE = 8
-"""Files of the newest artifact that tell how many tokens a text has."""
+
+
+class Tokens(NamedTuple):
+    """Of a number of texts."""
+
+    prompt: int
+    output: int
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,8 @@ class Planned:
         unit: what the stage makes: images, texts, models, or one run.
         work: how many of them are to be made.
         at_most: ``work`` is a bound: what is to be made depends on a stage that would run before.
-        tokens, seconds: estimates from earlier runs; None where there are none.
+        tokens, seconds: estimates from earlier texts and runs, or from the domain's prices; None where there are none,
+            or, for tokens, no texts.
     """
 
     label: str
@@ -48,7 +55,7 @@ class Planned:
     unit: str
     work: int = 0
     at_most: bool = False
-    tokens: int | None = 0
+    tokens: Tokens | None = None
     seconds: float | None = 0.0
 
     @property
@@ -138,11 +145,14 @@ class _Planner:
         else:
             work = everything if anew or step.name == "evaluate" else planned.images.new
         rate = self._history.seconds_per(step.name, planned.unit)
+        if rate is None and planned.unit == "texts" and self._domain.prices.texts_per_second:
+            rate = 1 / self._domain.prices.texts_per_second
+        inputs = missing.inputs if missing else old.inputs if old else None
         return replace(
             planned,
             work=work,
             at_most=at_most,
-            tokens=self._tokens(work, old) if planned.unit == "texts" else 0,
+            tokens=self._tokens(step.name, work, inputs) if planned.unit == "texts" else None,
             seconds=None if rate is None else rate * work,
         )
 
@@ -152,27 +162,56 @@ class _Planner:
         """Texts that no describer has written yet, and whether that is a bound."""
         images, embedded = (self._planned[each] for each in step.feeders[:2])
         everything = planned.images.new + planned.images.kept
+        pack = self._domain.prompt_pack
+        asked = ("",) if pack is None else pack.group if step.name == "group" else pack.image
         # Tags are relative to the mean feature, so all of them change with the features.
-        shifted = self._domain.describer.kind == "tags" and bool(embedded.reasons)
+        shifted = pack is None and self._domain.describer.kind == "tags" and bool(embedded.reasons)
+        some = embedded.only_behind and not anew and not shifted
         if step.name == "group":
             touched = self._domain.group.size * (planned.images.new + planned.images.removed)
-            some = embedded.only_behind and not anew and not shifted
-            return min(everything, touched) if some else everything, True
+            return len(asked) * (min(everything, touched) if some else everything), True
+        if any("{class}" in question for question in asked):  # new images have no pseudo-label yet
+            return len(asked) * (planned.images.new if some else everything), True
         contents = set(planned.images.contents)
         if not contents and images.result:
             contents = set(read_index(self._store.open(images.result.ref))["sha256"])
         inputs = missing.inputs if missing else old.inputs if old else None
         if inputs is None or shifted:
-            return len(contents), not shifted
+            return len(asked) * len(contents), not shifted
         who = describer_id({"kind": "image", **inputs["describer"]})
-        keys = {caption_key(who, [content]) for content in contents}
+        keys = {caption_key(who, [content], question) for content in contents for question in asked}
         return len(keys - CaptionStore(self._store.objects).known(who, keys)), False
 
-    def _tokens(self, texts: int, old: Artifact | None) -> int | None:
-        if self._domain.describer.kind in _NO_LANGUAGE_MODEL:
-            return 0
-        if old is None:
-            return None
-        tables = [read_parquet(old.read(name)) for name in old.names(".parquet")[:_SAMPLE]]
-        mean = pl.concat(tables).select(pl.col("prompt_tokens") + pl.col("output_tokens")).to_series().mean()
-        return None if mean is None else round(texts * float(mean))  # type: ignore[arg-type]
+    def _tokens(self, stage: str, texts: int, inputs: Mapping[str, Any] | None) -> Tokens | None:
+        """By the texts that the describer wrote so far, else by the domain's prices."""
+        describer, prices = self._domain.describer, self._domain.prices
+        if not isinstance(describer, LanguageModelSettings):
+            return Tokens(0, 0)
+        prompt, output = prices.prompt_tokens, prices.output_tokens
+        if inputs is not None:
+            who = describer_id({"kind": "group" if stage == "group" else "image", **inputs["describer"]})
+            written = CaptionStore(self._store.objects).sample(who).filter(pl.col("prompt_tokens") > 0)
+            if written.height:
+                prompt, output = written.select(pl.mean("prompt_tokens", "output_tokens")).row(0)
+        output = describer.max_tokens if output is None else output
+        return None if prompt is None else Tokens(round(texts * prompt), round(texts * output))
+
+
+def cost(domain: Domain, planned: Sequence[Planned]) -> float | None:
+    """Of the texts of a plan, by the domain's prices; None where a price or an estimate is missing."""
+    prices = domain.prices
+    texts = [each for each in planned if each.reasons and each.unit == "texts" and each.work]
+    by_token = (prices.million_prompt_tokens, prices.million_output_tokens)
+    if not texts or (prices.gpu_hour is None and None in by_token):
+        return None
+    whole = 0.0
+    for each in texts:
+        if prices.gpu_hour is not None:
+            if each.seconds is None:
+                return None
+            whole += prices.gpu_hour * each.seconds / 3600
+        if None not in by_token:
+            if each.tokens is None:
+                return None
+            whole += sum(price * count for price, count in zip(by_token, each.tokens, strict=True) if price) / 1e6
+    return whole

@@ -10,6 +10,7 @@ was killed before it removed the old parts. Readers see one row, chosen by the r
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -113,6 +114,14 @@ class CaptionStore:
         sources = parts if "://" not in parts[0] else [self._objects.read(f"captions/{describer}/{n}") for n in names]
         rows = pl.scan_parquet(sources, schema=STORED_SCHEMA, missing_columns="insert", glob=False)
         return visible(rows).select(*CAPTION_SCHEMA)
+
+    def sample(self, describer: str, parts: int = 8) -> pl.DataFrame:
+        """Rows of some parts, at most so many: what texts of the describer look like. Columns as ``CAPTION_SCHEMA``."""
+        frames = []
+        for name in self._names(describer)[:parts]:
+            with contextlib.suppress(NotFound):
+                frames.append(self._read(describer, name).select(*CAPTION_SCHEMA))
+        return pl.concat([pl.DataFrame(schema=CAPTION_SCHEMA), *frames])
 
     def describers(self) -> list[str]:
         """Everyone who ever wrote, as :func:`describer_id`."""

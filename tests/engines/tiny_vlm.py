@@ -5,6 +5,24 @@ transformers of the environment that vLLM lives in: ``python tests/engines/tiny_
 """
 
 import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+ON_CPU = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Environment in which vLLM runs without a GPU, a hub or a network."""
+
+
+def vllm_python() -> str:
+    """The interpreter that has vLLM: this one, or that of ``make .venv-vllm/.installed``."""
+    beside = ROOT / ".venv-vllm" / "bin" / "python"
+    return str(beside) if beside.exists() else sys.executable
+
 
 SIDE_PX = 64
 CONTEXT = 512

@@ -1,0 +1,27 @@
+"""describe: the texts of a range of shards, as a Prefect flow for the GPU pool.
+
+The worker needs the store and the describer's packages, not those of training: its environment has vLLM and no
+open_clip. Texts go to the caption store, where the stages `describe` and `group` of the run that waits find them.
+"""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from flows.pipeline import as_they_are
+from tasks.describe import write_range
+from tasks.domain import Domain
+
+
+@flow(name="describe", flow_run_name="describe-{domain.name}-{first}-{last}")
+def describe(domain: Domain, first: int = 0, last: int | None = None) -> dict[str, int]:
+    """Write the texts about the images of shards ``first`` to ``last - 1``, and about the groups anchored at them.
+
+    May run twice, and beside others: each text is seen once. The images are those of the domain's newest `shard` and
+    `embed` artifacts.
+
+    Returns:
+        How many texts of each kind the range has.
+    """
+    shards, embedded = as_they_are(domain, "shard", "embed")
+    return write_range(domain, shards, embedded, first, last)

@@ -1,0 +1,116 @@
+"""preview: a few images with the questions about them and the model's answers, before a run asks about all."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from models.describers import Kind
+from models.images import to_rgb
+from tasks.describe import class_questions
+from tasks.domain import Domain
+from tasks.group import look_alikes
+from tasks.page import html
+from tasks.stage import StageResult, open_store
+from tasks.texts import Gallery, Question, Texts, describer_identity, group_identity
+
+SIDE_PX, MEMBER_PX = 224, 80
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One question, and what came back."""
+
+    kind: Kind
+    prompt: str
+    text: str
+    flags: tuple[str, ...]
+    detail: str
+    """Why there is no text."""
+    tokens: tuple[int, int]
+    """Of the prompt and of the answer."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image; pictures are data URLs."""
+
+    path: str
+    label: str
+    """The class that the untouched CLIP sees in it."""
+    picture: str
+    members: tuple[str, ...]
+    """Pictures of its group."""
+    answers: tuple[Answered, ...]
+
+
+def preview(domain: Domain, shards: StageResult, embedded: StageResult, count: int = 5) -> Path:
+    """Describe a few images, of as many pseudo-classes as there are, and write ``OUTPUT/<name>/preview.html``.
+
+    The texts are kept in the caption store: a run does not ask for them again, and `plan` knows from them how many
+    tokens a text has.
+
+    Raises:
+        ModelError: the describer cannot be used.
+    """
+    store = open_store(domain)
+    gallery = Gallery(domain, store.open(shards.ref), store.open(embedded.ref))
+    chosen = _spread(gallery.labels, count)
+    members = {group.anchor: group.members for group in look_alikes(gallery.labels, domain.group.size)}
+    label = {key: domain.classes[gallery.labels[key]] for key in chosen}
+    who, who_of_groups = describer_identity(domain, embedded), group_identity(domain, embedded)
+    asked: list[tuple[Kind, dict[str, object], dict[str, list[Question]]]] = [
+        ("image", who, {key: gallery.questions("image", [key]) for key in chosen}),
+        ("group", who_of_groups, {key: gallery.questions("group", members[key]) for key in chosen}),
+        ("class", who, {key: class_questions(domain, [label[key]]) for key in chosen}),
+    ]
+    answers: dict[str, list[Answered]] = defaultdict(list)
+    engines: Counter[str] = Counter()
+    for kind, identity, questions in asked:
+        for key, table in Texts(domain, store.objects, kind, gallery, identity).write(questions):
+            for row in table.iter_rows(named=True):
+                tokens = (row["prompt_tokens"] or 0, row["output_tokens"] or 0)
+                detail, flags = row["detail"] or "", tuple(row["flags"])
+                answers[key].append(Answered(kind, row["prompt"] or "", row["text"], flags, detail, tokens))
+                engines[f"{row['model']} by {row['engine']}"] += 1
+    rows = [
+        Row(
+            path=gallery.path(key),
+            label=label[key],
+            picture=_picture(gallery, key, SIDE_PX),
+            members=tuple(_picture(gallery, member, MEMBER_PX) for member in members[key]),
+            answers=tuple(answers[key]),
+        )
+        for key in chosen
+    ]
+    path = Path(domain.output) / domain.name / "preview.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pack = domain.prompt_pack.id if domain.prompt_pack else "no questions"
+    path.write_text(
+        html("preview.html.j2", domain=domain.name, rows=rows, describer=", ".join(engines), pack=pack),
+        encoding="utf-8",
+    )
+    return path
+
+
+def _spread(labels: Mapping[str, int], count: int) -> list[str]:
+    """Keys of different pseudo-classes, the same ones every time."""
+    rank: Counter[int] = Counter()
+    ranked = []
+    for key in sorted(labels):
+        ranked.append((rank[labels[key]], labels[key], key))
+        rank[labels[key]] += 1
+    return [key for _, _, key in sorted(ranked)[:count]]
+
+
+def _picture(gallery: Gallery, key: str, side_px: int) -> str:
+    image = to_rgb(gallery.image(key))
+    image.thumbnail((side_px, side_px))
+    out = io.BytesIO()
+    image.save(out, "PNG" if max(image.size) <= 64 else "JPEG", quality=85)
+    kind = "png" if max(image.size) <= 64 else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
