@@ -16,8 +16,7 @@ hypothesis.settings.load_profile("shared")
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (40, 60, 220)}
 
 
-@pytest.fixture(scope="session")
-def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_tiny_clip(folder: Path) -> None:
     """A ViT of open_clip's own classes with random weights, saved as an open_clip folder."""
     import open_clip
     import torch
@@ -30,9 +29,16 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     torch.manual_seed(0)
     model = open_clip.CLIP(**config)
-    folder = tmp_path_factory.mktemp("tiny_clip")
+    folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {"size": 32}}))
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An open_clip folder, see :func:`make_tiny_clip`."""
+    folder = tmp_path_factory.mktemp("tiny_clip")
+    make_tiny_clip(folder)
     return folder
 
 

@@ -1,8 +1,8 @@
 """Install the CPU build of vLLM beside this interpreter: `python tests/engines/install_vllm.py`.
 
-It wants a torch of its own, so it gets an environment of its own (`make .venv-vllm/.installed`), as a pool of GPU workers has an
-image of its own. torchvision, torchaudio and torchcodec are left out: their public builds do not import beside the
-CPU build of torch, and the model families that the describers are tested with do not need them.
+It wants a torch of its own, so it gets an environment of its own (`make .venv-vllm/.installed`), as a pool of GPU
+workers has an image of its own. torchvision, torchaudio and torchcodec are left out: their public builds do not import
+beside the CPU build of torch, and the model families that the describers are tested with do not need them.
 """
 
 import subprocess

@@ -4,21 +4,16 @@ Runs in the training environment, which makes shards and features and has no vLL
 another environment, over the same store.
 """
 
-import contextlib
-import json
 import os
 import signal
-import socket
 import subprocess
 import threading
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
 import pytest
-from engines.tiny_vlm import ON_CPU, ROOT, vllm_python
+from engines.tiny_vlm import ON_CPU, ROOT, free_port, serve, vllm_python
 
 from conftest import draw_folder
 from flows.pipeline import run_plainly
@@ -129,39 +124,8 @@ def test_a_worker_killed_half_way_is_gone_on_with(folder: Path, tiny_clip: Path,
     assert results["describe"].cached and results["group"].cached and not results["tune"].cached
 
 
-@contextlib.contextmanager
-def serve(model: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    # What `vllm serve` runs; the command itself asks for a package by the name of the build for GPUs.
-    command = [
-        vllm_python(), "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1",
-        "--port", str(port),
-        "--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--max-num-seqs", "8",
-        "--served-model-name", "tiny", "--limit-mm-per-prompt", json.dumps({"image": 4}),
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        list(map(str, command)), env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        limit = time.monotonic() + 300
-        while True:
-            assert process.poll() is None and time.monotonic() < limit, "the server did not start"
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                    break
-            except OSError:
-                time.sleep(0.2)
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # with the engine's own process
-        process.wait()
-
-
 def test_a_server_killed_half_way_is_gone_on_with(folder: Path, tiny_clip: Path, tiny_vlm: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     domain = write_domain(
         folder, tiny_clip,
         f"kind: openai, model: tiny, url: http://127.0.0.1:{port}/v1, max_tokens: 16, concurrency: 4, patience_s: 3",

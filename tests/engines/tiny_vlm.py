@@ -4,7 +4,16 @@ Its texts are noise; engines, batches, orders and failures are as with any other
 transformers of the environment that vLLM lives in: ``python tests/engines/tiny_vlm.py FOLDER``.
 """
 
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +31,43 @@ def vllm_python() -> str:
     """The interpreter that has vLLM: this one, or that of ``make .venv-vllm/.installed``."""
     beside = ROOT / ".venv-vllm" / "bin" / "python"
     return str(beside) if beside.exists() else sys.executable
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@contextlib.contextmanager
+def serve(model: Path, port: int, batch: int = 8) -> Iterator[subprocess.Popen[bytes]]:
+    """vLLM's server with a tiny model, under the name tiny."""
+    # What `vllm serve` runs; the command itself asks for a package by the name of the build for GPUs.
+    command = [
+        vllm_python(), "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1",
+        "--port", str(port),
+        "--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--max-num-seqs", str(batch),
+        "--served-model-name", "tiny", "--limit-mm-per-prompt", json.dumps({"image": 4}),
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        list(map(str, command)), env={**os.environ, **ON_CPU, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        limit = time.monotonic() + 300
+        while True:
+            assert process.poll() is None and time.monotonic() < limit, "the server did not start"
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                    break
+            except OSError:
+                time.sleep(0.2)
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with the engine's own process
+        process.wait()
 
 
 SIDE_PX = 64

@@ -1,0 +1,155 @@
+"""How much of the engine's speed the describe stage keeps: against a bare ``LLM.chat`` over the same images in memory.
+
+Makes shards and features here, then measures in the environment of ``make test-vllm``, whose engine runs on CPU with a
+tiny model of random weights: the engine is as fast as it gets, and all else shows. The two ways take turns in one
+process, with the engine's caches emptied before each. Then the same stage against a server of the same engine.
+
+    python -m benchmarks.describe [FOLDER] [--images 600] [--rounds 4]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tests"))
+CONTEXT, BATCH, TOKENS = 512, 64, 32
+LEAST = {"stage / bare": 0.9, "server / stage": 0.8}
+"""What is promised."""
+
+
+def prepare(images: Path, count: int, folder: Path) -> Path:
+    """A domain of so many pictures, sharded and embedded by a tiny CLIP."""
+    from conftest import make_tiny_clip
+    from flows.pipeline import run_plainly
+    from tasks.domain import Domain
+
+    found = sorted(path for path in images.rglob("*") if path.suffix in (".png", ".jpg", ".jpeg", ".webp"))
+    if len(found) < count:
+        raise SystemExit(f"{images} has {len(found)} images, {count} are needed; `make demo` makes them")
+    (folder / "train").mkdir()
+    for path in found[:count]:
+        shutil.copy(path, folder / "train")
+    make_tiny_clip(folder / "clip")
+    engine = (
+        f"kind: vllm, model: {folder / 'tiny'}, dtype: float32, max_context: {CONTEXT}, max_batch: {BATCH}, "
+        "extra: {enforce_eager: true}"
+    )
+    domain = write_domain(folder, "in_process", engine, count)
+    for stage in ("shard", "embed"):
+        run_plainly(Domain.load(domain), only=stage)
+    return domain
+
+
+def write_domain(folder: Path, file: str, describer: str, count: int) -> Path:
+    path = folder / f"{file}.yaml"
+    path.write_text(
+        f"name: bench\nsource: train\nclasses: [one, two, three]\nclip: {{model: ./clip, resize: pad}}\n"
+        f"describer: {{{describer}, max_tokens: {TOKENS}, prompts: caltech101}}\n"
+        f"shard: {{images: {max(count // 4, 1)}}}\nstore: store\n"
+    )
+    return path
+
+
+def describe_anew(file: Path) -> float:
+    """Images per second of the stage, everything counted."""
+    from flows.pipeline import as_they_are
+    from tasks.describe import describe
+    from tasks.domain import Domain
+    from tasks.stage import rules
+
+    domain = Domain.load(file)
+    shards, embedded = as_they_are(domain, "shard", "embed")
+    begin = time.perf_counter()
+    with rules(refresh=["describe"]):
+        describe(domain, shards, embedded)
+    return shards.counts["images"] / (time.perf_counter() - begin)
+
+
+def measure(file: Path, rounds: int) -> None:
+    """In the environment with vLLM: both ways by turns; prints one line of JSON."""
+    from vllm import SamplingParams
+
+    from flows.pipeline import as_they_are
+    from models import prompts
+    from models.describers.vllm import open_vllm
+    from storage.images import open_image
+    from storage.shards import read_index, read_records
+    from tasks.domain import Domain
+    from tasks.stage import open_store
+
+    domain = Domain.load(file)
+    (shards,) = as_they_are(domain, "shard")
+    llm = open_vllm(domain.describer)._llm
+    artifact = open_store(domain).open(shards.ref)
+    pictures = [open_image(record.data).convert("RGB") for record in read_records(artifact, read_index(artifact))]
+    (question,) = prompts.load("caltech101").image
+
+    def bare() -> float:
+        ask = {"type": "text", "text": question}
+        asked = [
+            [{"role": "user", "content": [{"type": "image_pil", "image_pil": picture}, ask]}] for picture in pictures
+        ]
+        begin = time.perf_counter()
+        llm.chat(asked, SamplingParams(max_tokens=TOKENS, temperature=0, seed=0), use_tqdm=False)
+        return len(pictures) / (time.perf_counter() - begin)
+
+    speeds: dict[str, list[float]] = {"bare": [], "stage": []}
+    for number in range(rounds + 1):
+        for name, run in (("bare", bare), ("stage", lambda: describe_anew(file))):
+            llm.reset_mm_cache()
+            llm.reset_prefix_cache()
+            speed = run()
+            if number:  # the first round warms up
+                speeds[name].append(speed)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    sys.stdout.write(json.dumps({"speeds": speeds, "peak_mb": peak}) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "data/demo/train")
+    parser.add_argument("--images", type=int, default=600)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.measure:
+        measure(chosen.measure, chosen.rounds)
+        return
+    from engines.tiny_vlm import ON_CPU, free_port, serve, vllm_python
+
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        subprocess.run([vllm_python(), ROOT / "tests/engines/tiny_vlm.py", folder / "tiny"], check=True)
+        domain = prepare(chosen.folder, chosen.images, folder)
+        done = subprocess.run(
+            [vllm_python(), "-m", "benchmarks.describe", "--measure", domain, "--rounds", str(chosen.rounds)],
+            check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **ON_CPU},
+        )  # fmt: skip
+        found = json.loads(done.stdout.splitlines()[-1])
+        speeds = found["speeds"]
+        with serve(folder / "tiny", port := free_port(), BATCH):
+            engine = f"kind: openai, model: tiny, url: http://127.0.0.1:{port}/v1, concurrency: {BATCH}"
+            through = write_domain(folder, "server", engine, chosen.images)
+            speeds["server"] = [describe_anew(through) for _ in range(chosen.rounds + 1)][1:]
+    middle = {name: statistics.median(each) for name, each in speeds.items()}
+    lines = [f"{name:16} {middle[name]:7.1f} images/s  ({min(s):.1f} - {max(s):.1f})" for name, s in speeds.items()]
+    for ratio, least in LEAST.items():
+        above, below = ratio.split(" / ")
+        lines.append(f"{ratio:16} {middle[above] / middle[below]:7.2f}  (promised: {least})")
+    lines.append(f"peak memory      {found['peak_mb']:7.0f} MB in process")
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
