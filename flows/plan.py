@@ -136,7 +136,7 @@ class _Planner:
         elif step.name == "report":
             work = 1
         else:
-            work = everything if anew or step.name == "evaluate" else planned.images.new
+            work = everything if anew or step.name in ("screen", "evaluate") else planned.images.new
         rate = self._history.seconds_per(step.name, planned.unit)
         return replace(
             planned,

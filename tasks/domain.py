@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from models.settings import ClipSettings, LatteClipSettings, Settings
+from models.settings import ClipSettings, LatteClipSettings, ScreenSettings, Settings
 
 
 class ConfigError(Exception):
@@ -109,6 +109,7 @@ class Domain(Settings):
     shard: ShardSettings = ShardSettings()
     embed: EmbedSettings = EmbedSettings()
     group: GroupSettings = GroupSettings()
+    screen: ScreenSettings = ScreenSettings()
     store: str = "runs/store"
     """Where artifacts live: a folder or any fsspec URL with atomic create (s3, gs, abfs)."""
     single_writer: bool = False

@@ -45,6 +45,7 @@ def report(
     features: StageResult,
     texts: StageResult,
     groups: StageResult,
+    screened: StageResult,
     tuned: StageResult,
     unseen: StageResult,
     unseen_features: StageResult,
@@ -52,7 +53,7 @@ def report(
 ) -> StageResult:
     """Collect the artifacts of a run into ``report.html``."""
     store = open_store(domain)
-    stages = list(dict.fromkeys([images, unseen, features, unseen_features, texts, groups, tuned, scores]))
+    stages = list(dict.fromkeys([images, unseen, features, unseen_features, texts, groups, screened, tuned, scores]))
     inputs = {"stages": {stage.label: stage.ref.digest for stage in stages}, "domain": domain.name}
 
     def body(writer: ArtifactWriter) -> Mapping[str, int]:

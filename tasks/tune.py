@@ -17,11 +17,12 @@ from models import clip
 from storage.artifacts import Artifact, ArtifactWriter
 from storage.errors import DataError
 from storage.shards import read_index, read_records
-from storage.tables import read_parquet, read_safetensors, safetensors
+from storage.tables import read_safetensors, safetensors
 from tasks.decode import pixel_batches
 from tasks.domain import Domain
 from tasks.features import Features, centred, read_features
 from tasks.pixels import PixelReader
+from tasks.screen import read_screened, usable
 from tasks.stage import StageResult, open_store, run_stage
 
 VERSION = 1
@@ -48,10 +49,11 @@ class Tuned:
     scale: float
 
 
-def tune(
-    domain: Domain, shards: StageResult, embedded: StageResult, described: StageResult, grouped: StageResult
-) -> StageResult:
-    """LatteCLIP on the domain's features and texts, once for each seed.
+def tune(domain: Domain, shards: StageResult, embedded: StageResult, screened: StageResult) -> StageResult:
+    """LatteCLIP on the domain's features and the texts that passed the screen, once for each seed.
+
+    A text's weight says whether it is used, and which of several; in the mixer all that are used count as the paper
+    has it.
 
     Files: ``seed-<n>.safetensors`` (prototypes, centre, scale, maps; tensors of trained towers under ``tower.``) and
     ``seed-<n>.history.json`` (one record for each epoch).
@@ -59,8 +61,7 @@ def tune(
     store = open_store(domain)
     shared = {
         "embed": embedded.ref.digest,
-        "describe": described.ref.digest,
-        "group": grouped.ref.digest,
+        "screen": screened.ref.digest,
         "clip": clip.identity(domain.clip),
         "centred": clip.is_centred(domain.clip),
         "latteclip": domain.latteclip.model_dump(mode="json"),
@@ -71,7 +72,7 @@ def tune(
         for seed in domain.seeds:
             own = {**shared, "seed": seed}
             if writer.find(f"seed-{seed}", own) is None:
-                data = data or _Data(domain, *(store.open(each.ref) for each in (shards, embedded, described, grouped)))
+                data = data or _Data(domain, *(store.open(each.ref) for each in (shards, embedded, screened)))
                 found, history = data.run(seed)
                 files = {f"seed-{seed}.safetensors": found, f"seed-{seed}.history.json": json.dumps(history).encode()}
                 writer.put(f"seed-{seed}", own, files)
@@ -83,9 +84,7 @@ def tune(
 class _Data:
     """What all seeds share: the model, the features and the texts' features."""
 
-    def __init__(
-        self, domain: Domain, images: Artifact, embedded: Artifact, described: Artifact, grouped: Artifact
-    ) -> None:
+    def __init__(self, domain: Domain, images: Artifact, embedded: Artifact, screened: Artifact) -> None:
         import torch
 
         from models.latteclip import TuneData
@@ -94,8 +93,7 @@ class _Data:
         self._clip = clip.load(domain.clip)
         found = read_features(embedded)
         self._centre = found.centre if clip.is_centred(domain.clip) else np.zeros_like(found.centre)
-        captions = pl.concat([read_parquet(described.read(name)) for name in described.names(".captions.parquet")])
-        groups = read_parquet(grouped.read("groups.parquet")).filter(pl.col("text") != "")
+        captions, groups = (usable(read_screened(screened, kind)) for kind in ("images", "groups"))
         texts = dict(zip(captions["member_keys"].list.first(), captions["text"], strict=True))
         ordered = [texts.get(key, "") for key in found.keys]
         towers = self._settings.trains_towers
