@@ -28,7 +28,8 @@ def screen(
 
     Files: ``images.parquet`` and ``groups.parquet``, one row for each text: caption_key, member_keys, index (which of
     several texts), label (pseudo-class), text, flags (the describer's and those of :mod:`models.screening`), weight
-    (0: not used), clip_score and clip_score_shuffled (cosines of the text with its own and with other images).
+    (0: not used), clip_score and clip_score_shuffled (cosines of the text with its own and with other images). Beside
+    each, ``*.features.parquet`` with the distinct texts and their unit features, so that no later stage reads them.
     """
     store = open_store(domain)
     names = [domain.prompt_name(name) for name in domain.classes]
@@ -50,8 +51,9 @@ def screen(
         for part, (source, texts) in read.items():
             own = {**shared, "texts": source.ref.digest}
             if writer.find(part, own) is None:
-                table = _screened(domain, names, found, contents, texts(store.open(source.ref)))
-                writer.put(part, own, {f"{part}.parquet": parquet(table)}, rows=table.height, counts=_counts(table))
+                table, features = _screened(domain, names, found, contents, texts(store.open(source.ref)))
+                files = {f"{part}.parquet": parquet(table), f"{part}.features.parquet": parquet(features)}
+                writer.put(part, own, files, rows=table.height, counts=_counts(table))
         return {"images": len(found.keys)}
 
     return run_stage(store, domain, "screen", VERSION, inputs, body)
@@ -67,8 +69,8 @@ def _group_texts(grouped: Artifact) -> pl.DataFrame:
 
 def _screened(
     domain: Domain, names: Sequence[str], found: Features, contents: Mapping[str, str], table: pl.DataFrame
-) -> pl.DataFrame:
-    """The table with flags and weights, in its own order."""
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The table with flags and weights, in its own order; and the distinct texts with their features."""
     place = {key: row for row, key in enumerate(found.keys)}
     if "index" not in table.columns:
         table = table.with_columns(index=pl.lit(0))
@@ -81,8 +83,9 @@ def _screened(
     model = clip.load(domain.clip)
     distinct = sorted(set(said))
     number = {text: row for row, text in enumerate(distinct)}
+    features = model.text_features(distinct)
     result = screened(
-        Texts(texts=distinct, features=model.text_features(distinct), too_long=model.too_long(distinct)),
+        Texts(texts=distinct, features=features, too_long=model.too_long(distinct)),
         Subjects(
             features=_mean_features(found.features, [[place[key] for key in keys] for keys in subjects]),
             contents=[" ".join(sorted(contents[key] for key in keys)) for keys in subjects],
@@ -100,7 +103,7 @@ def _screened(
         domain.screen,
     )
     scores = {"clip_score": result.clip_score, "clip_score_shuffled": result.clip_score_shuffled}
-    return table.with_columns(
+    table = table.with_columns(
         pl.col("index").fill_null(0).cast(pl.Int32),
         label=pl.Series(labels[[subject[keys] for keys in members]], dtype=pl.Int64),
         text=pl.Series(said, dtype=pl.String),
@@ -108,6 +111,11 @@ def _screened(
         weight=pl.Series(result.weights, dtype=pl.Float32),
         **{name: pl.Series(values, dtype=pl.Float32).fill_nan(None) for name, values in scores.items()},
     ).select(*_COLUMNS, *scores)
+    read = pl.DataFrame(
+        {"text": distinct, "feature": features},
+        schema={"text": pl.String, "feature": pl.Array(pl.Float32, model.dim)},
+    )
+    return table, read
 
 
 def _mean_features(features: np.ndarray, members: Sequence[Sequence[int]]) -> np.ndarray:
@@ -137,6 +145,21 @@ def read_screened(artifact: Artifact, kind: str) -> pl.DataFrame:
         kind: images or groups.
     """
     return read_parquet(artifact.read(f"{kind}.parquet"))
+
+
+def read_text_features(artifact: Artifact, kind: str, texts: Sequence[str]) -> np.ndarray:
+    """Unit features of some of the texts, ``(len(texts), dim)`` float32; zeros for a text that is not among them.
+
+    Args:
+        kind: images or groups.
+    """
+    table = read_parquet(artifact.read(f"{kind}.features.parquet"))
+    known = table["feature"].to_numpy()
+    place = {text: row for row, text in enumerate(table["text"])}
+    found = np.zeros((len(texts), known.shape[1]), np.float32)
+    rows = [row for row, text in enumerate(texts) if text in place]
+    found[rows] = known[[place[texts[row]] for row in rows]]
+    return found
 
 
 def usable(table: pl.DataFrame) -> pl.DataFrame:

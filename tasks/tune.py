@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from tasks.decode import pixel_batches
 from tasks.domain import Domain
 from tasks.features import Features, centred, read_features
 from tasks.pixels import PixelReader
-from tasks.screen import read_screened, usable
+from tasks.screen import read_screened, read_text_features, usable
 from tasks.stage import StageResult, open_store, run_stage
 
 VERSION = 1
@@ -96,28 +97,29 @@ class _Data:
         captions, groups = (usable(read_screened(screened, kind)) for kind in ("images", "groups"))
         texts = dict(zip(captions["member_keys"].list.first(), captions["text"], strict=True))
         ordered = [texts.get(key, "") for key in found.keys]
+        class_texts = [text for prompts in domain.prompts() for text in prompts]
         towers = self._settings.trains_towers
         self._data = TuneData(
             pseudo_labels=torch.from_numpy(found.zero_shot.copy()),
-            class_texts=self._read([text for prompts in domain.prompts() for text in prompts]).unflatten(
-                0, (len(domain.classes), -1)
-            ),
-            image_texts=self._read(ordered),
+            class_texts=self._read(class_texts, self._clip.text_features).unflatten(0, (len(domain.classes), -1)),
+            image_texts=self._read(ordered, functools.partial(read_text_features, screened, "images")),
             has_image_text=torch.tensor([text != "" for text in ordered]),
-            group_texts=self._read(groups["text"].to_list()) if groups.height else None,
+            group_texts=self._read(groups["text"].to_list(), functools.partial(read_text_features, screened, "groups"))
+            if groups.height
+            else None,
             group_classes=torch.tensor(groups["label"].to_list()) if groups.height else None,
             image_embeds=None if towers else torch.from_numpy(found.embeds),
             centre=torch.from_numpy(self._centre),
             pixels=PixelReader(images, found.keys, self._clip.preprocess) if towers else None,
         )
 
-    def _read(self, texts: Sequence[str]) -> Any:
-        """Tokens where the text tower trains, else embeddings, each distinct text read once."""
+    def _read(self, texts: Sequence[str], features: Callable[[Sequence[str]], np.ndarray]) -> Any:
+        """Tokens where the text tower trains, else features."""
         import torch
 
         if self._settings.trains_towers and self._settings.trains_texts:
             return self._clip.tokenizer(list(texts))
-        return torch.from_numpy(self._clip.text_features(texts))
+        return torch.from_numpy(features(texts))
 
     def run(self, seed: int) -> tuple[bytes, list[dict[str, float]]]:
         from models.latteclip import tune as tune_latteclip

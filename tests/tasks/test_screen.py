@@ -167,25 +167,29 @@ def test_of_several_texts_training_uses_the_heaviest_then_the_first(domain: Doma
     assert usable(rows.with_columns(weight=pl.lit(0.0))).height == 0
 
 
-def test_dropped_texts_do_not_reach_training(domain: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropped_texts_do_not_reach_training(domain: Domain, tmp_path: Path) -> None:
     from models import clip
+    from tasks.tune import _Data
 
     refusal = "I'm sorry, but I can't assist with that."
     with_texts(domain, tmp_path, {"001.png": refusal})
-    stages = before(domain)
-    screened = screen(domain, *stages)
-    read_texts: list[str] = []
-    features = clip.Clip.text_features
-
-    def listen(self: clip.Clip, texts: list[str], batch: int = 256) -> np.ndarray:
-        read_texts.extend(texts)
-        return features(self, texts, batch)
-
-    monkeypatch.setattr(clip.Clip, "text_features", listen)
-    from tasks.tune import tune
-
-    tune(domain, stages[0], stages[1], screened)
-    assert refusal not in read_texts and "a green shape number 004" in read_texts
+    images, features, *texts = before(domain)
+    screened = screen(domain, images, features, *texts)
+    store = open_store(domain)
+    data = _Data(domain, *(store.open(each.ref) for each in (images, features, screened)))._data
+    assert data.image_texts is not None and data.has_image_text is not None and data.group_texts is not None
+    rows = {
+        keys[0]: (text, weight)
+        for keys, text, weight in read(domain, screened, "images").select("member_keys", "text", "weight").iter_rows()
+    }
+    keys = read_features(store.open(features.ref)).keys
+    assert data.has_image_text.tolist() == [rows[key][1] > 0 for key in keys]
+    refused = next(row for row, key in enumerate(keys) if rows[key][0] == refusal)
+    assert not data.has_image_text[refused]
+    used = [row for row in range(24) if data.has_image_text[row]]
+    expected = clip.load(domain.clip).text_features([rows[keys[row]][0] for row in used])
+    assert np.allclose(data.image_texts.numpy()[used], expected, atol=1e-5)
+    assert len(data.group_texts) == read(domain, screened, "groups").filter(pl.col("weight") > 0).height
 
 
 def test_a_run_with_nothing_but_empty_texts_still_trains(domain: Domain, tmp_path: Path) -> None:
