@@ -1,5 +1,6 @@
 """screen: the stage between the describers and training."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from conftest import draw
 from flows.pipeline import run_plainly
 from storage.tables import parquet, read_parquet
+from tasks import report
 from tasks import screen as stage
 from tasks.describe import describe
 from tasks.domain import ConfigError, Domain
@@ -221,3 +223,43 @@ def test_settings_are_checked(domain: Domain, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"3 mistake\(s\)") as caught:
         Domain.load(tmp_path / "bad.yaml")
     assert "did you mean `language`?" in str(caught.value)
+
+
+def page_of(domain: Domain) -> str:
+    return (Path(domain.output) / domain.name / "report.html").read_text()
+
+
+def test_the_report_shows_every_dropped_text_beside_its_image(
+    domain: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusals = {f"{row:03}.png": f"I'm sorry, but I can't help with number {row}." for row in range(6)}
+    with_texts(domain, tmp_path, refusals)
+    run_plainly(domain)
+    html = page_of(domain)
+    for text in refusals.values():
+        assert html.count(text.replace("'", "&#39;")) >= 1
+    assert html.count("data-state=") >= 24 + 15, "all images, and of the groups those with a dropped text and some"
+    monkeypatch.setattr(report, "CAPTIONED_DROPPED", {"images": 4, "groups": 1})
+    monkeypatch.setattr(report, "CAPTIONED_OTHERS", {"images": 3, "groups": 2})
+    run_plainly(domain, refresh=["report"])
+    html = page_of(domain)
+    assert html.count('data-state="dropped"') <= 5 and html.count("data-state=") <= 10
+    assert "Shown are 4 of " in html or "Shown are 5 of " in html
+    first = html
+    run_plainly(domain, refresh=["report"])
+    assert cards(page_of(domain)) == cards(first)
+
+
+def cards(html: str) -> str:
+    return html[html.index('id="captions"') : html.index('class="more-cards"')]
+
+
+def test_the_report_tells_how_long_the_engine_waited(domain: Domain) -> None:
+    results = {result.label: result for result in run_plainly(domain)}
+    assert "engine waiting" not in page_of(domain)
+    ref = results["describe"].ref
+    file = Path(domain.store) / domain.name / "describe" / ref.fingerprint / "stats.json"
+    for value, said in ((0.25, True), ("x", False), (1.5, False)):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "engine_wait": value}))
+        run_plainly(domain, refresh=["report"])
+        assert ("engine waiting for images 25% of the time" in page_of(domain)) == said
