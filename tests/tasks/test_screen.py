@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,23 @@ def test_a_killed_stage_takes_up_its_finished_part(domain: Domain, monkeypatch: 
         screen(domain, *stages)
     screen(domain, *stages)
     assert len(calls) == 3
+
+
+def test_too_long_is_what_the_clips_own_tokenizer_cuts(domain: Domain) -> None:
+    import torch
+
+    from models import clip
+
+    texts = ["", "a " * 10, "a " * 21, "a " * 22, "a " * 60, "猫" * 30]  # 24 tokens, two of them begin and end
+    assert clip.load(domain.clip).too_long(texts).tolist() == [False, False, False, True, True, True]
+
+    def to_the_longest(texts: list[str]) -> torch.Tensor:
+        rows = [[1, *(7 for _ in text.split())][:24] for text in texts]
+        return torch.tensor([row + [0] * (max(map(len, rows)) - len(row)) for row in rows])
+
+    other = replace(clip.load(domain.clip), tokenizer=to_the_longest)
+    assert other.too_long(["b", "b " * 20, "b " * 22, "b " * 23]).tolist() == [False, False, False, True]
+    assert other.too_long(["b " * 20]).tolist() == [False]
 
 
 def test_of_several_texts_training_uses_the_heaviest_then_the_first(domain: Domain) -> None:
