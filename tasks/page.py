@@ -100,13 +100,13 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class FlagRow:
-    """How many texts have a flag. ``factor`` is what it multiplies a weight with; None where screening ignores it."""
+    """How many texts have a flag, what it says, and what it does to a text's weight."""
 
     name: str
     images: int
     groups: int
     meaning: str = ""
-    factor: float | None = None
+    effect: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

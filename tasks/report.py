@@ -14,7 +14,7 @@ import polars as pl
 
 from models import clip
 from models.images import to_rgb
-from models.screening import FLAGS
+from models.screening import FLAGS, FLOOR_WEIGHT
 from storage.artifacts import ArtifactStore, ArtifactWriter
 from storage.images import open_image
 from storage.objects import ObjectStore
@@ -193,7 +193,7 @@ class _Findings:
                 images=counts["images"][name],
                 groups=counts["groups"][name],
                 meaning=FLAGS[name].meaning if name in FLAGS else "set by the describer",
-                factor=FLAGS[name].factor if name in FLAGS else None,
+                effect=_effect(name),
             )
             for name, _ in sorted((counts["images"] + counts["groups"]).items(), key=lambda item: (-item[1], item[0]))
         ]
@@ -316,6 +316,13 @@ class _Findings:
         place = {key: row for row, key in enumerate(test.keys)}
         rows = test.features[[place[key] for key in keys]]
         return dict(zip(keys, (train.keys[i] for i in np.argmax(rows @ train.features.T, axis=1)), strict=True))
+
+
+def _effect(flag: str) -> str:
+    if flag == "kept_by_floor":
+        return f"weight {FLOOR_WEIGHT}"
+    factor = FLAGS[flag].factor if flag in FLAGS else 1
+    return "dropped" if not factor else f"weight × {factor}" if factor != 1 else ""
 
 
 def _pick(entries: pl.DataFrame, count: int) -> pl.DataFrame:

@@ -86,9 +86,9 @@ def make_screening(classes: Sequence[str], seed: int = 2) -> Screening:
             )
         )  # fmt: skip
     flags = [
-        FlagRow(name="refusal", images=8, groups=2, meaning="the model declines", factor=0),
-        FlagRow(name="names_class", images=6, groups=0, meaning="says the name of a class", factor=1),
-        FlagRow(name="cut", images=3, groups=0, meaning="stopped at the longest output", factor=0.8),
+        FlagRow(name="refusal", images=8, groups=2, meaning="the model declines", effect="dropped"),
+        FlagRow(name="names_class", images=6, groups=0, meaning="says the name of a class"),
+        FlagRow(name="cut", images=3, groups=0, meaning="stopped at the longest output", effect="weight × 0.8"),
     ]
     return Screening(texts=2493, dropped=10, kept_by_floor=1, flags=flags, with_dropped=10, others=2483, shown=shown)
 
@@ -250,7 +250,7 @@ def hostile_report(n_test: int = 1000) -> Report:
         examples_changed=[example(e) for e in report.examples_changed],
         screening=replace(
             report.screening, shown=[captioned(c) for c in report.screening.shown[:9]],
-            flags=[FlagRow(name=text, images=1, groups=1, meaning=text) for text in HOSTILE],
+            flags=[FlagRow(name=text, images=1, groups=1, meaning=text, effect=text) for text in HOSTILE],
         ),
         counts=replace(report.counts, texts_by_kind={text: 1 for text in HOSTILE}),
         quarantine=[QuarantineRow(path=text, reason=text, detail=text) for text in HOSTILE],

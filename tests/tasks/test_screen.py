@@ -272,6 +272,11 @@ def cards(html: str) -> str:
     return html[html.index('id="captions"') : html.index('class="more-cards"')]
 
 
+def test_the_report_says_what_each_flag_does() -> None:
+    effects = [report._effect(name) for name in ("refusal", "cut", "names_class", "kept_by_floor", "odd")]
+    assert effects == ["dropped", "weight × 0.8", "", "weight 0.1", ""]
+
+
 def test_the_report_tells_how_long_the_engine_waited(domain: Domain) -> None:
     results = {result.label: result for result in run_plainly(domain)}
     assert "engine waiting" not in page_of(domain)
