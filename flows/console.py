@@ -205,8 +205,9 @@ def lineage(found: Lineage) -> Table:
         table.add_row("duplicate of", found.duplicate_of)
     table.add_row("pseudo-label", _from(found, _guesses(found.pseudo_labels), f"embed {found.split}"))
     for said in found.texts:
-        flags = f" [{', '.join(said.flags)}]" if said.flags else ""
-        text = f"{printable(said.text + flags)}, by {printable(said.by)}"
+        weight = [f"weight {said.weight:.2g}"] if said.weight is not None and said.weight < 1 else []
+        notes = f" [{', '.join([*said.flags, *weight])}]" if said.flags or weight else ""
+        text = f"{printable(said.text + notes)}, by {printable(said.by)}"
         table.add_row(f"text, {said.kind}", _from(found, text, "describe" if said.kind == "image" else "group"))
     if "tune" in found.artifacts:
         table.add_row("model", f"tune {found.artifacts['tune'][:12]}")

@@ -16,6 +16,7 @@ from tasks.evaluate import evaluate
 from tasks.group import group
 from tasks.history import SPLIT_STAGES, History
 from tasks.report import publish, report
+from tasks.screen import screen
 from tasks.shard import Split, shard
 from tasks.stage import NotMade, StageResult, open_store, rules, seconds_taken
 from tasks.tune import tune
@@ -26,7 +27,7 @@ log = logging.getLogger("latteflow.flows")
 Run = Callable[..., Any]
 """How a stage is called: here and now, as a Prefect task, or not at all, to see the graph."""
 
-STAGES = ("shard", "embed", "describe", "group", "tune", "evaluate", "report")
+STAGES = ("shard", "embed", "describe", "group", "screen", "tune", "evaluate", "report")
 
 
 def pipeline(domain: Domain, run: Run) -> list[Any]:
@@ -35,15 +36,16 @@ def pipeline(domain: Domain, run: Run) -> list[Any]:
     features = run(embed, domain, images)
     texts = run(describe, domain, images, features)
     groups = run(group, domain, images, features)
-    tuned = run(tune, domain, images, features, texts, groups)
+    screened = run(screen, domain, images, features, texts, groups)
+    tuned = run(tune, domain, images, features, screened)
 
     unseen, unseen_features = images, features
     if domain.evaluation and domain.evaluation.source:
         unseen = run(shard, domain, "test")
         unseen_features = run(embed, domain, unseen)
     scores = run(evaluate, domain, unseen, unseen_features, features, tuned)
-    page = run(report, domain, images, features, texts, groups, tuned, unseen, unseen_features, scores)
-    return [images, unseen, features, unseen_features, texts, groups, tuned, scores, page]
+    page = run(report, domain, images, features, texts, groups, screened, tuned, unseen, unseen_features, scores)
+    return [images, unseen, features, unseen_features, texts, groups, screened, tuned, scores, page]
 
 
 @dataclass(frozen=True, eq=False)

@@ -143,7 +143,7 @@ class _Planner:
         elif step.name == "report":
             work = 1
         else:
-            work = everything if anew or step.name == "evaluate" else planned.images.new
+            work = everything if anew or step.name in ("screen", "evaluate") else planned.images.new
         rate = self._history.seconds_per(step.name, planned.unit)
         if rate is None and planned.unit == "texts" and self._domain.prices.texts_per_second:
             rate = 1 / self._domain.prices.texts_per_second

@@ -27,6 +27,8 @@ EMBEDDED_NOTE = (
     "This is not a CLIP. It is the fallback for people without CLIP weights: an ImageNet image tower and a sentence "
     "encoder, joined without an image. `clip: {model: ViT-B-32, pretrained: laion2b_s34b_b79k}` runs the real thing."
 )
+_ENDLESS = 2000
+"""Words that no text tower reads to the end."""
 
 
 @dataclass
@@ -69,6 +71,22 @@ class Clip:
         features = np.concatenate(rows) if rows else np.zeros((0, self.dim), np.float32)
         place = {text: index for index, text in enumerate(distinct)}
         return features[[place[text] for text in texts]]
+
+    def too_long(self, texts: Sequence[str], batch: int = 1024) -> np.ndarray:
+        """Which texts the tokenizer cuts off, ``(len(texts),)`` bool; one that just fits counts as cut."""
+        import numpy as np
+
+        # Tokenizers pad to the context or to the longest text; two lengths show where it ends and what pads.
+        probe = self.tokenizer(["a", "a " * _ENDLESS])
+        context, padding = probe.shape[1], int(probe[0, -1])
+        found = np.zeros(len(texts), bool)
+        # No tokenizer makes more tokens than there are bytes.
+        long = [place for place, text in enumerate(texts) if len(text.encode(errors="replace")) + 2 >= context]
+        for start in range(0, len(long), batch):
+            part = long[start : start + batch]
+            tokens = self.tokenizer([texts[place] for place in part])
+            found[part] = tokens.shape[1] == context and (tokens[:, -1] != padding).numpy()
+        return found
 
     @property
     def scale(self) -> float:

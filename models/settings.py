@@ -218,3 +218,24 @@ class LatteClipSettings(Settings):
         if not (self.use_class_texts or self.use_image_texts or self.use_group_texts):
             raise ValueError("the mixer has no text: turn on use_class_texts, use_image_texts or use_group_texts")
         return self
+
+
+Language = Literal[
+    "any", "en", "de", "fr", "es", "it", "pt", "nl", "ru", "uk", "el", "ar", "fa", "he", "hi", "bn", "th", "zh",
+    "ja", "ko",
+]  # fmt: skip
+
+
+class ScreenSettings(Settings):
+    """When a text is doubted. What a flag does to a text's weight is in docs/screening.md."""
+
+    language: Language = "en"
+    """The language that the CLIP reads: texts in another count half. A guess by script and common words; any: not
+    looked at."""
+    clip_margin: float = Field(default=2.0, ge=0)
+    """A text is dropped if it fits its own image no better than other images, and worse than usual: by so many
+    standard deviations below the median of all texts. Higher drops fewer."""
+    identical: float = Field(default=0.01, gt=0, le=1)
+    """A text that stands at more than this share of the images, and at five at least, is flagged and counts half."""
+    floor: int = Field(default=3, ge=1)
+    """Texts that a pseudo-class keeps, at a small weight, where screening would leave it none."""

@@ -22,6 +22,7 @@ from models.settings import (
     LanguageModelSettings,
     LatteClipSettings,
     OpenAISettings,
+    ScreenSettings,
     Settings,
     SidecarSettings,
     TagsSettings,
@@ -131,6 +132,7 @@ class Domain(Settings):
     shard: ShardSettings = ShardSettings()
     embed: EmbedSettings = EmbedSettings()
     group: GroupSettings = GroupSettings()
+    screen: ScreenSettings = ScreenSettings()
     prices: PriceSettings = PriceSettings()
     store: str = "runs/store"
     """Where artifacts live: a folder or any fsspec URL with atomic create (s3, gs, abfs)."""

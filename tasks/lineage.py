@@ -18,6 +18,7 @@ from storage.shards import read_index, read_quarantine
 from storage.tables import read_parquet
 from tasks.domain import Domain
 from tasks.history import SPLIT_STAGES, History
+from tasks.screen import read_screened
 
 _FUZZY = 20_000
 """Paths that are searched for what was probably meant."""
@@ -40,6 +41,8 @@ class Said:
     text: str
     flags: Sequence[str]
     by: str
+    weight: float | None = None
+    """What it counts in training: 0 to 1; None where it was not screened."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def _followed(domain: Domain, artifacts: Mapping[str, Artifact], split: str, row
             truth = None if said["truth"] is None else classes[said["truth"]]
             methods = [name.removesuffix("_probability") for name in said if name.endswith("_probability")]
             predictions += [Guess(name, classes[said[name]], said[f"{name}_probability"]) for name in methods]
-    used = [f"shard {split}", f"embed {split}", "describe", "group", "tune", "evaluate"]
+    used = [f"shard {split}", f"embed {split}", "describe", "group", "screen", "tune", "evaluate"]
     removed = read_parquet(images.read("removed.parquet")).filter(pl.col("key") == key).height > 0
     duplicates = read_parquet(images.read("duplicates.parquet")).filter(pl.col("key") == key)
     return Lineage(
@@ -163,13 +166,24 @@ def _pseudo_labels(embedded: Artifact | None, key: str, classes: Sequence[str]) 
 
 
 def _texts(artifacts: Mapping[str, Artifact], key: str, shard: str) -> Iterator[Said]:
-    files = [("describe", f"{shard}.captions.parquet"), ("group", "groups.parquet")]
-    for stage, name in files:
+    files = [("describe", f"{shard}.captions.parquet", "images"), ("group", "groups.parquet", "groups")]
+    for stage, name, kind in files:
         if stage not in artifacts or name not in artifacts[stage].files:
             continue
-        table = read_parquet(artifacts[stage].read(name))
-        for row in table.filter(pl.col("member_keys").list.contains(key)).iter_rows(named=True):
-            if row["text"] is not None:
-                members = len(row["member_keys"])
-                kind = "image" if members == 1 else f"group of {members}"
-                yield Said(kind, row["text"], row["flags"] or [], f"{row['model']} {row['revision'][:12]}".strip())
+        about = pl.col("member_keys").list.contains(key)
+        screened = {}
+        if (found := artifacts.get("screen")) is not None:
+            rows = read_screened(found, kind).filter(about).iter_rows(named=True)
+            screened = {(row["caption_key"], *row["member_keys"]): row for row in rows}
+        for row in read_parquet(artifacts[stage].read(name)).filter(about).iter_rows(named=True):
+            if row["text"] is None:
+                continue
+            own = screened.get((row["caption_key"], *row["member_keys"]), row)
+            members = len(row["member_keys"])
+            yield Said(
+                kind="image" if members == 1 else f"group of {members}",
+                text=row["text"],
+                flags=own["flags"] or [],
+                by=f"{row['model']} {row['revision'][:12]}".strip(),
+                weight=own.get("weight"),
+            )

@@ -38,6 +38,40 @@
     });
   }
 
+  const list = document.getElementById("captions");
+  if (list) {
+    const step = 12;
+    const cards = [...list.children];
+    const words = cards.map((card) => card.textContent.toLowerCase());
+    const bar = document.querySelector(".browse");
+    const output = bar.querySelector("output");
+    const more = document.getElementById("more");
+    const [search, ...selects] = bar.querySelectorAll("[data-by]");
+    let limit = step;
+    const update = () => {
+      const wanted = search.value.trim().toLowerCase();
+      const fits = (card, i) => words[i].includes(wanted)
+        && selects.every((select) => !select.value || card.dataset[select.dataset.by].split(" ").includes(select.value));
+      let found = 0;
+      cards.forEach((card, i) => { card.hidden = !fits(card, i) || ++found > limit; });
+      output.textContent = `${found} of ${cards.length}`;
+      more.hidden = found <= limit;
+      more.textContent = `Show ${Math.min(step, found - limit)} more`;
+    };
+    bar.addEventListener("input", () => { limit = step; update(); });
+    more.addEventListener("click", () => {
+      const next = cards.filter((card) => !card.hidden).length;
+      limit += step;
+      update();
+      // The button may be gone: whoever works by key goes on with the first new card.
+      const card = cards.filter((each) => !each.hidden)[next];
+      card.tabIndex = -1;
+      card.focus({ preventScroll: true });
+    });
+    bar.hidden = false;
+    update();
+  }
+
   const closed = [];
   addEventListener("beforeprint", () => {
     for (const box of document.querySelectorAll("details:not([open])")) { closed.push(box); box.open = true; }

@@ -99,6 +99,62 @@ class Example:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FlagRow:
+    """How many texts have a flag, what it says, and what it does to a text's weight."""
+
+    name: str
+    images: int
+    groups: int
+    meaning: str = ""
+    effect: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caption:
+    """A text as screening left it. Weight 0 is not used; scores are cosines with the own and with other images."""
+
+    text: str
+    weight: float
+    flags: Sequence[str] = ()
+    clip_score: float | None = None
+    clip_score_shuffled: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captioned:
+    """An image, or a group of ``members`` images, with all its texts. ``images`` are thumbnails, of a group some."""
+
+    images: Sequence[bytes]
+    path: str
+    label: str
+    """The pseudo-class."""
+    captions: Sequence[Caption]
+    members: int = 1
+
+    @property
+    def is_dropped(self) -> bool:
+        """Whether a text of it is not used."""
+        return any(caption.weight == 0 for caption in self.captions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Screening:
+    """What became of the texts: numbers over all of them, and some to look at.
+
+    ``with_dropped`` and ``others`` count the images and groups that have a text that is not used, and the rest;
+    ``shown`` holds some or all of both.
+    """
+
+    texts: int
+    dropped: int
+    kept_by_floor: int
+    flags: Sequence[FlagRow]
+    with_dropped: int
+    others: int
+    shown: Sequence[Captioned]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Counts:
     images: int
     quarantined: int = 0
@@ -124,6 +180,8 @@ class StageRow:
     images_per_s: float | None = None
     fingerprint: str = ""
     counts: Mapping[str, int] = field(default_factory=dict)
+    engine_wait: float | None = None
+    """Share of the time in which a describer's engine waited for images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +233,7 @@ class Report:
     examples_better: Sequence[Example] = ()
     examples_worse: Sequence[Example] = ()
     examples_changed: Sequence[Example] = ()
+    screening: Screening | None = None
     quarantine: Sequence[QuarantineRow] = ()
     stages: Sequence[StageRow] = ()
     history: Mapping[str, Sequence[float]] = field(default_factory=dict)
@@ -251,7 +310,7 @@ def html(template: str, **view: Any) -> str:
     )
     env.filters |= {
         "name": name_html, "plain": plain, "clean": clean, "percent": percent, "points": points, "number": number,
-        "decimal": decimal, "duration": duration, "image": image_html,
+        "decimal": decimal, "duration": duration, "image": image_html, "thumbnail": thumbnail_html,
     }  # fmt: skip
     policy = [
         "default-src 'none'",
@@ -464,6 +523,7 @@ def _view(report: Report) -> dict[str, Any]:
         ),
         "matrices": _matrices(report),
         "confusions": _confusions(report),
+        "captions": _captions(report.screening) if report.screening else None,
         "reasons": sorted(Counter(q.reason for q in report.quarantine).items(), key=lambda item: (-item[1], item[0])),
         "total_s": sum(s.seconds for s in report.stages),
         "longest_s": max((s.seconds for s in report.stages), default=0) or 1,
@@ -472,6 +532,31 @@ def _view(report: Report) -> dict[str, Any]:
         "n_epochs": max(map(len, history.values()), default=0),
         "curves": [_curve(key, values, f"curve-{i}") for i, (key, values) in enumerate(history.items(), 1)],
     }
+
+
+@dataclass(frozen=True)
+class Captions:
+    """What the text browser filters by: numbers stand for flags and classes, so that no text becomes an attribute."""
+
+    flags: Sequence[str]
+    labels: Sequence[str]
+    cards: Sequence[tuple[Captioned, str, int]]
+    """Each with the numbers of its flags, and that of its class."""
+    shown_dropped: int
+    shown_others: int
+
+
+def _captions(screening: Screening) -> Captions:
+    shown = screening.shown
+    flags = list(dict.fromkeys(row.name for row in screening.flags))
+    number = {name: place for place, name in enumerate(flags)}
+    labels = sorted({each.label for each in shown})
+    cards = []
+    for each in shown:
+        own = {number[name] for caption in each.captions for name in caption.flags if name in number}
+        cards.append((each, " ".join(map(str, sorted(own))), labels.index(each.label)))
+    dropped = sum(each.is_dropped for each in shown)
+    return Captions(flags, labels, cards, dropped, len(shown) - dropped)
 
 
 def _confusions(report: Report) -> list[Confusion]:
@@ -556,22 +641,25 @@ def _picture(shades: Mapping[tuple[int, int], str], n: int, label: str) -> Marku
 
 
 def image_html(example: Example) -> Markup:
-    """The thumbnail with its size, a description of what happened to it, and crisp pixels where it is tiny."""
+    """The thumbnail with a description of what happened to it."""
+    truth = f"Labelled {plain(example.truth)}. " if example.truth is not None else ""
+    alt = f"{truth}Zero-shot answer {plain(example.before)}, adapted answer {plain(example.after)}."
+    return thumbnail_html(example.image, example.path, alt)
+
+
+def thumbnail_html(data: bytes, path: str, alt: str) -> Markup:
+    """A picture with its size, and crisp pixels where it is tiny."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        image = Image.open(BytesIO(example.image))
+        image = Image.open(BytesIO(data))
     except UnidentifiedImageError as error:
-        raise ValueError(
-            f"{example.path!r}: the example image is not a picture; give PNG, JPEG or WebP bytes"
-        ) from error
+        raise ValueError(f"{path!r}: the example image is not a picture; give PNG, JPEG or WebP bytes") from error
     if image.format not in ("PNG", "JPEG", "WEBP"):
-        raise ValueError(f"{example.path!r}: the example image is {image.format}; give PNG, JPEG or WebP bytes")
-    truth = f"Labelled {plain(example.truth)}. " if example.truth is not None else ""
+        raise ValueError(f"{path!r}: the example image is {image.format}; give PNG, JPEG or WebP bytes")
     return Markup('<img class="{}" width="{}" height="{}" src="{}" alt="{}">').format(
         "tiny" if max(image.size) < 80 else "photo", *image.size,
-        _data_url(f"image/{image.format.lower()}", example.image),
-        f"{truth}Zero-shot answer {plain(example.before)}, adapted answer {plain(example.after)}.",
+        _data_url(f"image/{image.format.lower()}", data), alt,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import polars as pl
 
 from models import clip
 from models.images import to_rgb
-from storage.artifacts import Artifact, ArtifactStore, ArtifactWriter
+from models.screening import FLAGS, FLOOR_WEIGHT
+from storage.artifacts import ArtifactStore, ArtifactWriter
 from storage.images import open_image
 from storage.objects import ObjectStore
 from storage.shards import overlap, read_index, read_quarantine, read_records
@@ -21,7 +23,8 @@ from storage.tables import read_parquet
 from tasks import page
 from tasks.domain import Domain
 from tasks.features import Features, read_features
-from tasks.stage import StageResult, open_store, run_stage
+from tasks.screen import read_screened, usable
+from tasks.stage import StageResult, open_store, run_stage, statistic
 from tasks.texts import describer_identity
 
 VERSION = 1
@@ -33,6 +36,14 @@ LABELS = {
     "zero_shot_centred": "domain-centred zero-shot",
     "latteclip": "LatteCLIP",
 }
+CAPTIONED_DROPPED = {"images": 90, "groups": 30}
+"""Images and groups with a dropped text that the page shows at most."""
+CAPTIONED_OTHERS = {"images": 45, "groups": 15}
+CAPTIONED_OF_A_FLAG = 5
+"""Of each flag at least so many are shown, if there are."""
+MEMBERS = 4
+"""Pictures of a group."""
+CAPTION_THUMBNAIL = 96
 DESCRIBER_NOTES = {
     "tags": "No language model took part: these are the CLIP's own zero-shot tags, put into sentences.",
     "sidecar": "These texts came with the images, and may name the class.",
@@ -45,6 +56,7 @@ def report(
     features: StageResult,
     texts: StageResult,
     groups: StageResult,
+    screened: StageResult,
     tuned: StageResult,
     unseen: StageResult,
     unseen_features: StageResult,
@@ -52,7 +64,7 @@ def report(
 ) -> StageResult:
     """Collect the artifacts of a run into ``report.html``."""
     store = open_store(domain)
-    stages = list(dict.fromkeys([images, unseen, features, unseen_features, texts, groups, tuned, scores]))
+    stages = list(dict.fromkeys([images, unseen, features, unseen_features, texts, groups, screened, tuned, scores]))
     inputs = {"stages": {stage.label: stage.ref.digest for stage in stages}, "domain": domain.name}
 
     def body(writer: ArtifactWriter) -> Mapping[str, int]:
@@ -76,7 +88,7 @@ class _Findings:
     """The artifacts of a run, opened, and what the page says of them."""
 
     def __init__(self, domain: Domain, store: ArtifactStore, stages: Sequence[StageResult]) -> None:
-        self._domain, self._stages = domain, stages
+        self._domain, self._store, self._stages = domain, store, stages
         by_label = {stage.label: stage for stage in stages}
         self._open = {label: store.open(stage.ref) for label, stage in by_label.items()}
         self._train = self._open["shard train"]
@@ -84,7 +96,9 @@ class _Findings:
         self._embedded = by_label["embed train"]
         self._metrics = json.loads(self._open["evaluate"].read("metrics.json"))
         self._table = read_parquet(self._open["evaluate"].read("predictions.parquet"))
-        self._texts = _texts(self._open["describe"])
+        self._screened = {kind: read_screened(self._open["screen"], kind) for kind in ("images", "groups")}
+        used = usable(self._screened["images"])
+        self._texts = dict(zip(used["member_keys"].list.first(), used["text"], strict=True))
         self._adapted, self._better = domain.method[0], self._metrics["zero_shot"]["better"]
 
     def report(self) -> page.Report:
@@ -112,6 +126,7 @@ class _Findings:
             examples_better=better,
             examples_worse=worse,
             examples_changed=changed,
+            screening=self._screening(),
             quarantine=self._quarantine(),
             stages=[self._stage(stage) for stage in self._stages],
             history=self._history(),
@@ -169,6 +184,67 @@ class _Findings:
             texts_by_kind=kinds,
         )
 
+    def _screening(self) -> page.Screening:
+        """Numbers over all texts, and those that the page shows beside their images."""
+        counts = {kind: Counter(table["flags"].explode().drop_nulls()) for kind, table in self._screened.items()}
+        flags = [
+            page.FlagRow(
+                name=name,
+                images=counts["images"][name],
+                groups=counts["groups"][name],
+                meaning=FLAGS[name].meaning if name in FLAGS else "set by the describer",
+                effect=_effect(name),
+            )
+            for name, _ in sorted((counts["images"] + counts["groups"]).items(), key=lambda item: (-item[1], item[0]))
+        ]
+        picked: list[pl.DataFrame] = []
+        with_dropped = others = 0
+        for kind, table in self._screened.items():
+            rows = table.with_columns(members=pl.col("member_keys").list.join(" ")).sort("index", maintain_order=True)
+            entries = (
+                rows.group_by("members")
+                .agg(
+                    dropped=(pl.col("weight") == 0).any(),
+                    flags=pl.col("flags").explode().unique(),
+                    key=pl.col("caption_key").min(),
+                    texts=pl.struct("text", "weight", "flags", "clip_score", "clip_score_shuffled"),
+                    label=pl.col("label").first(),
+                )
+                .sort("key", "members")
+            )
+            dropped, rest = entries.filter("dropped"), entries.filter(~pl.col("dropped"))
+            with_dropped, others = with_dropped + dropped.height, others + rest.height
+            picked += [_pick(dropped, CAPTIONED_DROPPED[kind]), _pick(rest, CAPTIONED_OTHERS[kind])]
+        chosen = pl.concat(picked).sort(~pl.col("dropped"), maintain_order=True)
+        return page.Screening(
+            texts=sum(table.height for table in self._screened.values()),
+            dropped=self._open["screen"].counts["dropped"],
+            kept_by_floor=self._open["screen"].counts["kept_by_floor"],
+            flags=flags,
+            with_dropped=with_dropped,
+            others=others,
+            shown=self._captioned(chosen),
+        )
+
+    def _captioned(self, entries: pl.DataFrame) -> list[page.Captioned]:
+        members = [keys.split() for keys in entries["members"]]
+        wanted = {key for keys in members for key in keys[:MEMBERS]}
+        index = read_index(self._train).filter(pl.col("key").is_in(list(wanted)))
+        paths = dict(index.select("key", "path").iter_rows())
+        pictures = {
+            record.key: _thumbnail(record.data, CAPTION_THUMBNAIL) for record in read_records(self._train, index)
+        }
+        return [
+            page.Captioned(
+                images=[pictures[key] for key in keys[:MEMBERS]],
+                path=paths[keys[0]],
+                label=self._domain.classes[label],
+                captions=[page.Caption(**text) for text in texts],
+                members=len(keys),
+            )
+            for keys, label, texts in zip(members, entries["label"], entries["texts"], strict=True)
+        ]
+
     def _quarantine(self) -> list[page.QuarantineRow]:
         shards = [self._train] if self._test is self._train else [self._train, self._test]
         rows = pl.concat([read_quarantine(each).select("path", "reason", "detail") for each in shards])
@@ -178,6 +254,7 @@ class _Findings:
 
     def _stage(self, stage: StageResult) -> page.StageRow:
         count = stage.counts.get("texts") or stage.counts.get("images")
+        wait = statistic(self._store, self._open[stage.label], "engine_wait")
         return page.StageRow(
             name=stage.label,
             status="cached" if stage.cached else "computed",
@@ -185,6 +262,7 @@ class _Findings:
             images_per_s=count / stage.seconds if count and stage.seconds else None,
             fingerprint=stage.ref.fingerprint,
             counts=stage.counts,
+            engine_wait=wait if wait is not None and 0 <= wait <= 1 else None,
         )
 
     def _history(self) -> dict[str, list[float]]:
@@ -240,15 +318,23 @@ class _Findings:
         return dict(zip(keys, (train.keys[i] for i in np.argmax(rows @ train.features.T, axis=1)), strict=True))
 
 
-def _texts(described: Artifact) -> dict[str, str]:
-    frames = [read_parquet(described.read(name)) for name in described.names(".captions.parquet")]
-    table = pl.concat(frames)
-    return dict(zip(table["member_keys"].list.first(), table["text"], strict=True))
+def _effect(flag: str) -> str:
+    if flag == "kept_by_floor":
+        return f"weight {FLOOR_WEIGHT}"
+    factor = FLAGS[flag].factor if flag in FLAGS else 1
+    return "dropped" if not factor else f"weight × {factor}" if factor != 1 else ""
 
 
-def _thumbnail(data: bytes) -> bytes:
+def _pick(entries: pl.DataFrame, count: int) -> pl.DataFrame:
+    """Some entries: of each flag the first few by key, then the first by key; keys are digests, so this is a draw."""
+    by_flag = entries.explode("flags").drop_nulls("flags").with_columns(rank=pl.int_range(pl.len()).over("flags"))
+    chosen = by_flag.filter(pl.col("rank") < CAPTIONED_OF_A_FLAG)["members"].unique()
+    return entries.sort(~pl.col("members").is_in(chosen.implode()), "key").head(count).sort("key")
+
+
+def _thumbnail(data: bytes, side: int = THUMBNAIL) -> bytes:
     image = to_rgb(open_image(data))
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.thumbnail((side, side))
     out = io.BytesIO()
     image.save(out, "PNG" if max(image.size) <= 64 else "JPEG", quality=80)
     return out.getvalue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import socket
 import time
@@ -154,11 +155,17 @@ def _made_anew(value: bool) -> Iterator[None]:
 
 def seconds_taken(store: ArtifactStore, artifact: Artifact) -> float:
     """Wall time of the run that made an artifact; 0 where that is not known."""
+    return statistic(store, artifact, "seconds") or 0.0
+
+
+def statistic(store: ArtifactStore, artifact: Artifact, name: str) -> float | None:
+    """A number from the statistics of the run that made an artifact; None where there is none."""
     key = f"{artifact.domain}/{artifact.stage}/{artifact.fingerprint}/stats.json"
     try:
-        return float(json.loads(store.objects.read(key))["seconds"])
+        value = float(json.loads(store.objects.read(key))[name])
     except (StorageError, ValueError, KeyError, TypeError):
-        return 0.0  # statistics are never trusted, and their loss stops nothing
+        return None  # statistics are never trusted, and their loss stops nothing
+    return value if math.isfinite(value) else None
 
 
 def _shown(counts: Mapping[str, int]) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from models import clip
 from storage.artifacts import Artifact, ArtifactWriter
 from storage.errors import DataError
 from storage.shards import read_index, read_records
-from storage.tables import read_parquet, read_safetensors, safetensors
+from storage.tables import read_safetensors, safetensors
 from tasks.decode import pixel_batches
 from tasks.domain import Domain
 from tasks.features import Features, centred, read_features
 from tasks.pixels import PixelReader
+from tasks.screen import read_screened, read_text_features, usable
 from tasks.stage import StageResult, open_store, run_stage
 
 VERSION = 1
@@ -48,10 +50,11 @@ class Tuned:
     scale: float
 
 
-def tune(
-    domain: Domain, shards: StageResult, embedded: StageResult, described: StageResult, grouped: StageResult
-) -> StageResult:
-    """LatteCLIP on the domain's features and texts, once for each seed.
+def tune(domain: Domain, shards: StageResult, embedded: StageResult, screened: StageResult) -> StageResult:
+    """LatteCLIP on the domain's features and the texts that passed the screen, once for each seed.
+
+    A text's weight says whether it is used, and which of several; in the mixer all that are used count as the paper
+    has it.
 
     Files: ``seed-<n>.safetensors`` (prototypes, centre, scale, maps; tensors of trained towers under ``tower.``) and
     ``seed-<n>.history.json`` (one record for each epoch).
@@ -59,8 +62,7 @@ def tune(
     store = open_store(domain)
     shared = {
         "embed": embedded.ref.digest,
-        "describe": described.ref.digest,
-        "group": grouped.ref.digest,
+        "screen": screened.ref.digest,
         "clip": clip.identity(domain.clip),
         "centred": clip.is_centred(domain.clip),
         "latteclip": domain.latteclip.model_dump(mode="json"),
@@ -71,7 +73,7 @@ def tune(
         for seed in domain.seeds:
             own = {**shared, "seed": seed}
             if writer.find(f"seed-{seed}", own) is None:
-                data = data or _Data(domain, *(store.open(each.ref) for each in (shards, embedded, described, grouped)))
+                data = data or _Data(domain, *(store.open(each.ref) for each in (shards, embedded, screened)))
                 found, history = data.run(seed)
                 files = {f"seed-{seed}.safetensors": found, f"seed-{seed}.history.json": json.dumps(history).encode()}
                 writer.put(f"seed-{seed}", own, files)
@@ -83,9 +85,7 @@ def tune(
 class _Data:
     """What all seeds share: the model, the features and the texts' features."""
 
-    def __init__(
-        self, domain: Domain, images: Artifact, embedded: Artifact, described: Artifact, grouped: Artifact
-    ) -> None:
+    def __init__(self, domain: Domain, images: Artifact, embedded: Artifact, screened: Artifact) -> None:
         import torch
 
         from models.latteclip import TuneData
@@ -94,32 +94,32 @@ class _Data:
         self._clip = clip.load(domain.clip)
         found = read_features(embedded)
         self._centre = found.centre if clip.is_centred(domain.clip) else np.zeros_like(found.centre)
-        captions = pl.concat([read_parquet(described.read(name)) for name in described.names(".captions.parquet")])
-        groups = read_parquet(grouped.read("groups.parquet")).filter(pl.col("text") != "")
+        captions, groups = (usable(read_screened(screened, kind)) for kind in ("images", "groups"))
         texts = dict(zip(captions["member_keys"].list.first(), captions["text"], strict=True))
         ordered = [texts.get(key, "") for key in found.keys]
+        class_texts = [text for prompts in domain.prompts() for text in prompts]
         towers = self._settings.trains_towers
         self._data = TuneData(
             pseudo_labels=torch.from_numpy(found.zero_shot.copy()),
-            class_texts=self._read([text for prompts in domain.prompts() for text in prompts]).unflatten(
-                0, (len(domain.classes), -1)
-            ),
-            image_texts=self._read(ordered),
+            class_texts=self._read(class_texts, self._clip.text_features).unflatten(0, (len(domain.classes), -1)),
+            image_texts=self._read(ordered, functools.partial(read_text_features, screened, "images")),
             has_image_text=torch.tensor([text != "" for text in ordered]),
-            group_texts=self._read(groups["text"].to_list()) if groups.height else None,
+            group_texts=self._read(groups["text"].to_list(), functools.partial(read_text_features, screened, "groups"))
+            if groups.height
+            else None,
             group_classes=torch.tensor(groups["label"].to_list()) if groups.height else None,
             image_embeds=None if towers else torch.from_numpy(found.embeds),
             centre=torch.from_numpy(self._centre),
             pixels=PixelReader(images, found.keys, self._clip.preprocess) if towers else None,
         )
 
-    def _read(self, texts: Sequence[str]) -> Any:
-        """Tokens where the text tower trains, else embeddings, each distinct text read once."""
+    def _read(self, texts: Sequence[str], features: Callable[[Sequence[str]], np.ndarray]) -> Any:
+        """Tokens where the text tower trains, else features."""
         import torch
 
         if self._settings.trains_towers and self._settings.trains_texts:
             return self._clip.tokenizer(list(texts))
-        return torch.from_numpy(self._clip.text_features(texts))
+        return torch.from_numpy(features(texts))
 
     def run(self, seed: int) -> tuple[bytes, list[dict[str, float]]]:
         from models.latteclip import tune as tune_latteclip

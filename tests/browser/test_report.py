@@ -185,6 +185,66 @@ def test_by_key_alone(open_tab: Any, urls: dict[str, str]) -> None:
     assert page.locator("details.text p bdi").first.is_visible()
 
 
+def shown(page: Any) -> list[str]:
+    """The paths of the cards of texts that can be seen."""
+    return [each.inner_text() for each in page.locator("#captions .card:visible .path").all()]
+
+
+def test_look_through_the_texts(open_tab: Any, urls: dict[str, str]) -> None:
+    tab = open_tab(urls["labelled"])
+    page = tab.page
+    output, more = page.locator("#texts output"), page.locator("#more")
+    assert output.inner_text() == "30 of 30" and shown(page) == [f"incoming/{i}.png" for i in range(12)]
+    assert more.inner_text() == "Show 12 more"
+    more.focus()
+    page.keyboard.press("Enter")
+    assert len(shown(page)) == 24 and more.inner_text() == "Show 6 more"
+    assert page.evaluate("document.activeElement.querySelector('.path').textContent") == "incoming/12.png"
+    more.click()
+    assert len(shown(page)) == 30 and more.is_hidden()
+    page.locator("[data-by=flags]").select_option("refusal")
+    assert output.inner_text() == "10 of 30" and shown(page) == [f"incoming/{i}.png" for i in range(0, 30, 3)]
+    page.locator("[data-by=label]").select_option("dress")
+    assert shown(page) == [f"incoming/{i}.png" for i in (3,)]
+    page.locator("[data-by=flags]").select_option("any")
+    assert shown(page) == [f"incoming/{i}.png" for i in (3, 13, 23)]
+    page.locator("[data-by=state]").select_option("used")
+    assert shown(page) == [f"incoming/{i}.png" for i in (13, 23)]
+    page.get_by_role("searchbox", name="Search").fill("  NUMBER 23 ")
+    assert shown(page) == ["incoming/23.png"] and output.inner_text() == "1 of 30"
+    page.get_by_role("searchbox", name="Search").fill("no such text")
+    assert shown(page) == [] and output.inner_text() == "0 of 30" and more.is_hidden()
+    for name in ("flags", "label", "state"):
+        page.locator(f"[data-by={name}]").select_option("")
+    page.get_by_role("searchbox", name="Search").fill("")
+    assert len(shown(page)) == 12 and tab.complaints == []
+
+
+def test_hostile_texts_are_looked_through_like_others(open_tab: Any, urls: dict[str, str]) -> None:
+    tab = open_tab(urls["hostile"])
+    page = tab.page
+    page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    cards = page.locator("#captions .card")
+    assert cards.count() == 9 and all(card.is_visible() for card in cards.all())
+    first = cards.first.inner_text()
+    for text in (data.SCRIPT, data.ATTRIBUTE, data.TEMPLATE, "holiday[U+202E]gpj.exe", "pass[U+200B]word"):
+        assert text in first
+    assert "8,000 more characters are in the store." in first and "longlong" in first
+    assert len(cards.first.locator(".text p bdi").last.inner_text()) <= 2001
+    assert page.locator("#captions script, #captions img:not([src^='data:']), #captions [onerror]").count() == 0
+    page.get_by_role("searchbox", name="Search").fill("</script>")
+    assert len(shown(page)) == 9
+    for name in ("flags", "label"):
+        select = page.locator(f"[data-by={name}]")
+        for value in [option.get_attribute("value") for option in select.locator("option").all()]:
+            select.select_option(value)
+            assert shown(page) != []
+        select.select_option("")
+    page.get_by_role("searchbox", name="Search").fill("<img src=x onerror='window.pwned = 2'>")
+    assert page.evaluate("window.pwned") is None and tab.complaints == []
+    assert [url for url in tab.requests if not url.startswith("data:")] == [urls["hostile"]]
+
+
 def test_find_a_class(open_tab: Any, urls: dict[str, str]) -> None:
     page = open_tab(urls["many"]).page
     page.locator("#classes details.all > summary").click()
@@ -197,6 +257,7 @@ def test_find_a_class(open_tab: Any, urls: dict[str, str]) -> None:
 def test_without_script_everything_is_there(open_tab: Any, urls: dict[str, str]) -> None:
     page = open_tab(urls["many"], java_script_enabled=False).page
     assert page.locator("#theme").is_hidden() and page.locator(".filter").first.is_hidden()
+    assert page.locator("#captions .card:visible").count() == 30 and page.locator("#more").is_hidden()
     assert page.locator(".verdict").is_visible() and page.locator("#scatter-title").count() == 1
     page.locator("label[for=matrix-change]").click()
     assert page.locator(".panel-change").is_visible()

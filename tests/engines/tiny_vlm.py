@@ -50,10 +50,9 @@ def serve(model: Path, port: int, batch: int = 8) -> Iterator[subprocess.Popen[b
         "--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--max-num-seqs", str(batch),
         "--served-model-name", "tiny", "--limit-mm-per-prompt", json.dumps({"image": 4}),
     ]  # fmt: skip
-    process = subprocess.Popen(
-        list(map(str, command)), env={**os.environ, **ON_CPU, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    environment = {**os.environ, **ON_CPU, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(list(map(str, command)), env=environment, start_new_session=True, **quiet)
     try:
         limit = time.monotonic() + 300
         while True:

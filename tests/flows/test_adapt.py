@@ -17,7 +17,8 @@ def ran(results: list[StageResult]) -> set[str]:
 
 
 ALL = {
-    "shard train", "shard test", "embed train", "embed test", "describe", "group", "tune", "evaluate", "report",
+    "shard train", "shard test", "embed train", "embed test", "describe", "group", "screen", "tune", "evaluate",
+    "report",
 }  # fmt: skip
 
 

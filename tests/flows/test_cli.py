@@ -23,7 +23,8 @@ from tasks.texts import Question, Texts
 
 HOSTILE = "[red]x[/red]\x1b[31m\u202e\n.png"
 LABELS = [
-    "shard train", "shard test", "embed train", "embed test", "describe", "group", "tune", "evaluate", "report",
+    "shard train", "shard test", "embed train", "embed test", "describe", "group", "screen", "tune", "evaluate",
+    "report",
 ]  # fmt: skip
 
 Latteflow = Callable[..., tuple[int, str, str]]
@@ -166,8 +167,9 @@ def test_plan_of_a_domain_that_was_never_run(latteflow: Latteflow, folder: Path)
     [
         ("epochs: 2", "epochs: 3", {"tune", "evaluate", "report"}, "latteclip.epochs: 2 -> 3"),
         ("seeds: [0, 1]", "seeds: [0, 1, 7]", {"tune", "evaluate", "report"}, "seeds: added 7"),
+        ("seeds: [0, 1]", "screen: {floor: 2}\nseeds: [0, 1]", {*LABELS[6:]}, "screen.floor: 3 -> 2"),
         ("labels.csv", "other.csv", {"evaluate", "report"}, "labels: "),
-        ("texts.csv", "other.csv", {"describe", "group", "tune", "evaluate", "report"}, "describer.revision: "),
+        ("texts.csv", "other.csv", {*LABELS[4:]}, "describer.revision: "),
         ("a {} shape", "a {} thing", {*LABELS} - {"shard train", "shard test"}, 'prompts: added 3 of 3: ["a red'),
     ],
 )  # fmt: skip
@@ -283,7 +285,9 @@ def test_show_follows_an_image(latteflow: Latteflow, folder: Path) -> None:
     key = re.search(r"^key +([0-9a-f]{20})", by_path, re.M)[1]  # type: ignore[index]
     assert latteflow("show", "domain.yaml", key[:8])[1] == latteflow("show", "domain.yaml", "100.png")[1] == by_path
     trained = latteflow("show", "domain.yaml", folder / "train" / "004.png")[1]
-    assert re.search(r"^text, image +a \[bold\]green\[/bold\] \\x1b\[1mshape 004, by sidecar", trained, re.M)
+    assert re.search(
+        r"^text, image +a \[bold\]green\[/bold\] \\x1b\[1mshape 004 \[names_class\], by sidecar", trained, re.M
+    )
     assert len(re.findall(r"^text, group of 4 ", trained, re.M)) == 4
     assert "prediction" in trained and "none: only the images of `evaluation: source` were evaluated" in trained
 

@@ -6,6 +6,7 @@ import math
 import random
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
@@ -15,14 +16,18 @@ import pytest
 from PIL import Image, ImageDraw
 
 from tasks.page import (
+    Caption,
+    Captioned,
     ClassRow,
     Component,
     Counts,
     Example,
+    FlagRow,
     LabelFree,
     Method,
     QuarantineRow,
     Report,
+    Screening,
     StageRow,
     Text,
     clean,
@@ -56,6 +61,36 @@ def picture(rng: random.Random, side: int = 112) -> bytes:
     buffer = BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def make_screening(classes: Sequence[str], seed: int = 2) -> Screening:
+    """Thirty images and groups; every third has a refusal, every fifth of the others names its class."""
+    rng = random.Random(seed)
+    shown = []
+    for i in range(30):
+        label = classes[i % len(classes)]
+        text = f"a {label} number {i} on a plain ground"
+        used = Caption(
+            text=text,
+            weight=1.0,
+            flags=["names_class"] if i % 5 == 1 else [],
+            clip_score=0.31,
+            clip_score_shuffled=0.12,
+        )
+        refusal = Caption(text="I'm sorry, but I can't help with that.", weight=0.0, flags=["refusal"], clip_score=0.1)
+        members = 4 if i % 7 == 6 else 1
+        shown.append(
+            Captioned(
+                images=[picture(rng, 48) for _ in range(members)], path=f"incoming/{i}.png", label=label,
+                captions=[used, refusal] if i % 3 == 0 else [used], members=members,
+            )
+        )  # fmt: skip
+    flags = [
+        FlagRow(name="refusal", images=8, groups=2, meaning="the model declines", effect="dropped"),
+        FlagRow(name="names_class", images=6, groups=0, meaning="says the name of a class"),
+        FlagRow(name="cut", images=3, groups=0, meaning="stopped at the longest output", effect="weight × 0.8"),
+    ]
+    return Screening(texts=2493, dropped=10, kept_by_floor=1, flags=flags, with_dropped=10, others=2483, shown=shown)
 
 
 def make_report(n_classes: int = 10, n_test: int = 1000, skill: float = 0.09, seed: int = 1, **changes: Any) -> Report:
@@ -160,6 +195,7 @@ def make_report(n_classes: int = 10, n_test: int = 1000, skill: float = 0.09, se
         examples_better=[example("better") for _ in range(6)] if n_test else [],
         examples_worse=[example("worse") for _ in range(3)] if n_test else [],
         examples_changed=[] if n_test else [example("changed") for _ in range(9)],
+        screening=make_screening(classes),
         quarantine=[
             QuarantineRow(path=f"incoming/2031-04/broken-{i}.jpg", reason=reason, detail=detail)
             for i, (reason, detail) in enumerate(
@@ -189,8 +225,13 @@ def make_report(n_classes: int = 10, n_test: int = 1000, skill: float = 0.09, se
 def hostile_report(n_test: int = 1000) -> Report:
     """Every text of the report is an attack."""
     report = make_report(n_classes=9, n_test=n_test)
+    assert report.screening
     bad = iter(HOSTILE * 100)
     classes = list(HOSTILE)
+
+    def captioned(c: Captioned) -> Captioned:
+        captions = [Caption(text=text, weight=0.5, flags=list(HOSTILE)) for text in HOSTILE]
+        return replace(c, path=next(bad), label=next(bad), captions=captions)
 
     def example(e: Example) -> Example:
         texts = [Text(kind=next(bad), text=text) for text in HOSTILE]
@@ -207,6 +248,10 @@ def hostile_report(n_test: int = 1000) -> Report:
         examples_better=[example(e) for e in report.examples_better],
         examples_worse=[example(e) for e in report.examples_worse],
         examples_changed=[example(e) for e in report.examples_changed],
+        screening=replace(
+            report.screening, shown=[captioned(c) for c in report.screening.shown[:9]],
+            flags=[FlagRow(name=text, images=1, groups=1, meaning=text, effect=text) for text in HOSTILE],
+        ),
         counts=replace(report.counts, texts_by_kind={text: 1 for text in HOSTILE}),
         quarantine=[QuarantineRow(path=text, reason=text, detail=text) for text in HOSTILE],
         stages=[
@@ -496,12 +541,52 @@ def test_small_and_fast_enough() -> None:
 
 
 def test_nothing_but_the_necessary() -> None:
-    bare = make_report(2, 10, quarantine=[], stages=[], history={}, lineage={}, versions={}, seeds=(), per_class=[])
+    bare = make_report(
+        2, 10, quarantine=[], screening=None, stages=[], history={}, lineage={}, versions={}, seeds=(), per_class=[]
+    )
     bare = replace(
         bare, confusion_before=[], confusion_after=[], examples_better=[], examples_worse=[], counts=Counts(images=10)
     )
     page = check_page(render(bare))
     assert "Every image could be read." in page.text and page.count("img") == 0
+
+
+def test_texts_are_counted_by_flag_and_shown_beside_their_images(html: str) -> None:
+    page = check_page(html)
+    text = page.text
+    assert "2,493 texts were screened. 10 were dropped; 1 more would have been" in text
+    assert (
+        "refusal the model declines dropped 8 2" in text
+        and "cut stopped at the longest output weight × 0.8 3 0" in text
+    )
+    assert "Shown are 10 of 10 images and groups with a dropped text, and 20 of 2,483 others" in text
+    assert text.count("I'm sorry, but I can't help with that.") == 10 and "0.31 own, 0.12 others" in text
+    cards = [attrs for _, attrs in page.elements if "data-state" in attrs]
+    assert sum(attrs["data-state"] == "dropped" for attrs in cards) == 10 and len(cards) == 30
+    assert {attrs["data-flags"] for attrs in cards} == {"", "0", "1", "0 1"}
+
+
+def test_no_text_becomes_an_attribute_that_scripts_read() -> None:
+    page = check_page(render(hostile_report()))
+    for name in ("data-flags", "data-label", "data-state", "data-by", "value"):
+        assert all(re.fullmatch(r"[a-z0-9 ]*", value) for value in page.values(name)), name
+    assert f"{SCRIPT}, " not in page.text and SCRIPT in page.text
+
+
+def test_a_page_of_texts_without_a_flag(report: Report) -> None:
+    assert report.screening
+    shown = [c for c in report.screening.shown if not c.is_dropped and not c.captions[0].flags]
+    calm = replace(report.screening, dropped=0, kept_by_floor=0, flags=[], with_dropped=0, shown=shown)
+    text = check_page(render(replace(report, screening=calm, history={}))).text
+    assert "None was dropped." in text and "No text was flagged." in text
+    assert 'id="texts"' not in render(replace(report, screening=None, history={}))
+
+
+def test_the_wait_of_the_engine_is_told_where_it_is_known(report: Report) -> None:
+    stages = [replace(s, engine_wait=0.27) if s.name == "describe" else s for s in report.stages]
+    assert "engine waiting for images" not in render(report)
+    text = check_page(render(replace(report, stages=stages, history={}))).text
+    assert text.count("engine waiting for images 27% of the time") == 1
 
 
 def test_many_quarantined_files_are_counted_not_listed(report: Report) -> None:
