@@ -8,7 +8,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 from models.describers import EngineStopped, Prompt, Text
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 AHEAD = 64
 """Prompts whose images are decoded before the engine takes them."""
+PATIENCE_S = 0.005
 
 
 def open_vllm(settings: VllmSettings) -> VllmEngine:
@@ -54,7 +55,7 @@ class VllmEngine:
         self.version = f"vllm {vllm.__version__}"
         self.waited = 0.0
         self._model = settings.model
-        self._in_flight = 2 * settings.max_batch
+        self._batch, self._in_flight = settings.max_batch, 2 * settings.max_batch
         self._sampling = functools.partial(
             vllm.SamplingParams,
             max_tokens=settings.max_tokens,
@@ -95,8 +96,7 @@ class VllmEngine:
             while True:
                 while len(ahead) < AHEAD and (coming := next(order, None)) is not None:
                     ahead.append((coming[0], pool.submit(coming[1].images)))
-                # Only images that are ready, unless there is nothing else to do.
-                while ahead and len(places) < self._in_flight and (ahead[0][1].done() or not places):
+                while ahead and len(places) < self._in_flight and self._is_worth_waiting(ahead[0][1], len(places)):
                     place, decoded = ahead.popleft()
                     start = time.perf_counter()
                     error = decoded.exception()
@@ -121,6 +121,13 @@ class VllmEngine:
             if places:  # the reader went away; the engine stays for the next
                 engine.abort_request(list(places))
             self.waited = waited / max(time.perf_counter() - begin, 1e-9)
+
+    def _is_worth_waiting(self, decoded: Future[list[Image]], in_flight: int) -> bool:
+        """Take the next prompt before the engine's next step: a step with few prompts takes almost as long as one with
+        many, so a little patience pays while the batch is not full; without any prompt there is nothing else to do."""
+        if in_flight and not decoded.done():
+            wait([decoded], timeout=PATIENCE_S if in_flight < self._batch else 0)
+        return not in_flight or decoded.done()
 
     def _ask(self, prompt: Prompt, images: list[Image]) -> str:
         content: list[dict[str, Any]] = [{"type": "image_pil", "image_pil": image} for image in images]
