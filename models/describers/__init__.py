@@ -58,7 +58,7 @@ class Text:
     @classmethod
     def failed(cls, why: object) -> Text:
         """No text, and why."""
-        return cls("", ("error",), "error", detail=tidy(str(why) or type(why).__name__)[:500])
+        return cls("", ("error",), "error", detail=(tidy(str(why)) or type(why).__name__)[:500])
 
 
 def tidy(text: str) -> str:
