@@ -10,6 +10,7 @@ was killed before it removed the old parts. Readers see one row, chosen by the r
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -88,6 +89,14 @@ class CaptionStore:
         """Those of the keys that need not be asked again: a text was written, however it ended, and no error."""
         rows = self._find(describer, keys)
         return set(rows.filter(pl.col("finish_reason").ne_missing(ERROR))["caption_key"])
+
+    def has_texts(self, describer: str) -> bool:
+        """Whether this describer ever gave a text."""
+        for name in self._names(describer):
+            with contextlib.suppress(NotFound):
+                if self._read(describer, name)["finish_reason"].ne_missing(ERROR).any():
+                    return True
+        return False
 
     def add(self, describer: str, rows: pl.DataFrame, *, anew: bool = False) -> None:
         """Append texts; adding the same rows again changes nothing.
