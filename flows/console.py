@@ -137,8 +137,8 @@ def _cost(domain: Domain, planned: Sequence[Planned], texts: Sequence[Planned]) 
     if found is None:
         return f"engine: {hours} hours; cost: unknown, see `prices` in docs/describers.md"
     images = max(each.images.new + each.images.kept for each in texts)
-    each_thousand = f" ({1000 * found / images:.2f} for 1,000 images)" if images else ""
-    return f"engine: {hours} hours; cost: about {found:.2f} {printable(domain.prices.currency)}{each_thousand}"
+    each_thousand = f" ({1000 * found / images:.3g} for 1,000 images)" if images else ""
+    return f"engine: {hours} hours; cost: about {found:.3g} {printable(domain.prices.currency)}{each_thousand}"
 
 
 def artifacts(history: History) -> Table:

@@ -36,6 +36,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def smaller(image: Image.Image, longest_px: int) -> Image.Image:
+    """The picture with no side longer than ``longest_px``, aspect kept; one that has none is returned as it is."""
+    if max(image.size) <= longest_px:
+        return image
+    image = image.copy()
+    image.thumbnail((longest_px, longest_px))
+    return image
+
+
 def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(ORIENTATION, 1)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from models.schedule import steps_per_epoch
 
@@ -105,7 +107,7 @@ class OpenAISettings(LanguageModelSettings):
 
     kind: Literal["openai"]
     """Who writes the texts."""
-    url: str = Field(pattern=r"^https?://")
+    url: str
     """Base address, for example http://127.0.0.1:8000/v1."""
     key_env: str = "OPENAI_API_KEY"
     """Environment variable with the key; a server without keys needs none."""
@@ -116,7 +118,19 @@ class OpenAISettings(LanguageModelSettings):
     timeout_s: float = Field(default=120.0, gt=0)
     """Seconds until a request counts as failed."""
     patience_s: float = Field(default=120.0, ge=0)
-    """Seconds without a single answer until the run stops, retrying meanwhile."""
+    """Seconds of failures without a single answer until the run stops, retrying meanwhile."""
+
+    @field_validator("url")
+    @classmethod
+    def _is_an_address(cls, url: str) -> str:
+        try:
+            parts = urlsplit(url)
+            is_good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            is_good = False
+        if not is_good:
+            raise PydanticCustomError("url", "is no address of a server, such as http://127.0.0.1:8000/v1")
+        return url
 
 
 def _kind(value: Any) -> Any:

@@ -90,6 +90,14 @@ class CaptionStore:
         rows = self._find(describer, keys)
         return set(rows.filter(pl.col("finish_reason").ne_missing(ERROR))["caption_key"])
 
+    def has_texts(self, describer: str) -> bool:
+        """Whether this describer ever gave a text."""
+        for name in self._names(describer):
+            with contextlib.suppress(NotFound):
+                if self._read(describer, name)["finish_reason"].ne_missing(ERROR).any():
+                    return True
+        return False
+
     def add(self, describer: str, rows: pl.DataFrame, *, anew: bool = False) -> None:
         """Append texts; adding the same rows again changes nothing.
 

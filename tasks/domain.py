@@ -261,13 +261,13 @@ def _resolve(raw: dict[str, Any], folder: Path) -> None:
     ]:
         if isinstance(section, dict) and section.get(field) is not None:
             section[field] = absolute(section[field])
-    for section, field in [
-        (raw.get("clip"), "model"),
-        (raw.get("describer"), "model"),
-        (raw.get("describer"), "prompts"),
+    for section, field, is_path in [
+        (raw.get("clip"), "model", _is_path),
+        (raw.get("describer"), "model", _is_path),
+        (raw.get("describer"), "prompts", prompts.is_path),
     ]:
         value = section.get(field) if isinstance(section, dict) else None
-        if isinstance(value, str) and value.startswith((".", "/", "~")):
+        if isinstance(value, str) and is_path(value):
             section[field] = absolute(value)  # type: ignore[index]
     if isinstance(raw.get("classes"), str):
         file = Path(absolute(raw["classes"]))
@@ -280,6 +280,10 @@ def _resolve(raw: dict[str, Any], folder: Path) -> None:
                 f"`classes: {raw['classes']}`: the class list cannot be read ({error}); "
                 "give a text file with one name on each line, or the names themselves as [a, b, ...]"
             ) from error
+
+
+def _is_path(model: str) -> bool:
+    return model.startswith((".", "/", "~"))
 
 
 def _explain(error: Mapping[str, Any], raw: Any) -> str:

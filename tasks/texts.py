@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,13 +17,14 @@ import numpy as np
 import polars as pl
 
 from models import clip
-from models.describers import Describer, Engine, Item, Kind, Text
+from models.describers import Describer, Engine, EngineStopped, Item, Kind, Text
 from models.errors import ModelError
+from models.images import smaller, to_rgb
 from models.prompts import fill
 from models.settings import ClipSettings, LanguageModelSettings, OpenAISettings, SidecarSettings, VllmSettings
 from storage.artifacts import Artifact
 from storage.captions import CAPTION_SCHEMA, CaptionStore, caption_key, describer_id
-from storage.errors import DataError
+from storage.errors import DataError, StorageError
 from storage.fingerprint import canonical_json, sha256
 from storage.images import open_image
 from storage.objects import ObjectStore
@@ -38,6 +41,9 @@ if TYPE_CHECKING:
 
 _DECODED = 64
 """Images kept decoded: the groups of a class share members with those next to them."""
+_model = threading.Lock()
+"""`describe` and `group` may run side by side. A model serves one of them at a time: vLLM has one reader, and the
+`concurrency` of a server is for both."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,13 @@ class Gallery:
 
     def _open(self, row: int) -> Image:
         at = self.index.row(row, named=True)
-        return open_image(read_image(self._images, at["shard"], at["offset"], at["bytes"], at["sha256"]))
+        try:
+            data = read_image(self._images, at["shard"], at["offset"], at["bytes"], at["sha256"])
+        except StorageError as error:  # no fault of the image
+            raise EngineStopped(str(error)) from error
+        # Decoded here, since threads may share it, and no larger than it is shown.
+        image, describer = to_rgb(open_image(data)), self._domain.describer
+        return smaller(image, describer.longest_px) if isinstance(describer, LanguageModelSettings) else image
 
 
 class Texts:
@@ -143,6 +155,7 @@ class Texts:
 
         Raises:
             EngineStopped: the describer cannot go on.
+            StorageError: texts cannot be kept, or images not be read.
         """
         # The same content may be wanted more than once; it is asked about once.
         wanted = {self._key(each): each for questions in parts.values() for each in questions}
@@ -154,10 +167,7 @@ class Texts:
                 owners[key].append(name)
         yield from ((name, self._table(parts[name])) for name, keys in left.items() if not keys)
         if missing := [key for key in wanted if key not in known]:
-            describer = open_describer(self._domain, self._gallery)
-            items = [self._gallery.item(wanted[key], int(key[:8], 16)) for key in missing]
-            begin = time.perf_counter()
-            for batch in describer.describe(self._kind, items):
+            for describer, batch in self._written([wanted[key] for key in missing]):
                 done = {missing[place]: text for place, text in batch.items()}
                 rows = [self._row(key, wanted[key], text, describer.engine) for key, text in done.items()]
                 self._captions.add(self._who, pl.DataFrame(rows, schema=CAPTION_SCHEMA), anew=anew())
@@ -165,7 +175,24 @@ class Texts:
                 for name in touched:
                     left[name] -= done.keys()
                 yield from ((name, self._table(parts[name])) for name in touched if not left[name])
-            self.timings |= {"texts_written": len(missing), "writing_seconds": round(time.perf_counter() - begin, 3)}
+        if lost := [name for name, keys in left.items() if keys]:
+            raise EngineStopped(f"the describer left out texts of {', '.join(lost[:3])}; run again to ask for them")
+
+    def _written(self, questions: Sequence[Question]) -> Iterator[tuple[Describer, Mapping[int, Text]]]:
+        is_model = isinstance(self._domain.describer, LanguageModelSettings)
+        with _model if is_model else contextlib.nullcontext():
+            proven = is_model and self._captions.has_texts(self._who)
+            describer = open_describer(self._domain, self._gallery, proven=proven)
+            # 28 bits: some servers have signed seeds of 32.
+            items = [self._gallery.item(each, int(self._key(each)[:7], 16)) for each in questions]
+            begin = time.perf_counter()
+            try:
+                yield from ((describer, batch) for batch in describer.describe(self._kind, items))
+            except EngineStopped as error:
+                if isinstance(error.__cause__, StorageError):
+                    raise error.__cause__ from None
+                raise
+            self.timings |= {"texts_written": len(questions), "writing_seconds": round(time.perf_counter() - begin, 3)}
             if (waited := getattr(describer, "waited", None)) is not None:
                 self.timings["engine_wait"] = round(waited, 4)
 
@@ -266,8 +293,11 @@ def _revision_of_folder(model: str) -> str:
     return sha256(canonical_json([[path.relative_to(folder).as_posix(), clip.digest_of_file(path)] for path in files]))
 
 
-def open_describer(domain: Domain, gallery: Gallery) -> Describer:
+def open_describer(domain: Domain, gallery: Gallery, *, proven: bool = False) -> Describer:
     """The describer that the domain names, for the images of the gallery.
+
+    Args:
+        proven: it gave texts before.
 
     Raises:
         ModelError: it cannot be opened.
@@ -280,9 +310,13 @@ def open_describer(domain: Domain, gallery: Gallery) -> Describer:
     if isinstance(describer, LanguageModelSettings):
         from models.describers.prompted import Prompted
 
-        is_collage = domain.group.view == "collage"
-        engine = _open_engine(describer)
-        return Prompted(engine, longest_px=describer.longest_px, collage=is_collage, structured=describer.structured)
+        return Prompted(
+            _open_engine(describer),
+            longest_px=describer.longest_px,
+            collage=domain.group.view == "collage",
+            structured=describer.structured,
+            proven=proven,
+        )
     from models.describers.tags import Tags
 
     return Tags(*_vocabulary(domain.clip), clip.load(domain.clip).scale, gallery.mean_feature)
@@ -306,8 +340,11 @@ def _key(settings: OpenAISettings) -> str | None:
         from prefect.blocks.system import Secret
 
         return str(Secret.load(settings.key_block, _sync=True).get())  # type: ignore[call-arg, union-attr]
-    except (ImportError, ValueError) as error:
-        raise ModelError(f"`key_block: {settings.key_block}`: no such Prefect Secret block ({error})") from error
+    except Exception as error:  # Prefect's, its database's, its client's
+        raise ModelError(
+            f"`key_block: {settings.key_block}`: this Prefect Secret block gives no key ({error}); "
+            "create it, or use `key_env`"
+        ) from error
 
 
 @functools.lru_cache(maxsize=1)

@@ -6,6 +6,7 @@ and :class:`~models.describers.prompted.Prompted` puts questions to it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 
 from models.errors import ModelError
+
+_UNSEEN = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,7 +58,12 @@ class Text:
     @classmethod
     def failed(cls, why: object) -> Text:
         """No text, and why."""
-        return cls("", ("error",), "error", detail=" ".join(str(why).split())[:500])
+        return cls("", ("error",), "error", detail=(tidy(str(why)) or type(why).__name__)[:500])
+
+
+def tidy(text: str) -> str:
+    """One line that can be stored and shown anywhere: control characters and lone surrogates are white space."""
+    return _UNSEEN.sub(" ", text).strip()
 
 
 class Describer(Protocol):
@@ -78,7 +86,8 @@ class Prompt:
 
     text: str
     images: Callable[[], list[Image]]
-    """Decodes them; may be called in any thread, may fail, and costs time and memory."""
+    """Decodes them; may be called in any thread, costs time and memory, and may fail. EngineStopped is for all prompts,
+    anything else for this one."""
     seed: int
 
 

@@ -6,6 +6,7 @@ import base64
 import functools
 import io
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from models.describers import EngineStopped, Prompt, Text
+from models.describers import EngineStopped, Prompt, Text, tidy
 from models.describers.prompted import ANSWER
 from models.errors import ModelError
 from models.settings import OpenAISettings
@@ -25,7 +26,13 @@ NEVER = frozenset({400, 413, 415, 422})
 """Statuses of a request that will not be answered however often it is sent: one row's fault."""
 PATIENT = frozenset({408, 409, 425, 429})
 """Statuses, besides 5xx, that a later try may not meet."""
+BUSY = frozenset({429, 503, 529})
+"""Statuses that say nothing about the prompt."""
+TRIES = 6
+"""Failures of one prompt, not counting a busy server, after which a server that answers others has failed at it."""
 LONGEST_WAIT_S = 30.0
+_DECODING = threading.BoundedSemaphore(min(16, 2 * (os.cpu_count() or 1)))
+"""Requests may be many; decoded images take memory."""
 
 
 class OpenAIEngine:
@@ -36,7 +43,7 @@ class OpenAIEngine:
         key: sent as bearer token; never logged, stored or shown.
 
     Raises:
-        ModelError: the package openai is missing.
+        ModelError: the package openai is missing, or the key cannot be one.
     """
 
     def __init__(self, settings: OpenAISettings, key: str | None) -> None:
@@ -46,8 +53,14 @@ class OpenAIEngine:
             raise ModelError(
                 "the describer `kind: openai` needs the package openai: pip install 'latteflow[openai]'"
             ) from error
-        logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line for each request
-        self._settings, self._key = settings, key or "none"
+        for name in ("httpx", "httpx2"):  # the second since openai 3
+            logging.getLogger(name).setLevel(logging.WARNING)  # they have a line for each request
+        self._settings, self._key = settings, (key or "").strip() or "none"
+        if not (self._key.isascii() and self._key.isprintable() and " " not in self._key):
+            raise ModelError(
+                f"the key (variable {settings.key_env}, or `key_block`) has blanks or characters that cannot be sent; "
+                "was something else pasted with it?"
+            )
         self._client = openai.OpenAI(
             base_url=settings.url, api_key=self._key, timeout=settings.timeout_s, max_retries=0
         )
@@ -70,7 +83,7 @@ class OpenAIEngine:
         root = self._settings.url.rstrip("/").removesuffix("/v1")
         try:
             answer = httpx.get(f"{root}/version", timeout=5, headers={"Authorization": f"Bearer {self._key}"})
-            return f"server of version {str(answer.json()['version'])[:40]}"
+            return f"server of version {self._line(str(answer.json()['version']))[:40]}"
         except (httpx.HTTPError, ValueError, LookupError, TypeError):
             return "server of unknown version"
 
@@ -86,13 +99,13 @@ class OpenAIEngine:
                     under_way[pool.submit(self._answer, coming[1], session)] = coming[0]
                 if not under_way:
                     break
-                stop: EngineStopped | None = None
+                stop: BaseException | None = None
                 for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                     place = under_way.pop(future)
-                    try:
+                    if (error := future.exception()) is None:
                         yield place, future.result()
-                    except EngineStopped as error:
-                        stop = error
+                    else:
+                        stop = stop or error
                 if stop is not None:
                     session.stopped.set()
                     for future in wait(under_way).done:  # those that are answered were paid for
@@ -101,7 +114,8 @@ class OpenAIEngine:
                     raise stop
         finally:
             session.stopped.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+            # A reader that went away does not wait for what is under way.
+            pool.shutdown(wait=False, cancel_futures=True)
             self.waited = session.share_of_images
 
     def _answer(self, prompt: Prompt, session: _Session) -> Text:
@@ -110,19 +124,21 @@ class OpenAIEngine:
 
         start = time.perf_counter()
         try:
-            content: list[dict[str, Any]] = [
-                {"type": "image_url", "image_url": {"url": _data_url(image)}} for image in prompt.images()
-            ]
+            with _DECODING:
+                content: list[dict[str, Any]] = [
+                    {"type": "image_url", "image_url": {"url": _data_url(image)}} for image in prompt.images()
+                ]
+        except EngineStopped:
+            raise
         except Exception as error:  # a hostile image may raise anything; it is one row
             return Text.failed(error)
         session.decoded(time.perf_counter() - start)
         message = {"role": "user", "content": [*content, {"type": "text", "text": prompt.text}]}
-        for attempt in range(1_000_000):
+        attempt = failures = 0
+        while not session.stopped.is_set():
             start = time.perf_counter()
             try:
-                # Any: its own types are for requests that are written out.
-                create: Any = self._client.chat.completions.create
-                text = _text(create(messages=[message], seed=prompt.seed, **self._request))
+                text = self._asked(message, seed=prompt.seed)
                 session.succeeded(time.perf_counter() - start)
                 return text
             except openai.APIStatusError as error:
@@ -135,26 +151,49 @@ class OpenAIEngine:
                     ) from None
                 why: Exception = error
                 asked = _retry_after(error)
-            except (openai.APIError, _Garbage) as error:
+                failures += error.status_code not in BUSY
+            except (openai.APIError, _Garbage, ValueError) as error:  # ValueError: JSON that is none
                 why, asked = error, 0.0
+                failures += 1
                 if isinstance(error, _Garbage) and not session.ever:
                     raise EngineStopped(
                         f"the server at {self._host} does not speak OpenAI's chat API: {self._shown(error)}. "
                         "Check `url`; it ends in /v1 for most servers"
                     ) from None
+            if failures >= TRIES and self._answers():
+                return Text.failed(f"the server answers, and fails at this prompt: {self._shown(why)}")
             # Spread by the prompt's own seed, so that not all come back at once.
             pause = min(LONGEST_WAIT_S, max(asked, 0.5 * 2.0 ** min(attempt, 6) * (0.75 + (prompt.seed % 64) / 128)))
             if not session.wait(pause):
                 raise EngineStopped(
-                    f"the server at {self._host} gave no answer for {self._settings.patience_s:.0f} s, the last time: "
+                    f"the server at {self._host} gave no answer for {self._settings.patience_s:g} s, the last time: "
                     f"{self._shown(why)}. What was written is kept; run again when the server is back"
                 ) from None
-        raise AssertionError("unreachable")
+            attempt += 1
+        raise EngineStopped("another request stopped the run")
+
+    def _asked(self, message: dict[str, Any], **more: Any) -> Text:
+        # Any: its own types are for requests that are written out.
+        create: Any = self._client.chat.completions.create
+        return _text(create(messages=[message], **{**self._request, **more}))
+
+    def _answers(self) -> bool:
+        """Whether the server answers a prompt that no model fails at."""
+        import openai
+
+        try:
+            self._asked({"role": "user", "content": "Hello."}, max_tokens=1)
+        except (openai.APIError, _Garbage, ValueError):
+            return False
+        return True
 
     def _shown(self, error: Exception) -> str:
         """The error in one line, without the key, which some servers repeat."""
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        return text.replace(self._key, "***") if len(self._key) > 4 else text
+        return self._line(f"{type(error).__name__}: {error}")[:500]
+
+    def _line(self, text: str) -> str:
+        # Before anything is cut off: half a key is one too much.
+        return tidy(text.replace(self._key, "***") if len(self._key) > 4 else text)
 
 
 class _Garbage(Exception):
@@ -162,12 +201,13 @@ class _Garbage(Exception):
 
 
 class _Session:
-    """What the requests of one call share: when the last one succeeded, and whether to stop."""
+    """What the requests of one call share: since when none succeeds, and whether to stop."""
 
     def __init__(self, patience_s: float) -> None:
         self.stopped = threading.Event()
         self.ever = False
-        self._patience_s, self._last = patience_s, time.monotonic()
+        self._patience_s = patience_s
+        self._failing_since: float | None = None
         self._lock = threading.Lock()
         self._images_s = self._requests_s = 0.0
 
@@ -177,12 +217,15 @@ class _Session:
 
     def succeeded(self, seconds: float) -> None:
         with self._lock:
-            self.ever, self._last = True, time.monotonic()
+            self.ever, self._failing_since = True, None
             self._requests_s += seconds
 
     def wait(self, seconds: float) -> bool:
         """Pause; False if patience is at an end or the run stops."""
-        left = self._last + self._patience_s - time.monotonic()
+        now = time.monotonic()
+        with self._lock:
+            self._failing_since = self._failing_since or now
+            left = self._failing_since + self._patience_s - now
         return left > 0 and not self.stopped.wait(min(seconds, left))
 
     @property
@@ -196,16 +239,21 @@ def _text(answer: Any) -> Text:
         text = choice.message.content or ""
         if not isinstance(text, str):
             raise TypeError(text)
-        usage = answer.usage
         return Text(
             text,
             flags=("filtered",) if choice.finish_reason == "content_filter" else (),
             finish_reason="length" if choice.finish_reason == "length" else "stop",
-            prompt_tokens=int(usage.prompt_tokens) if usage else 0,
-            output_tokens=int(usage.completion_tokens) if usage else 0,
+            prompt_tokens=_count(answer, "prompt_tokens"),
+            output_tokens=_count(answer, "completion_tokens"),
         )
     except (AttributeError, LookupError, TypeError, ValueError):
-        raise _Garbage(f"it answered {str(answer)[:200]!r}") from None
+        raise _Garbage(f"it answered {answer!r}") from None
+
+
+def _count(answer: Any, name: str) -> int:
+    """A number of tokens; 0 from a server that does not count, whose answer is none the worse."""
+    found = getattr(getattr(answer, "usage", None), name, None)
+    return found if isinstance(found, int) and 0 <= found < 2**31 else 0
 
 
 def _retry_after(error: Any) -> float:

@@ -10,16 +10,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from models.collage import collage
-from models.describers import Engine, EngineStopped, Item, Kind, Prompt, Text
+from models.describers import Engine, EngineStopped, Item, Kind, Prompt, Text, tidy
+from models.images import smaller, to_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-BATCH, PAUSE_S = 512, 10.0
+BATCH, BATCH_S = 512, 10.0
 """Texts are handed on so many at a time, or after so many seconds, sooner at first: what a killed process may have to
 ask for again, besides what is under way."""
 HOPELESS = 16
-"""So many failures before the first text mean that it is not the images."""
+"""So many failures of a model that never gave a text mean that it is not the images."""
 ANSWER: dict[str, Any] = {
     "type": "object",
     "properties": {"description": {"type": "string"}},
@@ -37,12 +38,24 @@ class Prompted:
         longest_px: images are made smaller to have no longer side.
         collage: show a group as one picture (LatteCLIP 2.2); else as several images.
         structured: answers are JSON of the form ``ANSWER``.
+        batch: texts that are handed on together.
+        proven: the model gave texts before, so that failures are its prompts' fault, however many come first.
     """
 
-    def __init__(self, engine: Engine, *, longest_px: int, collage: bool = True, structured: bool = False) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        longest_px: int,
+        collage: bool = True,
+        structured: bool = False,
+        batch: int = BATCH,
+        proven: bool = False,
+    ) -> None:
         self.engine = engine.version
         self._model = engine
         self._longest_px, self._collage, self._structured = longest_px, collage, structured
+        self._batch, self._proven = batch, proven
 
     @property
     def waited(self) -> float:
@@ -58,21 +71,21 @@ class Prompted:
         del kind  # the prompt says it
         prompts = [Prompt(item.prompt, functools.partial(self._view, item), item.seed) for item in items]
         done: dict[int, Text] = {}
-        failures, answered = 0, False
-        pause, handed_on = 1.0, time.monotonic()
+        failures = 0
+        pause, since = 1.0, time.monotonic()
         try:
             for place, answer in self._model.generate(prompts):
                 done[place] = text = self._read(answer)
-                answered = answered or text.finish_reason != "error"
+                self._proven = self._proven or text.finish_reason != "error"
                 failures += text.finish_reason == "error"
-                if not answered and failures >= HOPELESS:
+                if not self._proven and failures >= HOPELESS:
                     raise EngineStopped(
                         f"the model failed on each of the first {failures} prompts; the last time: {text.detail}"
                     )
-                if len(done) >= BATCH or time.monotonic() - handed_on >= pause:
+                if len(done) >= self._batch or time.monotonic() - since >= min(pause, BATCH_S):
                     yield done
-                    done, pause, handed_on = {}, min(2 * pause, PAUSE_S), time.monotonic()
-        except EngineStopped:
+                    done, pause, since = {}, 2 * pause, time.monotonic()
+        except Exception:
             if done:
                 yield done
             raise
@@ -80,27 +93,28 @@ class Prompted:
             yield done
 
     def _view(self, item: Item) -> list[Image]:
-        images = [_smaller(image.convert("RGB"), self._longest_px) for image in item.images()]
+        images = [smaller(to_rgb(image), self._longest_px) for image in item.images()]
         return [collage(images)] if self._collage and len(images) > 1 else images
 
     def _read(self, answer: Text) -> Text:
-        """White space tidied, the JSON taken off, and flags for how it ended."""
+        """One line, the JSON taken off, and flags for how it ended."""
         if answer.finish_reason == "error":
             return answer
-        text = answer.text
-        if self._structured:
+        text, is_cut = tidy(answer.text), answer.finish_reason == "length"
+        if self._structured and text:
             try:
-                text = json.loads(text)["description"]
-                assert isinstance(text, str)
-            except (ValueError, LookupError, TypeError, AssertionError):
-                kept = replace(Text.failed(f"the answer is not JSON of the asked form: {text!r}"), flags=("bad_json",))
+                text = tidy(_description(answer.text))
+            except (ValueError, LookupError, TypeError, RecursionError):
+                why = "ended before its JSON did; raise `max_tokens`" if is_cut else "is not JSON of the asked form"
+                kept = replace(Text.failed(f"the answer {why}: {text}"), flags=(*answer.flags, "bad_json"))
                 return replace(kept, prompt_tokens=answer.prompt_tokens, output_tokens=answer.output_tokens)
-        text = " ".join(text.split())
-        ended = {"empty": not text, "cut": answer.finish_reason == "length"}
+        ended = {"empty": not text, "cut": is_cut}
         return replace(answer, text=text, flags=(*answer.flags, *(flag for flag, holds in ended.items() if holds)))
 
 
-def _smaller(image: Image, longest_px: int) -> Image:
-    if max(image.size) > longest_px:
-        image.thumbnail((longest_px, longest_px))
-    return image
+def _description(answer: str) -> str:
+    # Servers that do not constrain their model let it put the object into a code fence, or into a sentence.
+    found = json.loads(answer[answer.find("{") : answer.rfind("}") + 1], strict=False)["description"]
+    if not isinstance(found, str):
+        raise TypeError(found)
+    return found

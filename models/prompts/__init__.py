@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, StringConstraints, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -23,7 +23,8 @@ def _one_or_many(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Questions = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_one_or_many)]
+Question = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+Questions = Annotated[tuple[Question, ...], BeforeValidator(_one_or_many)]
 
 
 class PromptPack(Settings):
@@ -40,15 +41,17 @@ class PromptPack(Settings):
     """Where the questions come from."""
     variables: tuple[str, ...] = ()
     """Those that the questions use."""
-    image: Questions = Field(min_length=1)
+    image: Questions
     """About one image. Several give several texts, which are compared with each other."""
-    group: Questions = Field(min_length=1)
+    group: Questions
     """About what the images of a group have in common."""
     classes: Questions = ()
     """About a class name, without an image."""
 
     @model_validator(mode="after")
-    def _variables_are_declared_and_used(self) -> PromptPack:
+    def _questions_can_be_asked(self) -> PromptPack:
+        if not (self.image and self.group):
+            raise ValueError("`image` and `group` need at least one question each")
         used = {name for question in (*self.image, *self.group, *self.classes) for name in _VARIABLE.findall(question)}
         if unknown := sorted((used | set(self.variables)) - _KNOWN.keys()):
             raise ValueError(f"{{{unknown[0]}}} is no variable; known: {', '.join(f'{{{name}}}' for name in _KNOWN)}")
@@ -78,22 +81,27 @@ def shipped() -> list[str]:
     return sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
 
 
+def is_path(name: str) -> bool:
+    """Whether this is a user's own pack, and not one that ships."""
+    return "/" in name or name.endswith((".yaml", ".yml"))
+
+
 def load(name: str) -> PromptPack:
     """A pack that ships, by name, or a user's, by the path of its file.
 
     Raises:
         ModelError: there is none, or it has mistakes; all of them are listed.
     """
-    is_path = "/" in name or name.endswith((".yaml", ".yml"))
-    path = Path(name) if is_path else Path(__file__).parent / f"{name}.yaml"
+    path = Path(name) if is_path(name) else Path(__file__).parent / f"{name}.yaml"
     if not path.is_file():
-        raise ModelError(
-            f"prompt pack {name!r}: " + (f"there is no file {path}" if is_path else f"known are {', '.join(shipped())}")
-        )
+        why = f"there is no file {path}" if is_path(name) else f"known are {', '.join(shipped())}"
+        raise ModelError(f"prompt pack {name!r}: {why}")
     try:
-        return PromptPack.model_validate(YAML(typ="safe").load(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, YAMLError) as error:
         raise ModelError(f"prompt pack {path} cannot be read: {error}") from error
+    try:
+        return PromptPack.model_validate(raw)
     except ValidationError as error:
         lines = [
             f"  {'.'.join(map(str, each['loc'])) or 'pack'}: {each['msg'].removeprefix('Value error, ')}"

@@ -120,3 +120,12 @@ def test_urls_and_parameters_pass_unchanged(tmp_path: Path) -> None:
     assert domain.source == ["s3://bucket/a", str(tmp_path / "local")]
     assert domain.store == "s3://bucket/store"
     assert Domain.model_validate(domain.model_dump(mode="json")) == domain
+
+
+def test_a_prompt_pack_is_looked_for_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "packs").mkdir()
+    (tmp_path / "packs" / "own.yaml").write_text("name: own\nversion: 1\nimage: What?\ngroup: All?\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    domain = load(tmp_path, GOOD + "describer: {kind: vllm, model: a, prompts: packs/own.yaml}\n")
+    assert domain.prompt_pack is not None and domain.prompt_pack.image == ("What?",)
