@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from chatserver import Ask, ChatServer, Reply, answer
 
+from chatserver import Ask, ChatServer, Reply, answer
 from conftest import draw_folder
 from flows import console
 from flows.pipeline import run_plainly
@@ -66,7 +66,7 @@ def test_a_preview_shows_questions_and_answers_and_is_paid_once(
     shards = shard(domain, "train")
     page = preview(domain, shards, embed(domain, shards), count=4).read_text()
     assert page.count('class="shown"') == 4 and page.count('class="member"') == 16
-    classes = {line.split("<bdi>")[1].split("<")[0] for line in page.splitlines() if "CLIP sees" in line}
+    classes = {line.split("CLIP sees: <bdi>")[1] for line in page.splitlines() if "CLIP sees" in line}
     asked = len(server.asked)
     assert asked == 4 + 4 + 2 * len(classes)  # images, groups, and two questions about each class
     assert page.count("about: Describe the main subject") == 4
@@ -108,7 +108,9 @@ def test_a_plan_reckons_with_estimates_and_then_with_what_was_measured(
     assert "tokens: unknown; `latteflow preview`" in console.totals(domain, plan(domain))
     assert "cost: unknown" in console.totals(domain, plan(domain))
 
-    prices = "{million_prompt_tokens: 2, million_output_tokens: 10, gpu_hour: 3.6, prompt_tokens: 1000, texts_per_second: 2}"
+    prices = (
+        "{million_prompt_tokens: 2, million_output_tokens: 10, gpu_hour: 3.6, prompt_tokens: 1000, texts_per_second: 2}"
+    )
     domain = load(folder, tiny_clip, server.url, prices)
     planned = plan(domain)
     each = texts(planned)
