@@ -1,6 +1,8 @@
 """The report in a real browser: runs nothing from outside, asks for nothing, works by hand and by key."""
 
+import base64
 import importlib.util
+import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tasks.page import render
+from tasks.page import html, render
+from tasks.preview import Answered, Row
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(
@@ -21,6 +24,18 @@ assert spec and spec.loader
 data = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(data)
 
+
+def hostile_preview() -> str:
+    """A preview whose every text means harm."""
+    harm = f"{data.SCRIPT}</script></style>{data.ATTRIBUTE} \u202egpj.exe\u200b {'wide' * 2500}"
+    pixel = "data:image/png;base64," + base64.b64encode(data.picture(random.Random(0))).decode()
+    answers = [Answered(kind, harm, harm, (harm,), detail, (1, 2)) for kind in ("image", "group", "class")
+               for detail in ("", harm)]  # fmt: skip
+    rows = [Row(harm, harm, pixel, (pixel,) * 4, tuple(answers))] * 2
+    return html("preview.html.j2", domain=harm, rows=rows, describer=harm, pack=harm)
+
+
+PREVIEW = "hostile preview"
 REPORTS = {
     "labelled": lambda: data.make_report(),
     "unlabelled": lambda: data.make_report(n_test=0),
@@ -32,9 +47,10 @@ REPORTS = {
 @pytest.fixture(scope="module")
 def urls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("reports")
-    for name, make in REPORTS.items():
-        (folder / f"{name}.html").write_text(render(make()), encoding="utf-8")
-    return {name: (folder / f"{name}.html").as_uri() for name in REPORTS}
+    pages = {name: render(make()) for name, make in REPORTS.items()} | {PREVIEW: hostile_preview()}
+    for name, page in pages.items():
+        (folder / f"{name}.html").write_text(page, encoding="utf-8")
+    return {name: (folder / f"{name}.html").as_uri() for name in pages}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +101,7 @@ def background(page: Any) -> str:
     return str(page.evaluate("getComputedStyle(document.body).backgroundColor"))
 
 
-@pytest.mark.parametrize("name", REPORTS)
+@pytest.mark.parametrize("name", [*REPORTS, PREVIEW])
 def test_opens_without_a_request_or_a_complaint(open_tab: Any, urls: dict[str, str], name: str) -> None:
     tab = open_tab(urls[name])
     tab.page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
@@ -104,6 +120,14 @@ def test_hostile_text_is_read_not_run(open_tab: Any, urls: dict[str, str]) -> No
     assert "holiday[U+202E]gpj.exe" in page.locator("h1").inner_text()
 
 
+def test_a_hostile_preview_is_read_not_run(open_tab: Any, urls: dict[str, str]) -> None:
+    page = open_tab(urls[PREVIEW]).page
+    assert page.evaluate("window.pwned") is None
+    assert page.locator("script").count() == 1 and page.locator("img[onerror]").count() == 0
+    said = page.locator("dd .text").first.inner_text()
+    assert data.SCRIPT in said and "[U+202E]gpj.exe[U+200B]" in said
+
+
 def test_policy_stops_a_script_that_got_in(open_tab: Any, urls: dict[str, str]) -> None:
     tab = open_tab(urls["labelled"])
     tab.page.evaluate("""() => {
@@ -119,7 +143,7 @@ def test_policy_stops_a_script_that_got_in(open_tab: Any, urls: dict[str, str]) 
     assert any("Content Security Policy" in complaint for complaint in tab.complaints)
 
 
-@pytest.mark.parametrize("name", REPORTS)
+@pytest.mark.parametrize("name", [*REPORTS, PREVIEW])
 @pytest.mark.parametrize("width", [320, 390, 820])
 def test_never_wider_than_the_screen(open_tab: Any, urls: dict[str, str], name: str, width: int) -> None:
     page = open_tab(urls[name], viewport={"width": width, "height": 800}).page

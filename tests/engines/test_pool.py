@@ -45,11 +45,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def worker(domain: Path, stage: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [vllm_python(), "-m", "flows.cli", "run", domain, "--only", stage],
-        env={**os.environ, **ON_CPU}, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+def worker(domain: Path, stage: str, **environment: str) -> subprocess.Popen[str]:
+    command = [vllm_python(), "-m", "flows.cli", "run", str(domain), "--only", stage]
+    heard = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, env={**os.environ, **ON_CPU, **environment}, cwd=ROOT, **heard)
 
 
 def finished(process: subprocess.Popen[str]) -> str:
@@ -72,14 +71,14 @@ def described(domain: Path) -> pl.DataFrame:
     return pl.concat(read_parquet(artifact.read(name)) for name in artifact.names(".captions.parquet"))
 
 
-def kill_when(path: Path, process: subprocess.Popen[bytes]) -> None:
-    wait_for(path, "*/*.parquet", process)
+def kill_when(captions: Path, process: subprocess.Popen[bytes]) -> None:
+    wait_for(captions, 1, process)
     os.killpg(process.pid, signal.SIGKILL)
 
 
-def wait_for(path: Path, pattern: str, process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:
+def wait_for(captions: Path, parts: int, process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:
     limit = time.monotonic() + 300
-    while not list(path.glob(pattern)):
+    while len(list(captions.glob("*/*.parquet"))) < parts:
         assert process.poll() is None and time.monotonic() < limit, process.communicate()[0][-4000:]
         time.sleep(0.005)
 
@@ -92,12 +91,25 @@ def test_a_worker_killed_half_way_is_gone_on_with(folder: Path, tiny_clip: Path,
     domain = write_domain(folder, tiny_clip, engine)
     run_plainly(Domain.load(domain), only="shard")
     run_plainly(Domain.load(domain), only="embed")
+    captions = folder / "store" / "captions"
+
+    # The engine dies: one clear error.
+    process = worker(domain, "describe", VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    wait_for(captions, 1, process)
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        os.kill(int(child), signal.SIGKILL)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 1 and "error: vLLM with model" in said and "run again to go on" in said
+    crashed = stored(domain, "image")
+    assert 0 < crashed.height < COUNT
+
+    # The whole worker dies: nothing is said, and nothing that was written is lost.
     process = worker(domain, "describe")
-    wait_for(folder / "store" / "captions", "*/*.parquet", process)
+    wait_for(captions, len(list(captions.glob("*/*.parquet"))) + 1, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     before = stored(domain, "image")
-    assert 0 < before.height < COUNT  # half-way
+    assert crashed.height < before.height < COUNT
     said = finished(worker(domain, "describe"))
     assert f"texts={COUNT}" in said
     rows = stored(domain, "image")

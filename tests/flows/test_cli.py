@@ -259,10 +259,18 @@ def test_a_missing_domain_file_is_one_message(latteflow: Latteflow, command: str
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("command", ["", "run", "plan", "show", "explain", "replay", "verify", "gc", "export"])
+@pytest.mark.parametrize(
+    "command", ["", "run", "plan", "preview", "show", "explain", "replay", "verify", "gc", "export"]
+)
 def test_help_is_there(latteflow: Latteflow, command: str) -> None:
     code, said, _ = latteflow(*filter(None, [command]), "--help")
     assert code == 0 and "Usage" in said
+
+
+def test_preview_writes_a_page(latteflow: Latteflow, folder: Path) -> None:
+    code, said, _ = latteflow("preview", "domain.yaml", "--images", "3")
+    assert code == 0 and said.splitlines()[-1].endswith("runs/shapes/preview.html")
+    assert (folder / "runs/shapes/preview.html").read_text().count('class="shown"') == 3
 
 
 def test_show_lists_artifacts_and_which_are_current(latteflow: Latteflow, folder: Path) -> None:
