@@ -118,8 +118,9 @@ class Gallery:
             data = read_image(self._images, at["shard"], at["offset"], at["bytes"], at["sha256"])
         except StorageError as error:  # no fault of the image
             raise EngineStopped(str(error)) from error
-        # Decoded here, since threads may share it, and no larger than it is shown.
-        image, describer = to_rgb(open_image(data)), self._domain.describer
+        image, describer = open_image(data), self._domain.describer
+        image.load()  # here, as threads share it
+        image = to_rgb(image)
         return smaller(image, describer.longest_px) if isinstance(describer, LanguageModelSettings) else image
 
 

@@ -1,20 +1,35 @@
 """The same graph under Prefect: a real server, real task runs, and cached stages that are shown as such."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
 from prefect.testing.utilities import prefect_test_harness
 
 from conftest import Domain
 from flows.adapt import adapt
 from flows.pipeline import run_plainly
+from models.errors import ModelError
+from models.settings import OpenAISettings
+from tasks.texts import _key
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[None]:
     with prefect_test_harness(server_startup_timeout=120):
         yield
+
+
+@pytest.mark.slow
+def test_a_key_may_lie_in_a_secret_block(server: None) -> None:
+    Secret(value="the key").save("describer", _sync=True)
+    settings = OpenAISettings(kind="openai", url="http://127.0.0.1:9/v1", model="tiny", key_block="describer")
+    with ThreadPoolExecutor(1) as pool:  # a stage under Prefect runs in a thread
+        assert _key(settings) == pool.submit(_key, settings).result() == "the key"
+    with pytest.raises(ModelError, match=r"`key_block: nobody`: this Prefect Secret block gives no key .*`key_env`"):
+        _key(settings.model_copy(update={"key_block": "nobody"}))
 
 
 @pytest.mark.slow

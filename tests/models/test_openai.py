@@ -190,6 +190,14 @@ def test_an_idle_reader_does_not_use_up_patience(server: ChatServer) -> None:
     assert dict([first, *texts]) == good(3)
 
 
+def test_each_answer_renews_patience(server: ChatServer) -> None:
+    def script(ask: Ask) -> Reply:
+        return error(503) if ask.attempt == 0 else Reply(echo(ask).body, after_s=0.1)
+
+    server.script = script
+    assert run(engine(server, patience_s=0.5, concurrency=1), prompts(8)) == good(8)
+
+
 def test_texts_that_are_under_way_are_kept_when_one_stops_the_run(server: ChatServer) -> None:
     def script(ask: Ask) -> Reply:
         return Reply(status=401, after_s=0.3) if ask.prompt == "p0" else Reply(echo(ask).body, after_s=0.6)

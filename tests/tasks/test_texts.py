@@ -25,7 +25,7 @@ from PIL import Image
 
 import tasks.texts
 from chatserver import Ask, ChatServer, Reply, answer, error
-from conftest import draw_folder
+from conftest import draw, draw_folder
 from flows.pipeline import run_plainly
 from models.describers import EngineStopped, Item, Kind, Prompt, Text
 from models.errors import ModelError
@@ -92,7 +92,8 @@ SOURCE: list[Path] = []
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Made:
     """12 images in 3 shards, two of them of the same bytes."""
     folder = tmp_path_factory.mktemp("texts")
-    draw_folder(folder / "train", 11)
+    draw_folder(folder / "train", 10)
+    draw(10, "green").save(folder / "train" / "010.jpg", quality=95)
     shutil.copy(folder / "train" / "000.png", folder / "train" / "twin.png")
     test = draw_folder(folder / "test", 6, first=100)
     (folder / "labels.csv").write_text("path,class\n" + "".join(f"{path},{name}\n" for path, name in test.items()))
@@ -413,7 +414,7 @@ def test_each_caption_is_there_once_however_it_was_split_and_killed(
 
 
 class Looks:
-    """An engine that decodes images in threads and answers with their sizes."""
+    """An engine that decodes images in threads, as engines do, and answers with their sizes."""
 
     version, waited = "looks 1", 0.0
 
@@ -427,9 +428,16 @@ class Looks:
             self.most = max(self.most, self.at_once)
         try:
             with ThreadPoolExecutor(4) as pool:
-                for place, images in enumerate(pool.map(lambda prompt: prompt.images(), prompts)):
+                for place, decoding in enumerate([pool.submit(prompt.images) for prompt in prompts]):
                     time.sleep(0.002)
-                    yield place, Text(" ".join(f"{image.mode} {image.size}" for image in images))
+                    try:
+                        shown = " ".join(f"{image.mode} {image.size}" for image in decoding.result())
+                    except EngineStopped:
+                        raise
+                    except Exception as why:
+                        yield place, Text.failed(why)
+                    else:
+                        yield place, Text(shown)
         finally:
             with self.lock:
                 self.at_once -= 1
@@ -460,6 +468,12 @@ def test_stages_side_by_side_take_turns_with_one_model(made: Made, here: Path, l
         works = [pool.submit(stage, domain, made.shards, made.embedded) for stage in (describe, group)]
         assert [work.result().counts["flagged"] for work in works] == [0, 0]
     assert looks.most == 1
+
+
+def test_images_are_kept_decoded(made: Made, here: Path) -> None:
+    gallery, _ = opened(made, load(here))
+    assert len(gallery.paths) == 12
+    assert not any(getattr(gallery._opened(row), "tile", None) for row in range(12))  # what Pillow has yet to decode
 
 
 def test_threads_may_share_an_image_and_none_is_larger_than_shown(made: Made, here: Path) -> None:
