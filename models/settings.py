@@ -253,3 +253,16 @@ class ScreenSettings(Settings):
     """A text that stands at more than this share of the images, and at five at least, is flagged and counts half."""
     floor: int = Field(default=3, ge=1)
     """Texts that a pseudo-class keeps, at a small weight, where screening would leave it none."""
+class TransductionSettings(Settings):
+    """Anchored transduction (:mod:`models.transduction`); the same for all domains."""
+
+    neighbours: int = Field(default=8, ge=1)
+    """Nearest images whose text beliefs make up half of an image's own."""
+    shrinkage: float = Field(default=0.03, gt=0)
+    """Added to the covariance, in units of its largest eigenvalue. Large values make the mixture spherical."""
+    anchor: float = Field(default=20.0, gt=0)
+    """How many images at its text's place each class's mean begins with: what holds classes with few images."""
+    max_steps: int = Field(default=30, ge=1)
+    """Rounds of means and assignments at most."""
+    tolerance: float = Field(default=1e-4, ge=0)
+    """The rounds end when fewer than this share of the assignments moves."""

@@ -1,0 +1,204 @@
+"""Anchored transduction: all images of a domain classified together, on frozen features, without labels.
+
+A Gaussian mixture with one covariance and a graph of nearest neighbours, held by the class texts in two ways: a KL term
+ties each image's classes to what its text similarities say (TransCLIP, arXiv 2406.01837), and pseudo-images at the
+texts' place tie each class's mean, so that a class without images keeps its text (StatA, arXiv 2501.03729). What is our
+own, and why, is in docs/methods.md.
+
+With unit image features `x`, class texts `t`, the CLIP's scale `s` and shapes `(n, d)` and `(c, d)`:
+
+1. `y = 1/2 softmax(s x t) + 1/2 (mean of the neighbours' softmax)`, fixed from here on.
+2. `u = (C + shrinkage |C|)^(-1/2) x`, with C the features' second moment and |C| its largest eigenvalue.
+3. Until nothing moves: `mu_k = (sum_i z_ik u_i + anchor a_k) / (sum_i z_ik + anchor)`,
+   `z_i = softmax(ln y_i + kappa u_i mu_k)`.
+
+In 3 a Gaussian's `-|mu|^2 / 2` is left out: an image at the centre of the domain, u = 0, shall say nothing about the
+class, and classes with faint means are not favoured. `kappa` makes both terms equally large at the start, in standard
+deviation, so that no temperature is left to be chosen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.losses import at_least_float32
+from models.settings import TransductionSettings
+
+BLOCK_NUMBERS = 1 << 23
+"""Numbers in a block of similarities: 32 MB, whatever the number of images."""
+FLOOR = 1e-12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transduction:
+    """What a domain of n images taught.
+
+    Args:
+        assignments: soft classes of the images, `(n, classes)`, rows sum to 1; float32.
+        means: `mu` without whitening, `(classes, dim)`: anchored class means in the space of the features.
+        classifier: `(classes, dim)`; `x @ classifier.T` is `s x t + kappa u mu`, the logits of any image, seen or not,
+            without its neighbours.
+        neighbours: `(n, k)` int64, of each image, best first.
+        steps: how often 3. was done.
+        change: mean total variation between the last two assignments, 0 to 1.
+    """
+
+    assignments: Tensor
+    means: Tensor
+    classifier: Tensor
+    neighbours: Tensor
+    steps: int
+    change: float
+    _image_weights: Tensor
+    _class_texts: Tensor
+    _text_beliefs: Tensor
+    _features: Tensor
+    _scale: float
+    _settings: TransductionSettings
+
+    @property
+    def labels(self) -> Tensor:
+        """Best class of each image, `(n,)` int64."""
+        return self.assignments.argmax(1)
+
+    @property
+    def prototypes(self) -> Tensor:
+        """`classifier` with unit rows: for where a classifier must be unit rows, as in an export. `(classes, dim)`."""
+        return F.normalize(self.classifier, dim=1)
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Soft classes of unseen images, from their texts, their neighbours among the known images, and the means.
+
+        Args:
+            features: unit rows, `(m, dim)`, made as the known images' were (the same centre subtracted).
+
+        Returns:
+            `(m, classes)`, rows sum to 1. One image's answer does not depend on the others of the call.
+        """
+        features = at_least_float32(features)
+        texts = (self._scale * features @ self._class_texts.T).softmax(1)
+        found, weights = nearest(features, self._features, self._settings.neighbours)
+        beliefs = smooth(texts, self._text_beliefs, found, weights)
+        return (beliefs.clamp(min=FLOOR).log() + features @ self._image_weights.T).softmax(1)
+
+
+def transduce(cfg: TransductionSettings, image_features: Tensor, class_texts: Tensor, scale: float) -> Transduction:
+    """Classify all images of a domain together.
+
+    Deterministic, uses no random numbers, and does not depend on the images' order but for the last bits of sums.
+
+    Args:
+        cfg: the settings.
+        image_features: unit rows, `(n, dim)`, n >= 1; a zero row (an image equal to the centre) is allowed.
+        class_texts: unit rows, `(classes, dim)`.
+        scale: `exp(logit_scale)` of the CLIP.
+
+    Raises:
+        ValueError: shapes that do not belong together, fewer than 2 classes, no image, or a value that is not finite.
+    """
+    x, texts = at_least_float32(image_features), at_least_float32(class_texts)
+    if x.ndim != 2 or texts.ndim != 2 or x.shape[1] != texts.shape[1] or not len(x) or len(texts) < 2:
+        raise ValueError(
+            "transduce needs (n, dim) image features and (classes, dim) class texts with n >= 1 and 2 classes or more, "
+            f"got {tuple(x.shape)} and {tuple(texts.shape)}"
+        )
+    if not (x.isfinite().all() and texts.isfinite().all()):
+        raise ValueError("transduce needs finite features: embed the images again, or drop the rows with NaN")
+    logits = scale * x @ texts.T
+    spread = float(logits.std(correction=0))
+    text_beliefs = logits.softmax(1)
+    found, weights = nearest(x, x, cfg.neighbours, skip_self=True)
+    log_beliefs = smooth(text_beliefs, text_beliefs, found, weights).clamp_(min=FLOOR).log_()
+    del logits
+
+    whiten = whitening(x, cfg.shrinkage)
+    u, anchors = x @ whiten, texts @ whiten
+    z = log_beliefs.exp()
+    # The texts lie far from the images; at this length they reach as far as an image of their class does on average.
+    best = anchors[z.argmax(1)]
+    anchors = anchors * ((u * best).sum() / best.square().sum().clamp(min=FLOOR)).clamp(min=0)
+    kappa, change, steps = 0.0, 1.0, 0
+    means = anchors
+    while steps < cfg.max_steps and change > cfg.tolerance:
+        means = (z.T @ u + cfg.anchor * anchors) / (z.sum(0)[:, None] + cfg.anchor)
+        evidence = u @ means.T
+        if not steps:
+            kappa = spread / max(float(evidence.std(correction=0)), FLOOR)
+        after = evidence.mul_(kappa).add_(log_beliefs).softmax(1)
+        change = float((after - z).abs_().sum() / 2 / len(z))
+        z, steps = after, steps + 1
+    image_weights = kappa * means @ whiten
+    return Transduction(
+        assignments=z,
+        means=torch.linalg.solve(whiten, means.T).T,
+        classifier=scale * texts + image_weights,
+        neighbours=found,
+        steps=steps,
+        change=change,
+        _image_weights=image_weights,
+        _class_texts=texts,
+        _text_beliefs=text_beliefs,
+        _features=x,
+        _scale=scale,
+        _settings=cfg,
+    )
+
+
+def nearest(queries: Tensor, features: Tensor, k: int, *, skip_self: bool = False) -> tuple[Tensor, Tensor]:
+    """The k nearest of `features` by cosine, block by block, so that memory does not grow with n squared.
+
+    Args:
+        queries: unit rows, `(m, dim)`.
+        features: unit rows, `(n, dim)`.
+        k: how many; fewer where there are not so many.
+        skip_self: the queries are the features, and none is its own neighbour.
+
+    Returns:
+        Rows of `features` `(m, k)`, best first, and their weights `(m, k)`: cosines, at least 0, that sum to 1 in a
+        row, or to 0 where all are 0.
+    """
+    k = min(k, len(features) - skip_self)
+    rows = torch.empty((len(queries), k), dtype=torch.int64, device=queries.device)
+    weights = queries.new_empty((len(queries), k))
+    size = max(1, BLOCK_NUMBERS // len(features))
+    for start in range(0, len(queries), size):
+        block = slice(start, start + size)
+        cosines = queries[block] @ features.T
+        if skip_self:
+            own = torch.arange(len(cosines), device=cosines.device)
+            cosines[own, own + start] = -2
+        best = cosines.topk(k, dim=1)
+        rows[block], weights[block] = best.indices, best.values
+    weights.clamp_(min=0)
+    return rows, weights / weights.sum(1, keepdim=True).clamp(min=FLOOR)
+
+
+def smooth(own: Tensor, beliefs: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """Half of an image's own beliefs and half of its neighbours', `(m, classes)`; its own alone without neighbours.
+
+    Args:
+        own: `(m, classes)`.
+        beliefs: of those who may be neighbours, `(n, classes)`.
+        rows, weights: from `nearest`, `(m, k)`.
+    """
+    share = weights.sum(1, keepdim=True) / 2
+    result = (1 - share) * own
+    for row, weight in zip(rows.unbind(1), weights.unbind(1), strict=True):  # never (m, k, classes) at once
+        result.addcmul_(beliefs[row], weight[:, None], value=0.5)
+    return result
+
+
+def whitening(features: Tensor, shrinkage: float) -> Tensor:
+    """`(C + shrinkage |C|)^(-1/2)`, symmetric `(dim, dim)`, with C the second moment and |C| its largest eigenvalue.
+
+    Directions in which all images of the domain vary (pose, colour, drawing style) count less. Relative to |C| it does
+    not matter how long the features are; with a large shrinkage it tends to a multiple of the identity.
+    """
+    moment = features.T.double() @ features.double() / len(features)
+    values, vectors = torch.linalg.eigh(moment)
+    largest = values[-1].clamp(min=FLOOR)
+    return ((vectors * (values.clamp(min=0) + shrinkage * largest).rsqrt()) @ vectors.T).to(features.dtype)
