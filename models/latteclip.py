@@ -200,8 +200,8 @@ def latte_step(
         prototypes: `mu`, unit rows, `(classes, dim)`.
         scale: `s = exp(logit_scale)`.
         mixer_prototypes: what margins are measured on; by default `prototypes`.
-        has_image_text, has_group_text: `(n,)` bool, False where a text is missing: its weight is then 0. A sample
-            left without any text has its prototype as target.
+        has_image_text, has_group_text: `(n,)` bool, False where a text is missing: its weight is then 0; or numbers
+            from 0 to 1 that multiply the weights. A sample left without any text has its prototype as target.
     """
     mu = prototypes.detach()
     tuned_labels = classify(image_features.detach(), mu).argmax(1)
@@ -213,7 +213,7 @@ def latte_step(
         (group_texts, has_group_text, cfg.use_group_texts),
     ):
         weight = margins(texts, reference) * used
-        others.append(weight if has_text is None else torch.where(has_text, weight, 0))
+        others.append(weight if has_text is None else weight * has_text)
 
     branches = {"tuned": tuned_labels, "zero_shot": zero_shot_labels}
     losses, labels, contributions = {}, [], []
@@ -258,6 +258,8 @@ class TuneData:
         group_texts: descriptions of groups, `(groups, length or dim)`. At each step an image gets that of a random
             group of its pseudo-class (2.4); a class without groups does without.
         group_classes: pseudo-class of each group, `(groups,)` int64.
+        image_weights, group_weights: what a screening thinks of each text, 0 to 1, `(n,)` and `(groups,)`; multiplied
+            into the mixer's weights. None for 1.
         image_embeds: cached image embeds, `(n, dim)`, for `train` prototypes and projections.
         centre: subtracted from image embeds before they are normalized, `(dim,)`; None for nothing.
         pixels: images of a batch, for `train` last_blocks and all.
@@ -272,6 +274,8 @@ class TuneData:
     has_image_text: Tensor | None = None
     group_texts: Tensor | None = None
     group_classes: Tensor | None = None
+    image_weights: Tensor | None = None
+    group_weights: Tensor | None = None
     image_embeds: Tensor | None = None
     centre: Tensor | None = None
     pixels: Pixels | None = None
@@ -296,6 +300,8 @@ class TuneData:
             ("image_texts", (2,), len(self)),
             ("has_image_text", (1,), len(self)),
             ("group_texts", (2,), n_groups),
+            ("image_weights", (1,), len(self)),
+            ("group_weights", (1,), n_groups),
             ("image_embeds", (2,), len(self)),
         ):
             tensor = getattr(self, name)
@@ -579,6 +585,8 @@ def tune(
     has_image_text = data.has_image_text
     if has_image_text is None:
         has_image_text = torch.full((n,), data.image_texts is not None, device=device)
+    if data.image_weights is not None:
+        has_image_text = has_image_text * data.image_weights
     draw_groups = _group_sampler(data.group_classes, n_classes, device)
 
     def text_features(images: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -599,10 +607,12 @@ def tune(
     for epoch in range(n_epochs):
         epoch_prototypes = prototypes
         seen: list[Stats] = []
-        for step, drawn in enumerate(_batches(cfg, n, n_steps, batch_draws), start=epoch * n_steps):
+        for step, drawn in enumerate(batches(cfg, n, n_steps, batch_draws), start=epoch * n_steps):
             images = drawn.to(device)
             z = data.pseudo_labels[images]
             groups, has_group_text = draw_groups(z, group_draws)
+            if data.group_weights is not None:
+                has_group_text = has_group_text * data.group_weights[groups]
             with torch.set_grad_enabled(optimizer is not None):
                 batch = latte_step(
                     cfg,
@@ -636,7 +646,7 @@ def tune(
     return encoder.result(prototypes, history)
 
 
-def _batches(cfg: LatteClipSettings, n: int, n_steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+def batches(cfg: LatteClipSettings, n: int, n_steps: int, generator: torch.Generator) -> Iterator[Tensor]:
     """The image numbers of each step of an epoch."""
     if cfg.sampling == "with_replacement":
         for _ in range(n_steps):
