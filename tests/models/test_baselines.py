@@ -1,0 +1,62 @@
+"""The baselines: that they are what they say, and nothing more."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.baselines import average, flyp, self_training
+from models.latteclip import TuneData, classify, tune, unit
+from models.losses import clip_loss
+from models.settings import LatteClipSettings
+
+CFG = LatteClipSettings(epochs=3, batch_size=8, lr=1e-3)
+
+
+def domain(seed: int = 0, n: int = 48) -> tuple[TuneData, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    classes = unit(torch.randn(3, 8, generator=generator))
+    truth = torch.arange(n) % 3
+    texts = unit(classes + 0.35 * torch.randn(3, 8, generator=generator))
+    images = unit(classes[truth] + 0.35 * torch.randn(n, 8, generator=generator))
+    return TuneData(pseudo_labels=classify(images, texts).argmax(1), class_texts=texts, image_embeds=2 * images), truth
+
+
+def test_flyp_is_the_contrastive_loss_on_the_class_texts_and_leaves_them() -> None:
+    data, _ = domain()
+    found = flyp(CFG.model_copy(update={"batch_size": 48, "epochs": 1}), data, seed=0, scale=20.0)
+    assert found.prototypes.equal(data.class_texts) or torch.allclose(found.prototypes, data.class_texts)
+    expected = clip_loss(unit(data.image_embeds), data.class_texts[data.pseudo_labels], 10.0)
+    assert found.history[0]["loss"] == pytest.approx(float(expected), abs=1e-5)
+    # Descriptions of the images, were there any, do not enter.
+    described = TuneData(
+        pseudo_labels=data.pseudo_labels, class_texts=data.class_texts, image_embeds=data.image_embeds,
+        image_texts=torch.randn(48, 8),
+    )  # fmt: skip
+    torch.testing.assert_close(flyp(CFG, data).image_map, flyp(CFG, described).image_map)
+
+
+def test_self_training_starts_with_the_given_labels_and_goes_on_with_its_own() -> None:
+    data, _ = domain()
+    one = CFG.model_copy(update={"batch_size": 48, "epochs": 1})
+    found = self_training(one, data, scale=20.0)
+    expected = F.cross_entropy(10 * unit(data.image_embeds) @ data.class_texts.T, data.pseudo_labels)
+    assert found.history[0]["loss"] == pytest.approx(float(expected), abs=1e-5)
+    longer = self_training(CFG, data, seed=1)
+    assert longer.history[-1]["loss"] < longer.history[0]["loss"]
+    assert longer.image_map.equal(self_training(CFG, data, seed=1).image_map)
+    assert not longer.image_map.equal(self_training(CFG, data, seed=2).image_map)
+    with pytest.raises(ValueError, match="self_training needs"):
+        self_training(CFG, TuneData(pseudo_labels=data.pseudo_labels, class_texts=data.class_texts))
+
+
+def test_average_goes_from_the_tuned_model_to_zero_shot() -> None:
+    data, _ = domain()
+    found = tune(CFG, data, scale=20.0)
+    for share, prototypes, image_map in ((0, found.prototypes, found.image_map), (1, data.class_texts, torch.eye(8))):
+        moved, their_map = average(found.prototypes, found.image_map, data.class_texts, share)
+        torch.testing.assert_close(moved, prototypes)
+        torch.testing.assert_close(their_map, image_map)
+    half, _ = average(found.prototypes, None, data.class_texts)
+    torch.testing.assert_close(half, unit(found.prototypes + data.class_texts))
