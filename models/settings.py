@@ -266,3 +266,12 @@ class TransductionSettings(Settings):
     """Rounds of means and assignments at most."""
     tolerance: float = Field(default=1e-4, ge=0)
     """The rounds end when fewer than this share of the assignments moves."""
+
+
+class LatteClipPlusSettings(Settings):
+    """latteclip_plus (:mod:`models.plus`); LatteCLIP's part has LatteCLIP's settings."""
+
+    transduction: TransductionSettings = TransductionSettings()
+    """Of every transduction."""
+    rounds: int = Field(default=1, ge=1)
+    """How often LatteCLIP tunes; transduction stands before, between and after."""
