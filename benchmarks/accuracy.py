@@ -1,0 +1,309 @@
+"""Domains x methods x seeds: top-1 in percent, with 95 % intervals and differences to the better zero-shot.
+
+    python -m benchmarks.accuracy domains/demo.yaml domains/clipart.yaml [--imbalance 10 50] [--few-classes]
+        [--cases inductive] [--methods transduction latteclip_plus] [--seeds 0 1 2] [--store runs/store]
+
+Images, features, texts and groups come from the pipeline's own stages and its store; nothing is made twice. Labels are
+opened when everything has been predicted; they also choose the images of the variants. No method sees which variant,
+domain or number of classes it is run on, and all have one configuration.
+
+Inductive: adapted on the domain's images, tested on its evaluation images. Transductive: adapted and tested on the
+evaluation images, whole, with a long tail (the largest class keeps its images, the smallest an N-th, geometrically),
+or with a quarter of the classes. Intervals resample the images, not the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from models import clip
+from models.baselines import average, flyp, self_training
+from models.latteclip import LatteClipResult, TuneData, tune, unit
+from models.metrics import bootstrap_interval
+from models.plus import tune_plus
+from models.settings import LatteClipPlusSettings, LatteClipSettings, TransductionSettings
+from models.transduction import transduce
+from storage.shards import read_index
+from storage.tables import read_parquet
+from tasks.describe import describe
+from tasks.domain import Domain
+from tasks.embed import embed
+from tasks.evaluate import _truth
+from tasks.features import Features, read_features
+from tasks.group import group
+from tasks.shard import Split, shard
+from tasks.stage import open_store
+
+SHARE = 0.25
+"""Of the classes, in the few-classes variant."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """One split of a domain: embeds `(n, dim)`, truth `(n,)`, and text features with a mask, for images and groups."""
+
+    embeds: Tensor
+    truth: np.ndarray
+    texts: Tensor
+    has_text: Tensor
+    group_texts: Tensor
+    members: list[np.ndarray]
+
+    def only(self, rows: np.ndarray) -> Images:
+        """Some of the images, and the groups they are all of."""
+        place = {int(row): number for number, row in enumerate(rows)}
+        whole = [g for g, members in enumerate(self.members) if all(int(m) in place for m in members)]
+        members = [np.array([place[int(m)] for m in self.members[g]]) for g in whole]
+        chosen = torch.from_numpy(rows)
+        return Images(
+            self.embeds[chosen], self.truth[rows], self.texts[chosen], self.has_text[chosen], self.group_texts[whole],
+            members,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a method adapts to and is tested on; the same images where it is transductive."""
+
+    train: Images
+    test: Images
+    class_texts: Tensor
+    scale: float
+    centred: bool
+
+    @property
+    def centre(self) -> Tensor:
+        return self.train.embeds.mean(0)
+
+    def features(self, images: Images, centred: bool) -> Tensor:
+        return unit(images.embeds - self.centre) if centred else unit(images.embeds)
+
+    def data(self, *, texts: bool = True) -> TuneData:
+        """What the tuning methods are given."""
+        train = self.train
+        z = (self.features(train, self.centred) @ self.class_texts.T).argmax(1)
+        found = TuneData(
+            pseudo_labels=z,
+            class_texts=self.class_texts,
+            image_embeds=train.embeds,
+            centre=self.centre if self.centred else None,
+        )
+        if not texts:
+            return found
+        found = replace(found, image_texts=train.texts, has_image_text=train.has_text)
+        if not train.members:
+            return found
+        classes = torch.stack([z[torch.from_numpy(members)].mode().values for members in train.members])
+        return replace(found, group_texts=train.group_texts, group_classes=classes)
+
+
+Predict = Callable[[Case, int], Tensor]
+"""A method: the case and a seed to logits of the test images `(m, classes)`."""
+
+
+def zero_shot(centred: bool) -> Predict:
+    return lambda case, seed: case.features(case.test, centred) @ case.class_texts.T
+
+
+def transduction(case: Case, seed: int) -> Tensor:
+    found = transduce(TransductionSettings(), case.features(case.train, case.centred), case.class_texts, case.scale)
+    return found.assignments if case.test is case.train else found.predict(case.features(case.test, case.centred))
+
+
+def tuned(method: Callable[..., LatteClipResult], *, texts: bool = True, share: float = 0.0) -> Predict:
+    def predict(case: Case, seed: int) -> Tensor:
+        found = method(LatteClipSettings(), case.data(texts=texts), seed=seed, scale=case.scale)
+        return logits(case, *average(found.prototypes, found.image_map, case.class_texts, share))
+
+    return predict
+
+
+def plus(*, texts: bool = True) -> Predict:
+    def predict(case: Case, seed: int) -> Tensor:
+        data = case.data(texts=texts)
+        found = tune_plus(LatteClipPlusSettings(), LatteClipSettings(), data, seed=seed, scale=case.scale)
+        return found.assignments if case.test is case.train else logits(case, found.prototypes, found.image_map)
+
+    return predict
+
+
+def logits(case: Case, prototypes: Tensor, image_map: Tensor | None) -> Tensor:
+    moved = case.test.embeds - case.centre if case.centred else case.test.embeds
+    return unit(moved if image_map is None else moved @ image_map) @ prototypes.T
+
+
+METHODS: Mapping[str, Predict] = {
+    "zero_shot_plain": zero_shot(centred=False),
+    "zero_shot_centred": zero_shot(centred=True),
+    "self_training": tuned(self_training),
+    "flyp": tuned(flyp),
+    "latteclip": tuned(tune),
+    "latteclip_no_texts": tuned(tune, texts=False),
+    "latteclip_averaged": tuned(tune, share=0.5),
+    "transduction": transduction,
+    "latteclip_plus": plus(),
+    "latteclip_plus_no_texts": plus(texts=False),
+}
+SEEDLESS = ("zero_shot_plain", "zero_shot_centred", "transduction")
+SETS = ("zero_shot_plain", "zero_shot_centred")
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("domains", nargs="+", type=Path)
+    options.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    options.add_argument("--imbalance", nargs="*", type=int, default=[])
+    options.add_argument("--few-classes", action="store_true")
+    options.add_argument(
+        "--cases", nargs="*", choices=["inductive", "transductive"], default=["inductive", "transductive"]
+    )
+    options.add_argument("--store", help="instead of the domains' own")
+    options.add_argument("--threads", type=int, default=1)
+    chosen = options.parse_args()
+    torch.set_num_threads(chosen.threads)
+    methods = list(dict.fromkeys([*SETS, *chosen.methods]))
+    rows: dict[str, dict[str, list[tuple[np.ndarray, float]]]] = {}
+    names = []
+    for path in chosen.domains:
+        domain = Domain.load(path)
+        if chosen.store:
+            domain = domain.model_copy(update={"store": str(Path(chosen.store).resolve())})
+        names.append(domain.name)
+        for kind, cases in build(domain, chosen.imbalance, chosen.few_classes, chosen.cases):
+            for method in methods:
+                found = run(METHODS[method], cases, [0] if method in SEEDLESS else chosen.seeds)
+                rows.setdefault(kind, {}).setdefault(method, []).append(found)
+                sys.stderr.write(f"{domain.name} {kind} {method} {100 * found[0].mean():.1f} {found[1]:.1f} s\n")
+    for kind, table in rows.items():
+        sys.stdout.write(f"\n### {kind}\n\n{markdown(names, table)}\n")
+
+
+def run(method: Predict, cases: Sequence[Case], seeds: Sequence[int]) -> tuple[np.ndarray, float]:
+    """Correct or not for each test image, its mean over seeds, `(m,)`, all cases on end; seconds for one adaptation."""
+    begin = time.perf_counter()
+    said = [[method(case, seed).argmax(1).numpy() for seed in seeds] for case in cases]
+    seconds = (time.perf_counter() - begin) / len(seeds) / len(cases)
+    correct = [
+        np.mean([labels == case.test.truth for labels in runs], axis=0) for runs, case in zip(said, cases, strict=True)
+    ]
+    return np.concatenate(correct), seconds
+
+
+def markdown(names: Sequence[str], table: Mapping[str, Sequence[tuple[np.ndarray, float]]]) -> str:
+    """A row for each method: top-1 with its interval, and its gain with its own, for each domain; means; seconds."""
+    best = [max((table[name][d][0] for name in SETS), key=lambda correct: correct.mean()) for d in range(len(names))]
+    lines = [
+        "| method | " + " | ".join(names) + " | mean | gain | s |",
+        "| --- | " + "--- | " * len(names) + "--- | --- | --- |",
+    ]
+    for method, found in table.items():
+        cells = []
+        for (correct, _), base in zip(found, best, strict=True):
+            low, high = bootstrap_interval(correct)
+            cell = f"{100 * correct.mean():.1f} ({100 * low:.1f} to {100 * high:.1f})"
+            if method not in SETS:
+                low, high = bootstrap_interval(correct - base)
+                cell += f", {100 * (correct - base).mean():+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+            cells.append(cell)
+        mean = 100 * np.mean([correct.mean() for correct, _ in found])
+        gain = 100 * np.mean([correct.mean() - base.mean() for (correct, _), base in zip(found, best, strict=True)])
+        seconds = np.mean([seconds for _, seconds in found])
+        lines.append(f"| {method} | " + " | ".join(cells) + f" | {mean:.1f} | {gain:+.1f} | {seconds:.1f} |")
+    return "\n".join(lines)
+
+
+# --- cases ------------------------------------------------------------------------------------------------------------
+
+
+def build(domain: Domain, imbalance: Sequence[int], few: bool, cases: Sequence[str]) -> list[tuple[str, list[Case]]]:
+    """The cases of a domain; the variants are three draws each."""
+    train, test, class_texts = load(domain)
+    settings = class_texts, clip.load(domain.clip).scale, clip.is_centred(domain.clip)
+    labelled = np.flatnonzero(test.truth >= 0)
+    known = test.only(labelled) if len(labelled) < len(test.truth) else test
+    found = []
+    if "inductive" in cases:
+        found.append(("inductive", [Case(train, known, *settings)]))
+    if "transductive" in cases:
+        found.append(("transductive", [Case(known, known, *settings)]))
+    variants: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
+        f"transductive, imbalance {ratio}": lambda draw, ratio=ratio: long_tail(known.truth, ratio, draw)  # type: ignore[misc]
+        for ratio in imbalance
+    }
+    if few:
+        variants["transductive, few classes"] = lambda draw: few_classes(known.truth, len(class_texts), draw)
+    for name, rows in variants.items():
+        parts = [known.only(rows(np.random.default_rng(seed))) for seed in range(3)]
+        found.append((name, [Case(part, part, *settings) for part in parts]))
+    return found
+
+
+def long_tail(truth: np.ndarray, ratio: int, draw: np.random.Generator) -> np.ndarray:
+    """Rows of a part with a long tail: in a random order of the classes, shares go from 1 down to 1/ratio."""
+    order = draw.permutation(np.unique(truth))
+    rows = []
+    for rank, label in enumerate(order):
+        own = draw.permutation(np.flatnonzero(truth == label))
+        rows.append(own[: max(1, round(len(own) * ratio ** (-rank / max(1, len(order) - 1))))])
+    return np.sort(np.concatenate(rows))
+
+
+def few_classes(truth: np.ndarray, classes: int, draw: np.random.Generator) -> np.ndarray:
+    """Rows of the images of a quarter of the classes; all class names stay candidates."""
+    present = np.unique(truth)
+    kept = draw.permutation(present)[: max(2, round(SHARE * classes))]
+    return np.flatnonzero(np.isin(truth, kept))
+
+
+def load(domain: Domain) -> tuple[Images, Images, Tensor]:
+    """Training and evaluation images, and the class texts' features, through the pipeline's stages."""
+    if domain.evaluation is None or domain.evaluation.source is None:
+        raise SystemExit(f"domain {domain.name!r} needs `evaluation:` with `source` and `labels`")
+    train, found = split(domain, "train")
+    # Texts that lie beside the images are looked up by their source.
+    test, _ = split(domain, "test", domain.model_copy(update={"source": domain.evaluation.source}))
+    return train, test, torch.from_numpy(found.class_features)
+
+
+def split(domain: Domain, name: Split, texts_of: Domain | None = None) -> tuple[Images, Features]:
+    store, described_as = open_store(domain), texts_of or domain
+    shards = shard(domain, name)
+    embedded = embed(domain, shards)
+    described, grouped = describe(described_as, shards, embedded), group(described_as, shards, embedded)
+    found, captions = read_features(store.open(embedded.ref)), store.open(described.ref)
+    table = pl.concat([read_parquet(captions.read(part)) for part in captions.names(".captions.parquet")])
+    by_key = dict(zip(table["member_keys"].list.first(), table["text"], strict=True))
+    texts = [by_key.get(key, "") for key in found.keys]
+    groups = read_parquet(store.open(grouped.ref).read("groups.parquet")).filter(pl.col("text") != "")
+    place = {key: row for row, key in enumerate(found.keys)}
+    every = list(dict.fromkeys([*texts, *groups["text"]]))
+    row = {text: number for number, text in enumerate(every)}
+    features = torch.from_numpy(np.asarray(clip.load(domain.clip).text_features(every)))
+    index = read_index(store.open(shards.ref)).filter(pl.col("key").is_in(found.keys))
+    paths = dict(index.select("key", "path").iter_rows())
+    truth = np.full(len(found.keys), -1)
+    if name == "test":
+        truth = _truth(domain, [paths[key] for key in found.keys])
+    return Images(
+        embeds=torch.from_numpy(found.embeds),
+        truth=truth,
+        texts=features[[row[text] for text in texts]],
+        has_text=torch.tensor([text != "" for text in texts]),
+        group_texts=features[[row[text] for text in groups["text"]]],
+        members=[np.array([place[key] for key in keys]) for keys in groups["member_keys"]],
+    ), found
+
+
+if __name__ == "__main__":
+    main()
