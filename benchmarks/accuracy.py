@@ -9,7 +9,8 @@ domain or number of classes it is run on, and all have one configuration.
 
 Inductive: adapted on the domain's images, tested on its evaluation images. Transductive: adapted and tested on the
 evaluation images, whole, with a long tail (the largest class keeps its images, the smallest an N-th, geometrically),
-or with a quarter of the classes. Intervals resample the images, not the seeds.
+or with a quarter of the classes. Intervals resample the images, not the seeds; the
+variants' three draws share images, so that theirs are somewhat narrow.
 """
 
 from __future__ import annotations
