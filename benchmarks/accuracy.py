@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import polars as pl
@@ -28,12 +29,10 @@ import torch
 from torch import Tensor
 
 from models import clip
-from models.baselines import average, flyp, self_training
-from models.latteclip import LatteClipResult, TuneData, tune, unit
+from models.latteclip import TuneData, unit
+from models.methods import adapt
 from models.metrics import bootstrap_interval
-from models.plus import tune_plus
-from models.settings import LatteClipPlusSettings, LatteClipSettings, TransductionSettings
-from models.transduction import transduce
+from models.settings import SEEDLESS, LatteClipSettings, Method, TransductionSettings
 from storage.shards import read_index
 from storage.tables import read_parquet
 from tasks.describe import describe
@@ -116,46 +115,25 @@ def zero_shot(centred: bool) -> Predict:
     return lambda case, seed: case.features(case.test, centred) @ case.class_texts.T
 
 
-def transduction(case: Case, seed: int) -> Tensor:
-    found = transduce(TransductionSettings(), case.features(case.train, case.centred), case.class_texts, case.scale)
-    return found.assignments if case.test is case.train else found.predict(case.features(case.test, case.centred))
-
-
-def tuned(method: Callable[..., LatteClipResult], *, texts: bool = True, share: float = 0.0) -> Predict:
+def adapted(method: Method, *, texts: bool = True) -> Predict:
     def predict(case: Case, seed: int) -> Tensor:
-        found = method(LatteClipSettings(), case.data(texts=texts), seed=seed, scale=case.scale)
-        return logits(case, *average(found.prototypes, found.image_map, case.class_texts, share))
+        settings = LatteClipSettings(), TransductionSettings()
+        found = adapt(method, case.data(texts=texts), *settings, seed=seed, scale=case.scale)
+        if found.assignments is not None and case.test is case.train:
+            return found.assignments
+        moved = case.test.embeds - case.centre if case.centred else case.test.embeds
+        return unit(moved if found.image_map is None else moved @ found.image_map) @ found.prototypes.T
 
     return predict
-
-
-def plus(*, texts: bool = True) -> Predict:
-    def predict(case: Case, seed: int) -> Tensor:
-        data = case.data(texts=texts)
-        found = tune_plus(LatteClipPlusSettings(), LatteClipSettings(), data, seed=seed, scale=case.scale)
-        return found.assignments if case.test is case.train else logits(case, found.prototypes, found.image_map)
-
-    return predict
-
-
-def logits(case: Case, prototypes: Tensor, image_map: Tensor | None) -> Tensor:
-    moved = case.test.embeds - case.centre if case.centred else case.test.embeds
-    return unit(moved if image_map is None else moved @ image_map) @ prototypes.T
 
 
 METHODS: Mapping[str, Predict] = {
     "zero_shot_plain": zero_shot(centred=False),
     "zero_shot_centred": zero_shot(centred=True),
-    "self_training": tuned(self_training),
-    "flyp": tuned(flyp),
-    "latteclip": tuned(tune),
-    "latteclip_no_texts": tuned(tune, texts=False),
-    "latteclip_averaged": tuned(tune, share=0.5),
-    "transduction": transduction,
-    "latteclip_plus": plus(),
-    "latteclip_plus_no_texts": plus(texts=False),
+    **{method: adapted(method) for method in get_args(Method)},
+    "latteclip_no_texts": adapted("latteclip", texts=False),
+    "latteclip_plus_no_texts": adapted("latteclip_plus", texts=False),
 }
-SEEDLESS = ("zero_shot_plain", "zero_shot_centred", "transduction")
 SETS = ("zero_shot_plain", "zero_shot_centred")
 
 
@@ -183,7 +161,7 @@ def main() -> None:
         names.append(domain.name)
         for kind, cases in build(domain, chosen.imbalance, chosen.few_classes, chosen.cases):
             for method in methods:
-                found = run(METHODS[method], cases, [0] if method in SEEDLESS else chosen.seeds)
+                found = run(METHODS[method], cases, [0] if method in (*SETS, *SEEDLESS) else chosen.seeds)
                 rows.setdefault(kind, {}).setdefault(method, []).append(found)
                 sys.stderr.write(f"{domain.name} {kind} {method} {100 * found[0].mean():.1f} {found[1]:.1f} s\n")
     for kind, table in rows.items():

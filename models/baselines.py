@@ -1,32 +1,50 @@
-"""What LatteCLIP is compared with: FLYP, self-training on pseudo-labels, averaging with zero-shot in weight space.
+"""What LatteCLIP is compared with: FLYP, and self-training on pseudo-labels.
 
-All train what LatteCLIP's `projections` trains, one linear map after the image tower, on the same cached embeds, with
+Both train what LatteCLIP's `projections` trains, one linear map after the image tower, on the same cached embeds, with
 the same batches, steps and learning rate: they differ in the loss and nothing else. They read no text but the classes'.
+FLYP can train towers as well.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.latteclip import LatteClipResult, TuneData, batches, tune, unit
+from models.latteclip import LatteClipResult, Stats, TuneData, batches, tune, unit
 from models.losses import at_least_float32
 from models.schedule import steps_per_epoch, warmup_cosine
-from models.settings import LatteClipSettings
+from models.settings import OF_TEXTS, LatteClipSettings
 
 
-def flyp(cfg: LatteClipSettings, data: TuneData, *, seed: int = 0, scale: float = 100.0) -> LatteClipResult:
+def flyp(
+    cfg: LatteClipSettings,
+    data: TuneData,
+    *,
+    seed: int = 0,
+    clip: nn.Module | None = None,
+    scale: float = 100.0,
+    on_epoch: Callable[[int, Stats], None] | None = None,
+) -> LatteClipResult:
     """Finetune Like You Pretrain (arXiv 2212.00638) on zero-shot pseudo-labels.
 
     The contrastive loss of images against the class text of their pseudo-label. That is LatteCLIP with alpha = 0 and
     one label, whose prototypes stay the class texts.
     """
-    only = cfg.model_copy(update={"alpha": 0.0, "labels": "zero_shot"})
-    return tune(only, data, seed=seed, scale=scale)
+    only = LatteClipSettings(**cfg.model_dump(exclude=OF_TEXTS), alpha=0.0, labels="zero_shot")
+    return tune(only, data, seed=seed, clip=clip, scale=scale, on_epoch=on_epoch)
 
 
-def self_training(cfg: LatteClipSettings, data: TuneData, *, seed: int = 0, scale: float = 100.0) -> LatteClipResult:
+def self_training(
+    cfg: LatteClipSettings,
+    data: TuneData,
+    *,
+    seed: int = 0,
+    scale: float = 100.0,
+    on_epoch: Callable[[int, Stats], None] | None = None,
+) -> LatteClipResult:
     """Self-training on CLIP features: cross-entropy on the labels that the model itself gave at the epoch's start.
 
     The first epoch's are zero-shot's (`data.pseudo_labels`). The classifier stays the class texts; the map learns.
@@ -46,7 +64,8 @@ def self_training(cfg: LatteClipSettings, data: TuneData, *, seed: int = 0, scal
     )
     generator = torch.Generator().manual_seed(3 * seed)
     n_steps, n_epochs = steps_per_epoch(len(x), cfg.batch_size), cfg.n_epochs(len(x))
-    labels, history, step = data.pseudo_labels, [], 0
+    history: list[Stats] = []
+    labels, step = data.pseudo_labels, 0
     for epoch in range(n_epochs):
         losses = []
         for drawn in batches(cfg, len(x), n_steps, generator):
@@ -64,6 +83,8 @@ def self_training(cfg: LatteClipSettings, data: TuneData, *, seed: int = 0, scal
             labels = (unit(x @ image_map) @ classes.T).argmax(1)
         agreement = float((labels == data.pseudo_labels).float().mean())
         history.append({"epoch": epoch, "loss": sum(losses) / len(losses), "agreement": agreement})
+        if on_epoch is not None:
+            on_epoch(epoch, history[-1])
     return LatteClipResult(
         prototypes=classes, image_map=image_map.detach(), text_map=None, clip=None, scale=scale, history=history
     )
@@ -73,24 +94,3 @@ def class_features(data: TuneData) -> Tensor:
     """Unit text feature of each class, `(classes, dim)`, the mean direction over its templates."""
     texts = unit(at_least_float32(data.class_texts))
     return unit(texts.mean(1)) if texts.ndim == 3 else texts
-
-
-def average(
-    prototypes: Tensor, image_map: Tensor | None, class_texts: Tensor, share: float = 0.5
-) -> tuple[Tensor, Tensor | None]:
-    """The straight line from a tuned model to zero-shot, in weights (WiSE-FT, arXiv 2109.01903).
-
-    Args:
-        prototypes: unit rows, `(classes, dim)`.
-        image_map: `(dim, dim)` or None.
-        class_texts: unit rows, `(classes, dim)`: the zero-shot classifier; its map is the identity.
-        share: of zero-shot, 0 to 1.
-
-    Returns:
-        Prototypes with unit rows, and the map.
-    """
-    moved = unit((1 - share) * prototypes + share * class_texts)
-    if image_map is None:
-        return moved, None
-    identity = torch.eye(len(image_map), dtype=image_map.dtype, device=image_map.device)
-    return moved, torch.lerp(image_map, identity, share)

@@ -200,8 +200,8 @@ def latte_step(
         prototypes: `mu`, unit rows, `(classes, dim)`.
         scale: `s = exp(logit_scale)`.
         mixer_prototypes: what margins are measured on; by default `prototypes`.
-        has_image_text, has_group_text: `(n,)` bool, False where a text is missing: its weight is then 0; or numbers
-            from 0 to 1 that multiply the weights. A sample left without any text has its prototype as target.
+        has_image_text, has_group_text: `(n,)` bool, False where a text is missing: its weight is then 0. A sample
+            left without any text has its prototype as target.
     """
     mu = prototypes.detach()
     tuned_labels = classify(image_features.detach(), mu).argmax(1)
@@ -213,7 +213,7 @@ def latte_step(
         (group_texts, has_group_text, cfg.use_group_texts),
     ):
         weight = margins(texts, reference) * used
-        others.append(weight if has_text is None else weight * has_text)
+        others.append(weight if has_text is None else torch.where(has_text, weight, 0))
 
     branches = {"tuned": tuned_labels, "zero_shot": zero_shot_labels}
     losses, labels, contributions = {}, [], []
@@ -258,8 +258,6 @@ class TuneData:
         group_texts: descriptions of groups, `(groups, length or dim)`. At each step an image gets that of a random
             group of its pseudo-class (2.4); a class without groups does without.
         group_classes: pseudo-class of each group, `(groups,)` int64.
-        image_weights, group_weights: what a screening thinks of each text, 0 to 1, `(n,)` and `(groups,)`; multiplied
-            into the mixer's weights. None for 1.
         image_embeds: cached image embeds, `(n, dim)`, for `train` prototypes and projections.
         centre: subtracted from image embeds before they are normalized, `(dim,)`; None for nothing.
         pixels: images of a batch, for `train` last_blocks and all.
@@ -274,8 +272,6 @@ class TuneData:
     has_image_text: Tensor | None = None
     group_texts: Tensor | None = None
     group_classes: Tensor | None = None
-    image_weights: Tensor | None = None
-    group_weights: Tensor | None = None
     image_embeds: Tensor | None = None
     centre: Tensor | None = None
     pixels: Pixels | None = None
@@ -300,8 +296,6 @@ class TuneData:
             ("image_texts", (2,), len(self)),
             ("has_image_text", (1,), len(self)),
             ("group_texts", (2,), n_groups),
-            ("image_weights", (1,), len(self)),
-            ("group_weights", (1,), n_groups),
             ("image_embeds", (2,), len(self)),
         ):
             tensor = getattr(self, name)
@@ -339,6 +333,8 @@ class LatteClipResult:
         history: one dict per epoch: epoch, step (done so far), lr (of the last step), scale, loss, tuned_loss,
             zero_shot_loss, agreement (share of y = z), class_weight, image_weight, group_weight (mean shares in the
             mixer), drift (mean over classes of 1 - cosine of a prototype and its start).
+        assignments: soft classes of the domain's own images, `(n, classes)`, from a method that classifies them
+            together, and so better than one by one with the prototypes; else None.
     """
 
     prototypes: Tensor
@@ -347,6 +343,7 @@ class LatteClipResult:
     clip: nn.Module | None
     scale: float
     history: list[Stats]
+    assignments: Tensor | None = None
 
 
 # --- what learns ------------------------------------------------------------------------------------------------------
@@ -585,8 +582,6 @@ def tune(
     has_image_text = data.has_image_text
     if has_image_text is None:
         has_image_text = torch.full((n,), data.image_texts is not None, device=device)
-    if data.image_weights is not None:
-        has_image_text = has_image_text * data.image_weights
     draw_groups = _group_sampler(data.group_classes, n_classes, device)
 
     def text_features(images: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -611,8 +606,6 @@ def tune(
             images = drawn.to(device)
             z = data.pseudo_labels[images]
             groups, has_group_text = draw_groups(z, group_draws)
-            if data.group_weights is not None:
-                has_group_text = has_group_text * data.group_weights[groups]
             with torch.set_grad_enabled(optimizer is not None):
                 batch = latte_step(
                     cfg,

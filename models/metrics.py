@@ -33,7 +33,7 @@ class Predictions:
 
 
 def predict(features: np.ndarray, weights: np.ndarray, scale: float, keep: int = 5) -> Predictions:
-    """Softmax of ``scale * <feature, weight>``; ties go to the class that was named first.
+    """What :func:`ranked` makes of the logits ``scale * <feature, weight>``.
 
     Args:
         features: unit rows ``(n, dim)``.
@@ -41,8 +41,12 @@ def predict(features: np.ndarray, weights: np.ndarray, scale: float, keep: int =
         scale: inverse temperature, exp(logit_scale).
         keep: candidates kept for each image.
     """
-    logits = scale * (features @ weights.T).astype(np.float64)
-    logits -= logits.max(axis=1, keepdims=True)
+    return ranked(scale * (features @ weights.T).astype(np.float64), keep)
+
+
+def ranked(logits: np.ndarray, keep: int = 5) -> Predictions:
+    """Softmax of ``(n, classes)`` float64 logits; ties go to the class that was named first."""
+    logits = logits - logits.max(axis=1, keepdims=True)
     probabilities = np.exp(logits)
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     order = np.argsort(-logits, axis=1, kind="stable")[:, : max(keep, 2)]

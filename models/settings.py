@@ -13,6 +13,13 @@ from models.schedule import steps_per_epoch
 
 DEFAULT_STEPS = 640
 
+Method = Literal["latteclip", "latteclip_plus", "transduction", "flyp", "self_training"]
+"""Ways to adapt: docs/methods.md."""
+SEEDLESS: frozenset[Method] = frozenset({"transduction"})
+"""Methods without random numbers."""
+READS_TEXTS: frozenset[Method] = frozenset({"latteclip", "latteclip_plus"})
+"""Methods that use the texts of images and groups."""
+
 
 class Settings(BaseModel):
     """Immutable, and a mistyped key is an error, not a silent default."""
@@ -146,6 +153,11 @@ DescriberSettings = Annotated[
 ]
 """Who writes the texts: ``kind`` is tags, sidecar, vllm or openai."""
 
+OF_TEXTS = {
+    "alpha", "labels", "use_class_texts", "use_image_texts", "use_group_texts", "mixer_axis", "zero_shot_class_weight",
+    "mixer_prototypes",
+}  # fmt: skip
+"""LatteCLIP's settings that no baseline has: what its targets are made of."""
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -253,8 +265,10 @@ class ScreenSettings(Settings):
     """A text that stands at more than this share of the images, and at five at least, is flagged and counts half."""
     floor: int = Field(default=3, ge=1)
     """Texts that a pseudo-class keeps, at a small weight, where screening would leave it none."""
+
+
 class TransductionSettings(Settings):
-    """Anchored transduction (:mod:`models.transduction`); the same for all domains."""
+    """Anchored transduction, by itself and in latteclip_plus (docs/methods.md)."""
 
     neighbours: int = Field(default=8, ge=1)
     """Nearest images whose text beliefs make up half of an image's own."""
@@ -266,12 +280,3 @@ class TransductionSettings(Settings):
     """Rounds of means and assignments at most."""
     tolerance: float = Field(default=1e-4, ge=0)
     """The rounds end when fewer than this share of the assignments moves."""
-
-
-class LatteClipPlusSettings(Settings):
-    """latteclip_plus (:mod:`models.plus`); LatteCLIP's part has LatteCLIP's settings."""
-
-    transduction: TransductionSettings = TransductionSettings()
-    """Of every transduction."""
-    rounds: int = Field(default=1, ge=1)
-    """How often LatteCLIP tunes; transduction stands before, between and after."""

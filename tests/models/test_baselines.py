@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.baselines import average, flyp, self_training
-from models.latteclip import TuneData, classify, tune, unit
+from models.baselines import flyp, self_training
+from models.latteclip import TuneData, classify, unit
 from models.losses import clip_loss
 from models.settings import LatteClipSettings
 
@@ -35,6 +35,9 @@ def test_flyp_is_the_contrastive_loss_on_the_class_texts_and_leaves_them() -> No
         image_texts=torch.randn(48, 8),
     )  # fmt: skip
     torch.testing.assert_close(flyp(CFG, data).image_map, flyp(CFG, described).image_map)
+    # Nor do LatteCLIP's settings of its texts.
+    other = CFG.model_copy(update={"alpha": 0.3, "labels": "tuned", "mixer_axis": "column", "use_class_texts": False})
+    assert flyp(CFG, data).image_map.equal(flyp(other, data).image_map)
 
 
 def test_self_training_starts_with_the_given_labels_and_goes_on_with_its_own() -> None:
@@ -49,14 +52,3 @@ def test_self_training_starts_with_the_given_labels_and_goes_on_with_its_own() -
     assert not longer.image_map.equal(self_training(CFG, data, seed=2).image_map)
     with pytest.raises(ValueError, match="self_training needs"):
         self_training(CFG, TuneData(pseudo_labels=data.pseudo_labels, class_texts=data.class_texts))
-
-
-def test_average_goes_from_the_tuned_model_to_zero_shot() -> None:
-    data, _ = domain()
-    found = tune(CFG, data, scale=20.0)
-    for share, prototypes, image_map in ((0, found.prototypes, found.image_map), (1, data.class_texts, torch.eye(8))):
-        moved, their_map = average(found.prototypes, found.image_map, data.class_texts, share)
-        torch.testing.assert_close(moved, prototypes)
-        torch.testing.assert_close(their_map, image_map)
-    half, _ = average(found.prototypes, None, data.class_texts)
-    torch.testing.assert_close(half, unit(found.prototypes + data.class_texts))
