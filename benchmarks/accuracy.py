@@ -38,7 +38,7 @@ from storage.tables import read_parquet
 from tasks.describe import describe
 from tasks.domain import Domain
 from tasks.embed import embed
-from tasks.evaluate import _truth
+from tasks.evaluate import read_truth
 from tasks.features import Features, read_features
 from tasks.group import group
 from tasks.shard import Split, shard
@@ -273,7 +273,7 @@ def split(domain: Domain, name: Split, texts_of: Domain | None = None) -> tuple[
     paths = dict(index.select("key", "path").iter_rows())
     truth = np.full(len(found.keys), -1)
     if name == "test":
-        truth = _truth(domain, [paths[key] for key in found.keys])
+        truth = read_truth(domain, [paths[key] for key in found.keys])
     return Images(
         embeds=torch.from_numpy(found.embeds),
         truth=truth,

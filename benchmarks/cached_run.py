@@ -106,7 +106,7 @@ def fabricate(store: ArtifactStore, domain: Domain, missing: NotMade, shards: St
             files = {f"{shard}.{kind}.parquet": parquet(table)}
             writer.put(str(shard), {"shard": shard}, files, rows=table.height)
     if missing.stage == "evaluate":
-        metrics = {"n_test": 0, "label_free": {"agreement": 1.0}}
+        metrics = {"n_test": 0, "methods": {}}
         writer.put("evaluation", {}, {"metrics.json": json.dumps(metrics).encode()})
     if missing.stage == "report":
         writer.put("page", {}, {"report.html": b"<p>made up"})

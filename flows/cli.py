@@ -248,14 +248,15 @@ def gc(
 def export(
     domain: DomainFile,
     folder: Annotated[Path, typer.Argument(help="Where to write the model.", show_default=False)],
-    seed: Annotated[int | None, typer.Option(help="Which of the adapted models; default: the first seed.")] = None,
+    method: Annotated[str | None, typer.Option(help="Adapted by this one of the domain's; default: the first.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Which of its models; default: the first seed.")] = None,
 ) -> None:
     """Write the adapted model as a folder that open_clip loads."""
     from tasks.tune import export_tuned
 
     settings = Domain.load(domain)
     results = {result.label: result for result in repaired(run_plainly, settings)}
-    export_tuned(settings, results["tune"], settings.seeds[0] if seed is None else seed, folder)
+    export_tuned(settings, results["tune"], seed, folder, method=method)
     out.print(f"model    {folder}")
 
 

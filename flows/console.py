@@ -69,8 +69,9 @@ def results(found: Iterable[StageResult]) -> Table:
 def scores(metrics: Mapping[str, Any]) -> Table | str:
     """The accuracies of a run; what can be said without labels, if there are none."""
     if not metrics["n_test"]:
-        free = metrics["label_free"]
-        return f"no labels: {1 - free['agreement']:.1%} of the images changed class; accuracy is unknown"
+        changed = {name: 1 - score["label_free"]["agreement"] for name, score in metrics["methods"].items()}
+        told = ", ".join(f"{share:.1%} by {name}" for name, share in changed.items())
+        return f"no labels: images that changed class: {told}; accuracy is unknown"
     table = _table(f"on {metrics['n_test']} test images", "top-1>", "95 % interval>", "gain over the better zero-shot>")
     for name, score in {**metrics["zero_shot"]["methods"], **metrics["methods"]}.items():
         gain = ""

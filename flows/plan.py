@@ -18,6 +18,7 @@ from tasks.changes import Images, image_changes
 from tasks.domain import Domain
 from tasks.history import History
 from tasks.stage import NotMade, StageResult, open_store, rules
+from tasks.tune import missing_models
 
 # The inputs of a stage whose change makes all of its work anew; any other change leaves the parts of old images.
 _REMAKES = {"embed": {"clip"}, "describe": {"describer", "prompts"}, "group": {"describer", "prompts", "size"}}
@@ -138,8 +139,7 @@ class _Planner:
         if step.name in ("describe", "group"):
             work, at_most = self._texts(step, planned, missing, old, anew=anew)
         elif step.name == "tune":
-            kept = set(old.inputs["seeds"]) if old and missing and missing.changes(old) == {"seeds"} else set()
-            work = len(set(self._domain.seeds) - kept)
+            work = self._models(step, planned)
         elif step.name == "report":
             work = 1
         else:
@@ -155,6 +155,13 @@ class _Planner:
             tokens=self._tokens(step.name, work, inputs) if planned.unit == "texts" else None,
             seconds=None if rate is None else rate * work,
         )
+
+    def _models(self, step: Step, planned: Planned) -> int:
+        """Models that no run has trained yet; all of them, where what they are trained on changes."""
+        if planned.behind or not all(self._planned[each].result for each in step.feeders):
+            return sum(len(self._domain.seeds_of(method)) for method in self._domain.method)
+        _, embedded, screened = (self._result(each) for each in step.args)
+        return missing_models(self._domain, embedded, screened)
 
     def _texts(
         self, step: Step, planned: Planned, missing: NotMade | None, old: Artifact | None, *, anew: bool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,15 +18,18 @@ from ruamel.yaml.error import YAMLError
 from models import prompts
 from models.errors import ModelError
 from models.settings import (
+    SEEDLESS,
     ClipSettings,
     DescriberSettings,
     LanguageModelSettings,
     LatteClipSettings,
+    Method,
     OpenAISettings,
     ScreenSettings,
     Settings,
     SidecarSettings,
     TagsSettings,
+    TransductionSettings,
     VllmSettings,
 )
 
@@ -102,8 +106,6 @@ class PriceSettings(Settings):
     """Estimate, until a run was timed."""
 
 
-Method = Literal["latteclip"]
-
 _KINDS: dict[str, type[BaseModel]] = {
     settings.model_fields["kind"].annotation.__args__[0]: settings  # type: ignore[union-attr]
     for settings in (TagsSettings, SidecarSettings, VllmSettings, OpenAISettings)
@@ -126,9 +128,13 @@ class Domain(Settings):
     clip: ClipSettings = ClipSettings()
     describer: DescriberSettings = TagsSettings()
     method: Annotated[list[Method], Field(min_length=1), BeforeValidator(_one_or_many)] = Field(default=["latteclip"])
+    """Ways to adapt, as the report lists them; it looks closely at the first, which is also what is exported."""
     latteclip: LatteClipSettings = LatteClipSettings()
+    """Of latteclip and latteclip_plus; flyp and self_training take from it what is not about texts."""
+    transduction: TransductionSettings = TransductionSettings()
+    """Of transduction and latteclip_plus."""
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
-    """One adapted model for each; figures are means over them."""
+    """One adapted model of each method for each; figures are means over them."""
     shard: ShardSettings = ShardSettings()
     embed: EmbedSettings = EmbedSettings()
     group: GroupSettings = GroupSettings()
@@ -175,6 +181,24 @@ class Domain(Settings):
                 f"is {self.describer.max_images}; raise it, or use `view: collage`",
             )
         return self
+
+    @model_validator(mode="after")
+    def _methods_can_run(self) -> Domain:
+        twice = [name for name, count in Counter(self.method).items() if count > 1]
+        if twice:
+            raise PydanticCustomError("method", f"`method`: {twice[0]} is named more than once")
+        frozen = [name for name in self.method if name in ("latteclip_plus", "self_training")]
+        if frozen and self.latteclip.trains_towers:
+            raise PydanticCustomError(
+                "method",
+                f"`method`: {' and '.join(frozen)} works on cached features, and `latteclip.train` is "
+                f"{self.latteclip.train}; use `train: projections`, or leave the method out",
+            )
+        return self
+
+    def seeds_of(self, method: Method) -> list[int | None]:
+        """One for each model of a method; None for a method without random numbers."""
+        return [None] if method in SEEDLESS else list(self.seeds)
 
     @functools.cached_property
     def prompt_pack(self) -> prompts.PromptPack | None:
@@ -311,9 +335,8 @@ def _explain(error: Mapping[str, Any], raw: Any) -> str:
     elif error["type"] == "string_type":
         message = f"{error['input']!r} is not text; put it in quotes"
     elif error["type"] == "literal_error":
-        near = difflib.get_close_matches(
-            str(error["input"]), str(error["ctx"]["expected"]).replace("'", "").split(" or "), 1
-        )
+        known = re.findall("'([^']*)'", str(error["ctx"]["expected"]))
+        near = difflib.get_close_matches(str(error["input"]), known, 1)
         message = f"{error['input']!r} is none of {error['ctx']['expected']}" + (
             f"; did you mean {near[0]}?" if near else ""
         )

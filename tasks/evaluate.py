@@ -16,6 +16,7 @@ import polars as pl
 
 from models import clip, metrics
 from models.metrics import Predictions
+from models.settings import Method
 from storage.artifacts import ArtifactWriter
 from storage.errors import DataError
 from storage.shards import read_index
@@ -27,6 +28,8 @@ from tasks.tables import digest_of_table, read_by_path
 from tasks.tune import read_tuned, tuned_features
 
 VERSION = 1
+FLOOR = 1e-300
+"""A probability of 0 has a logarithm all the same."""
 
 
 def evaluate(
@@ -37,7 +40,7 @@ def evaluate(
     Args:
         shards, embedded: the images to evaluate on.
         trained_on: features of the training images, whose mean is the centre (a test image is never averaged over).
-        tuned: the adapted models, one for each seed.
+        tuned: the adapted models, of each method one for each seed.
 
     Files: ``metrics.json`` and ``predictions.parquet`` (one row for each image, columns for each method).
 
@@ -53,6 +56,7 @@ def evaluate(
         "tune": tuned.ref.digest,
         "labels": labels_digest,
         "classes": domain.classes,
+        "method": domain.method,
         "seeds": domain.seeds,
     }
 
@@ -61,18 +65,22 @@ def evaluate(
         found, train = read_features(store.open(embedded.ref)), read_features(store.open(trained_on.ref))
         index = read_index(images).filter(pl.col("key").is_in(found.keys))
         paths = dict(index.select("key", "path").iter_rows())
-        truth = _truth(domain, [paths[key] for key in found.keys])
-        first = read_tuned(models, domain.seeds[0])
-        text, scale = found.class_features, first.scale
-        said = {
+        truth = read_truth(domain, [paths[key] for key in found.keys])
+        text, scale = found.class_features, read_tuned(models, domain.method[0], domain.seeds[0]).scale
+        is_own = embedded.ref == trained_on.ref
+
+        def answers(method: Method, seed: int | None) -> Predictions:
+            model = read_tuned(models, method, seed)
+            if is_own and model.assignments is not None:
+                return metrics.ranked(np.log(np.maximum(model.assignments, FLOOR, dtype=np.float64)))
+            return metrics.predict(tuned_features(domain, model, images, found), model.prototypes, model.scale)
+
+        said: dict[str, list[Predictions]] = {
             "zero_shot_plain": [metrics.predict(found.features, text, scale)],
             "zero_shot_centred": [metrics.predict(centred(found.embeds, train.centre), text, scale)],
-            "latteclip": [
-                metrics.predict(tuned_features(domain, read_tuned(models, seed), images, found), prototypes, scale)
-                for seed in domain.seeds
-                for prototypes in [read_tuned(models, seed).prototypes]
-            ],
         }
+        for method in domain.method:
+            said[method] = [answers(method, seed) for seed in domain.seeds_of(method)]
         report = _metrics(domain, said, truth, is_centred=clip.is_centred(domain.clip))
         table = _table(found.keys, [paths[key] for key in found.keys], truth, said)
         writer.put(
@@ -86,7 +94,7 @@ def evaluate(
     return run_stage(store, domain, "evaluate", VERSION, inputs, body)
 
 
-def _truth(domain: Domain, paths: Sequence[str]) -> np.ndarray:
+def read_truth(domain: Domain, paths: Sequence[str]) -> np.ndarray:
     """Class number of each image, -1 where it has no label."""
     if domain.evaluation is None:
         return np.full(len(paths), -1)
@@ -110,7 +118,7 @@ def _metrics(
     domain: Domain, said: Mapping[str, Sequence[Predictions]], truth: np.ndarray, *, is_centred: bool
 ) -> dict[str, Any]:
     labelled = truth >= 0
-    n = int(labelled.sum())
+    n, classes = int(labelled.sum()), len(domain.classes)
     report: dict[str, Any] = {"domain": domain.name, "n_test": n, "classes": domain.classes, "centred": is_centred}
     scores = {name: _score(runs, truth[labelled], labelled) for name, runs in said.items()} if n else {}
     plain, middle = (scores.get(name, {}).get("top1") for name in ("zero_shot_plain", "zero_shot_centred"))
@@ -128,10 +136,19 @@ def _metrics(
         if n:
             gain = _correct(said[name], truth[labelled], labelled) - _correct(said[better], truth[labelled], labelled)
             entry = entry | {"gain": float(gain.mean()), "gain_interval": metrics.bootstrap_interval(gain)}
-        report["methods"][name] = entry
-    before, after = said[better][0], said[domain.method[0]][0]
-    classes = len(domain.classes)
-    report["label_free"] = {
+        report["methods"][name] = entry | {"label_free": _label_free(said[better][0], said[name][0], classes)}
+    report["label_free"] = report["methods"][domain.method[0]]["label_free"]
+    if n:
+        report["confusion"] = {
+            name: metrics.confusion(said[name][0].labels[labelled], truth[labelled], classes).tolist()
+            for name in (better, domain.method[0])
+        }
+    return report
+
+
+def _label_free(before: Predictions, after: Predictions, classes: int) -> dict[str, Any]:
+    """What adapting changed, told without labels."""
+    return {
         "agreement": float((before.labels == after.labels).mean()),
         "margin_before": float(before.margin.mean()),
         "margin_after": float(after.margin.mean()),
@@ -140,12 +157,6 @@ def _metrics(
         "predicted_before": np.bincount(before.labels, minlength=classes).tolist(),
         "predicted_after": np.bincount(after.labels, minlength=classes).tolist(),
     }
-    if n:
-        report["confusion"] = {
-            name: metrics.confusion(said[name][0].labels[labelled], truth[labelled], classes).tolist()
-            for name in (better, domain.method[0])
-        }
-    return report
 
 
 def _correct(runs: Sequence[Predictions], truth: np.ndarray, labelled: np.ndarray, k: int = 1) -> np.ndarray:

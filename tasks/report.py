@@ -15,6 +15,7 @@ import polars as pl
 from models import clip
 from models.images import to_rgb
 from models.screening import FLAGS, FLOOR_WEIGHT
+from models.settings import SEEDLESS
 from storage.artifacts import ArtifactStore, ArtifactWriter
 from storage.images import open_image
 from storage.objects import ObjectStore
@@ -26,6 +27,7 @@ from tasks.features import Features, read_features
 from tasks.screen import read_screened, usable
 from tasks.stage import StageResult, open_store, run_stage, statistic
 from tasks.texts import describer_identity
+from tasks.tune import read_history
 
 VERSION = 1
 EXAMPLES = 12
@@ -35,6 +37,10 @@ LABELS = {
     "zero_shot_plain": "zero-shot",
     "zero_shot_centred": "domain-centred zero-shot",
     "latteclip": "LatteCLIP",
+    "latteclip_plus": "LatteCLIP plus",
+    "transduction": "anchored transduction",
+    "flyp": "FLYP",
+    "self_training": "self-training",
 }
 CAPTIONED_DROPPED = {"images": 90, "groups": 30}
 """Images and groups with a dropped text that the page shows at most."""
@@ -152,9 +158,9 @@ class _Findings:
         methods = []
         for name in ("zero_shot_plain", "zero_shot_centred", *self._domain.method):
             score = scores.get(name, {})
-            seeds = score.get("seeds", ()) if name in self._domain.method else ()  # zero-shot has none
+            seeds = () if name not in self._domain.method or name in SEEDLESS else score.get("seeds", ())
             found = {key: score[key] for key in kept if score.get(key) is not None}
-            methods.append(page.Method(id=name, label=LABELS[name], seeds=seeds, **found))
+            methods.append(page.Method(id=name, label=LABELS[name], seeds=seeds, note=_gain(score), **found))
         return methods
 
     def _per_class(self) -> list[page.ClassRow]:
@@ -266,7 +272,7 @@ class _Findings:
         )
 
     def _history(self) -> dict[str, list[float]]:
-        records = json.loads(self._open["tune"].read(f"seed-{self._domain.seeds[0]}.history.json"))
+        records = read_history(self._open["tune"], self._adapted, self._domain.seeds[0])
         names = ("loss", "agreement", "drift")
         return {name: [record[name] for record in records] for name in names if records and name in records[0]}
 
@@ -316,6 +322,14 @@ class _Findings:
         place = {key: row for row, key in enumerate(test.keys)}
         rows = test.features[[place[key] for key in keys]]
         return dict(zip(keys, (train.keys[i] for i in np.argmax(rows @ train.features.T, axis=1)), strict=True))
+
+
+def _gain(score: Mapping[str, Any]) -> str:
+    """Of an adapted method over the better zero-shot, where there are labels."""
+    if "gain" not in score:
+        return ""
+    low, high = score["gain_interval"]
+    return f"{page.points(score['gain'])} points ({page.points(low)} to {page.points(high)}) over the better baseline"
 
 
 def _effect(flag: str) -> str:

@@ -1,4 +1,4 @@
-"""tune: features and texts -> adapted models, one for each seed."""
+"""tune: features and texts -> adapted models, of each method one for each seed."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import copy
 import functools
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 
 from models import clip
+from models.settings import OF_TEXTS, READS_TEXTS, SEEDLESS, Method
 from storage.artifacts import Artifact, ArtifactWriter
 from storage.errors import DataError
 from storage.shards import read_index, read_records
@@ -25,6 +26,9 @@ from tasks.features import Features, centred, read_features
 from tasks.pixels import PixelReader
 from tasks.screen import read_screened, read_text_features, usable
 from tasks.stage import StageResult, open_store, run_stage
+
+if TYPE_CHECKING:
+    from models.latteclip import TuneData
 
 VERSION = 1
 log = logging.getLogger("latteflow.tasks")
@@ -38,6 +42,8 @@ class Tuned:
         prototypes: the classifier, unit rows ``(classes, dim)``.
         centre: subtracted from image embeddings, ``(dim,)``; zeros without centring.
         image_map, text_map: ``(dim, dim)`` on the right of the towers' embeddings, or None.
+        assignments: soft classes of the images it was adapted to, ``(n, classes)``, in the order of their features;
+            None of a method that knows them no better than other images.
         towers: tensors of the CLIP that training changed, by name; empty where the towers are as they were.
         scale: exp(logit_scale) of the CLIP, which stays that of the classifier whatever scale the loss had (4.10).
     """
@@ -46,71 +52,134 @@ class Tuned:
     centre: np.ndarray
     image_map: np.ndarray | None
     text_map: np.ndarray | None
+    assignments: np.ndarray | None
     towers: Mapping[str, np.ndarray]
     scale: float
 
 
 def tune(domain: Domain, shards: StageResult, embedded: StageResult, screened: StageResult) -> StageResult:
-    """LatteCLIP on the domain's features and the texts that passed the screen, once for each seed.
+    """Adapt to the domain's features and the texts that passed the screen: by each method, once for each seed.
 
     A text's weight says whether it is used, and which of several; in the mixer all that are used count as the paper
     has it.
 
-    Files: ``seed-<n>.safetensors`` (prototypes, centre, scale, maps; tensors of trained towers under ``tower.``) and
-    ``seed-<n>.history.json`` (one record for each epoch).
+    Files: ``<method>.seed-<n>.safetensors`` (prototypes, centre, scale, maps, assignments; tensors of trained towers
+    under ``tower.``) and ``<method>.seed-<n>.history.json`` (one record for each epoch); ``transduction.safetensors``
+    and so on for a method without random numbers. Each is a part, made from only what its method reads.
     """
     store = open_store(domain)
-    shared = {
-        "embed": embedded.ref.digest,
-        "screen": screened.ref.digest,
-        "clip": clip.identity(domain.clip),
-        "centred": clip.is_centred(domain.clip),
-        "latteclip": domain.latteclip.model_dump(mode="json"),
-    }
+    inputs: dict[str, Any] = {"method": sorted(domain.method)}
+    for method in sorted(domain.method, key=lambda each: each in READS_TEXTS):  # last those that read all of a section
+        inputs |= _made_from(domain, embedded, screened, method)
+    if any(method not in SEEDLESS for method in domain.method):
+        inputs["seeds"] = domain.seeds
 
     def body(writer: ArtifactWriter) -> Mapping[str, int]:
-        data: _Data | None = None
-        for seed in domain.seeds:
-            own = {**shared, "seed": seed}
-            if writer.find(f"seed-{seed}", own) is None:
-                data = data or _Data(domain, *(store.open(each.ref) for each in (shards, embedded, screened)))
-                found, history = data.run(seed)
-                files = {f"seed-{seed}.safetensors": found, f"seed-{seed}.history.json": json.dumps(history).encode()}
-                writer.put(f"seed-{seed}", own, files)
-        return {"models": len(domain.seeds)}
+        trainer: _Trainer | None = None
+        for method, seed, own in _parts(domain, embedded, screened):
+            name = _name(method, seed)
+            if writer.find(name, own) is None:
+                trainer = trainer or _Trainer(domain, *(store.open(each.ref) for each in (shards, embedded, screened)))
+                found, history = trainer.run(method, seed)
+                writer.put(
+                    name, own, {f"{name}.safetensors": found, f"{name}.history.json": json.dumps(history).encode()}
+                )
+        return {"models": sum(len(domain.seeds_of(method)) for method in domain.method)}
 
-    return run_stage(store, domain, "tune", VERSION, {**shared, "seeds": domain.seeds}, body)
+    return run_stage(store, domain, "tune", VERSION, inputs, body)
 
 
-class _Data:
-    """What all seeds share: the model, the features and the texts' features."""
+def missing_models(domain: Domain, embedded: StageResult, screened: StageResult) -> int:
+    """How many models `tune` would have to train."""
+    writer = open_store(domain).writer(domain.name, "tune", VERSION, {})
+    found = [writer.find(_name(method, seed), own) for method, seed, own in _parts(domain, embedded, screened)]
+    return found.count(None)
+
+
+def _parts(
+    domain: Domain, embedded: StageResult, screened: StageResult
+) -> Iterator[tuple[Method, int | None, dict[str, Any]]]:
+    """Method, seed and inputs of each model."""
+    for method in domain.method:
+        own = _made_from(domain, embedded, screened, method)
+        for seed in domain.seeds_of(method):
+            yield method, seed, own if seed is None else {**own, "seed": seed}
+
+
+def _made_from(domain: Domain, embedded: StageResult, screened: StageResult, method: Method) -> dict[str, Any]:
+    """What shapes the models of a method besides the seed, and nothing else."""
+    own: dict[str, Any] = {
+        "embed": embedded.ref.digest,
+        "clip": clip.identity(domain.clip),
+        "centred": clip.is_centred(domain.clip),
+    }
+    if method in READS_TEXTS:
+        own["screen"] = screened.ref.digest
+    if method != "transduction":
+        exclude = None if method in READS_TEXTS else OF_TEXTS
+        own["latteclip"] = domain.latteclip.model_dump(mode="json", exclude=exclude)
+    if method in ("transduction", "latteclip_plus"):
+        own["transduction"] = domain.transduction.model_dump(mode="json")
+    return own
+
+
+def _name(method: Method, seed: int | None) -> str:
+    """Of a part, and of its files up to the suffix."""
+    return method if seed is None or method in SEEDLESS else f"{method}.seed-{seed}"
+
+
+class _Trainer:
+    """What all models share, the CLIP, the features and the texts' features, each read when it is first needed."""
 
     def __init__(self, domain: Domain, images: Artifact, embedded: Artifact, screened: Artifact) -> None:
+        self._domain, self._settings = domain, domain.latteclip
+        self._images, self._screened = images, screened
+        self._clip = clip.load(domain.clip)
+        self._found = read_features(embedded)
+        self._centre = self._found.centre if clip.is_centred(domain.clip) else np.zeros_like(self._found.centre)
+
+    @functools.cached_property
+    def _plain(self) -> TuneData:
+        """The images, and features of the classes' sentences."""
         import torch
 
         from models.latteclip import TuneData
 
-        self._settings = domain.latteclip
-        self._clip = clip.load(domain.clip)
-        found = read_features(embedded)
-        self._centre = found.centre if clip.is_centred(domain.clip) else np.zeros_like(found.centre)
-        captions, groups = (usable(read_screened(screened, kind)) for kind in ("images", "groups"))
-        texts = dict(zip(captions["member_keys"].list.first(), captions["text"], strict=True))
-        ordered = [texts.get(key, "") for key in found.keys]
-        class_texts = [text for prompts in domain.prompts() for text in prompts]
+        return TuneData(
+            pseudo_labels=torch.from_numpy(self._found.zero_shot.copy()),
+            class_texts=torch.from_numpy(self._found.class_features),
+            image_embeds=torch.from_numpy(self._found.embeds),
+            centre=torch.from_numpy(self._centre),
+        )
+
+    @functools.cached_property
+    def _trained(self) -> TuneData:
+        """The same for a method that trains: every sentence by itself, and pixels where towers train."""
+        class_texts = [text for prompts in self._domain.prompts() for text in prompts]
         towers = self._settings.trains_towers
-        self._data = TuneData(
-            pseudo_labels=torch.from_numpy(found.zero_shot.copy()),
-            class_texts=self._read(class_texts, self._clip.text_features).unflatten(0, (len(domain.classes), -1)),
-            image_texts=self._read(ordered, functools.partial(read_text_features, screened, "images")),
+        return replace(
+            self._plain,
+            class_texts=self._read(class_texts, self._clip.text_features).unflatten(0, (len(self._domain.classes), -1)),
+            pixels=PixelReader(self._images, self._found.keys, self._clip.preprocess) if towers else None,
+        )
+
+    @functools.cached_property
+    def _described(self) -> TuneData:
+        """The same with the texts of images and groups."""
+        import torch
+
+        captions, groups = (usable(read_screened(self._screened, kind)) for kind in ("images", "groups"))
+        texts = dict(zip(captions["member_keys"].list.first(), captions["text"], strict=True))
+        ordered = [texts.get(key, "") for key in self._found.keys]
+        features = functools.partial(read_text_features, self._screened)
+        return replace(
+            self._trained,
+            image_texts=self._read(ordered, functools.partial(features, "images")),
             has_image_text=torch.tensor([text != "" for text in ordered]),
-            group_texts=self._read(groups["text"].to_list(), functools.partial(read_text_features, screened, "groups"))
+            group_texts=self._read(groups["text"].to_list(), functools.partial(features, "groups"))
             if groups.height
             else None,
             group_classes=torch.tensor(groups["label"].to_list()) if groups.height else None,
-            image_embeds=None if towers else torch.from_numpy(found.embeds),
-            centre=torch.from_numpy(self._centre),
-            pixels=PixelReader(images, found.keys, self._clip.preprocess) if towers else None,
         )
 
     def _read(self, texts: Sequence[str], features: Callable[[Sequence[str]], np.ndarray]) -> Any:
@@ -121,19 +190,22 @@ class _Data:
             return self._clip.tokenizer(list(texts))
         return torch.from_numpy(features(texts))
 
-    def run(self, seed: int) -> tuple[bytes, list[dict[str, float]]]:
-        from models.latteclip import tune as tune_latteclip
+    def run(self, method: Method, seed: int | None) -> tuple[bytes, list[dict[str, float]]]:
+        from models.methods import adapt
 
-        epochs = self._settings.n_epochs(len(self._data))
+        epochs = self._settings.n_epochs(len(self._found.keys))
 
         def on_epoch(epoch: int, stats: Mapping[str, float]) -> None:
             if (epoch + 1) % max(1, epochs // 4) == 0:
-                log.info("tune seed=%d epoch=%d/%d loss=%.4f", seed, epoch + 1, epochs, stats["loss"])
+                log.info("tune %s seed=%d epoch=%d/%d loss=%.4f", method, seed, epoch + 1, epochs, stats["loss"])
 
-        result = tune_latteclip(
+        data = self._described if method in READS_TEXTS else self._plain if method in SEEDLESS else self._trained
+        result = adapt(
+            method,
+            data,
             self._settings,
-            self._data,
-            seed=seed,
+            self._domain.transduction,
+            seed=seed or 0,
             clip=self._clip.model if self._settings.trains_towers else None,
             scale=self._clip.scale,
             on_epoch=on_epoch,
@@ -143,9 +215,9 @@ class _Data:
             "centre": self._centre,
             "scale": np.array([self._clip.scale], np.float32),
         }
-        for name, change in (("image_map", result.image_map), ("text_map", result.text_map)):
-            if change is not None:
-                found[name] = change.numpy()
+        for name in ("image_map", "text_map", "assignments"):
+            if (tensor := getattr(result, name)) is not None:
+                found[name] = tensor.numpy()
         if result.clip is not None:
             before = self._clip.model.state_dict()
             for name, tensor in result.clip.state_dict().items():
@@ -154,17 +226,24 @@ class _Data:
         return safetensors(**found), result.history
 
 
-def read_tuned(artifact: Artifact, seed: int) -> Tuned:
+def read_tuned(artifact: Artifact, method: Method, seed: int | None) -> Tuned:
     """One adapted model of a `tune` artifact."""
-    found = read_safetensors(artifact.read(f"seed-{seed}.safetensors"))
+    found = read_safetensors(artifact.read(f"{_name(method, seed)}.safetensors"))
     return Tuned(
         prototypes=found["prototypes"],
         centre=found["centre"],
         image_map=found.get("image_map"),
         text_map=found.get("text_map"),
+        assignments=found.get("assignments"),
         towers={name.removeprefix("tower."): found[name] for name in found if name.startswith("tower.")},
         scale=float(found["scale"][0]),
     )
+
+
+def read_history(artifact: Artifact, method: Method, seed: int | None) -> list[dict[str, float]]:
+    """One record for each epoch of a model of a `tune` artifact; none for a method that has no epochs."""
+    records: list[dict[str, float]] = json.loads(artifact.read(f"{_name(method, seed)}.history.json"))
+    return records
 
 
 def tuned_features(domain: Domain, tuned: Tuned, images: Artifact, found: Features) -> np.ndarray:
@@ -197,19 +276,29 @@ def tuned_clip(domain: Domain, tuned: Tuned) -> clip.Clip:
     return replace(model, model=own)
 
 
-def export_tuned(domain: Domain, tuned: StageResult, seed: int, folder: Path) -> None:
+def export_tuned(
+    domain: Domain, tuned: StageResult, seed: int | None, folder: Path, *, method: str | None = None
+) -> None:
     """Write one adapted model as a folder of its own (see :mod:`models.export`).
 
+    Args:
+        seed, method: which; by default the domain's first.
+
     Raises:
-        DataError: the domain has no model with that seed.
+        DataError: the domain has no such model.
     """
     import torch
 
     from models.export import export
 
-    if seed not in domain.seeds:
-        raise DataError(f"there is no model with seed {seed}; `seeds` are {', '.join(map(str, domain.seeds))}")
-    found = read_tuned(open_store(domain).open(tuned.ref), seed)
+    chosen = next((each for each in domain.method if method in (None, each)), None)
+    if chosen is None:
+        raise DataError(f"there is no model by {method!r}; `method` is {', '.join(domain.method)}")
+    seeds = domain.seeds_of(chosen)
+    if seed not in (None, *seeds):
+        have = f"`seeds` are {', '.join(map(str, seeds))}" if None not in seeds else f"{chosen} has one model, no seeds"
+        raise DataError(f"there is no model with seed {seed}; {have}")
+    found = read_tuned(open_store(domain).open(tuned.ref), chosen, seeds[0] if seed is None else seed)
     maps = {name: getattr(found, name) for name in ("image_map", "text_map")}
     export(
         tuned_clip(domain, found),

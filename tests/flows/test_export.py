@@ -78,6 +78,6 @@ def test_training_towers_changes_them_and_nothing_frozen(domain: Domain) -> None
     settings = LatteClipSettings(train="last_blocks", n_blocks=1, epochs=2, batch_size=8, lr=1e-3)
     domain = domain.model_copy(update={"latteclip": settings, "seeds": [0]})
     results = {result.label: result for result in run_plainly(domain)}
-    towers = read_tuned(open_store(domain).open(results["tune"].ref), 0).towers
+    towers = read_tuned(open_store(domain).open(results["tune"].ref), "latteclip", 0).towers
     assert any(name.startswith("visual.transformer.resblocks.1") for name in towers)
     assert not any(name.startswith("visual.transformer.resblocks.0") for name in towers)
