@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import os
+import queue
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +20,13 @@ from models.errors import ModelError
 from models.settings import VllmSettings
 
 if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
     from PIL.Image import Image
 
 AHEAD = 64
 """Prompts whose images are decoded before the engine takes them."""
-PATIENCE_S = 0.005
+PATIENCE_S, LIVENESS_S = 0.005, 1.0
 
 
 def open_vllm(settings: VllmSettings) -> VllmEngine:
@@ -62,6 +67,7 @@ class VllmEngine:
             temperature=settings.temperature,
             structured_outputs=StructuredOutputsParams(json=json.dumps(ANSWER)) if settings.structured else None,
         )
+        others = multiprocessing.active_children()
         try:
             self._llm = vllm.LLM(
                 model=settings.model,
@@ -82,6 +88,9 @@ class VllmEngine:
                 f"vLLM cannot start with model {settings.model!r}: {_short(error)}. Check the name or path; "
                 "if memory is short, lower `max_context` or `max_batch`, or choose a smaller or quantized model"
             ) from error
+
+        self._cores = [process for process in multiprocessing.active_children() if process not in others]
+        self._steps = _Steps(self._llm.llm_engine.step)
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Text]]:
         """See :meth:`models.describers.Engine.generate`."""
@@ -142,7 +151,7 @@ class VllmEngine:
         try:
             if not self._llm.llm_engine.has_unfinished_requests():
                 raise RuntimeError("it lost requests")
-            return list(self._llm.llm_engine.step())
+            return self._steps.next(self._cores)
         except Exception as error:
             raise self._stopped(error) from error
 
@@ -152,6 +161,39 @@ class VllmEngine:
             f"vLLM with model {self._model!r} stopped: {_short(error)}. What was written is kept; run again to go on. "
             "If memory was short, lower `max_batch` or `max_context`"
         )
+
+
+class _Steps:
+    """Steps of the engine, in a thread: vLLM waits for ever for a core process that was killed."""
+
+    def __init__(self, step: Callable[[], list[Any]]) -> None:
+        self._step = step
+        self._asked: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[list[Any] | Exception] = queue.SimpleQueue()
+        threading.Thread(target=self._run, daemon=True).start()  # daemon: the program can end while it waits
+
+    def next(self, cores: Sequence[BaseProcess]) -> list[Any]:
+        if not cores:  # the engine is in this process, and its threads are bound to this one
+            return list(self._step())
+        self._asked.put(None)
+        while True:
+            try:
+                found = self._done.get(timeout=LIVENESS_S)
+            except queue.Empty:
+                if all(core.is_alive() for core in cores):
+                    continue
+                raise RuntimeError("its process was killed, perhaps for want of memory") from None
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+    def _run(self) -> None:
+        while True:
+            self._asked.get()
+            try:
+                self._done.put(list(self._step()))
+            except Exception as error:
+                self._done.put(error)
 
 
 def _text(output: Any) -> Text:
