@@ -94,7 +94,7 @@ class VllmEngine:
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Text]]:
         """See :meth:`models.describers.Engine.generate`."""
-        begin, waited = time.perf_counter(), 0.0
+        begin, self._waited_s = time.perf_counter(), 0.0
         engine = self._llm.llm_engine
         places: dict[str, int] = {}
         order = iter(enumerate(prompts))
@@ -107,12 +107,7 @@ class VllmEngine:
                     ahead.append((coming[0], pool.submit(coming[1].images)))
                 while ahead and len(places) < self._in_flight and self._is_worth_waiting(ahead[0][1], len(places)):
                     place, decoded = ahead.popleft()
-                    start = time.perf_counter()
-                    error = decoded.exception()
-                    waited += time.perf_counter() - start
                     try:
-                        if error is not None:
-                            raise error
                         places[self._ask(prompts[place], decoded.result())] = place
                     except EngineStopped:
                         raise
@@ -129,14 +124,16 @@ class VllmEngine:
             pool.shutdown(wait=True, cancel_futures=True)
             if places:  # the reader went away; the engine stays for the next
                 engine.abort_request(list(places))
-            self.waited = waited / max(time.perf_counter() - begin, 1e-9)
+            self.waited = self._waited_s / max(time.perf_counter() - begin, 1e-9)
 
     def _is_worth_waiting(self, decoded: Future[list[Image]], in_flight: int) -> bool:
         """Take the next prompt before the engine's next step: a step with few prompts takes almost as long as one with
         many, so a little patience pays while the batch is not full; without any prompt there is nothing else to do."""
-        if in_flight and not decoded.done():
-            wait([decoded], timeout=PATIENCE_S if in_flight < self._batch else 0)
-        return not in_flight or decoded.done()
+        if not decoded.done():
+            start = time.perf_counter()
+            wait([decoded], None if not in_flight else PATIENCE_S if in_flight < self._batch else 0)
+            self._waited_s += time.perf_counter() - start
+        return decoded.done()
 
     def _ask(self, prompt: Prompt, images: list[Image]) -> str:
         content: list[dict[str, Any]] = [{"type": "image_pil", "image_pil": image} for image in images]
