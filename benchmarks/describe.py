@@ -24,8 +24,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests"))
 CONTEXT, BATCH, TOKENS = 512, 64, 32
-LEAST = {"stage / bare": 0.9, "server / stage": 0.8}
-"""What is promised."""
+LEAST = {"stage / bare": 0.9, "server / stage": 0.8, "server / requests": 0.9}
+"""What is aimed at. A server needs processor time of its own, which a machine of two cores does not have to spare: what
+such a machine can give is in ``requests``, the same bodies made before and posted by bare threads."""
 AS_USERS_DO = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 """vLLM's default: the engine's core in a process of its own. Tests have it in theirs, as it starts sooner."""
 
@@ -76,6 +77,45 @@ def describe_anew(file: Path) -> float:
     with rules(refresh=["describe"]):
         describe(domain, shards, embedded)
     return shards.counts["images"] / (time.perf_counter() - begin)
+
+
+def bare_requests(file: Path) -> float:
+    """Requests per second of a client that does nothing else."""
+    import http.client
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import local
+    from urllib.parse import urlsplit
+
+    from flows.pipeline import as_they_are
+    from models import prompts
+    from models.describers.openai import _data_url
+    from storage.images import open_image
+    from storage.shards import read_index, read_records
+    from tasks.domain import Domain
+    from tasks.stage import open_store
+
+    domain = Domain.load(file)
+    (shards,) = as_they_are(domain, "shard")
+    artifact = open_store(domain).open(shards.ref)
+    (question,) = prompts.load("caltech101").image
+    bodies = []
+    for record in read_records(artifact, read_index(artifact)):
+        image = {"type": "image_url", "image_url": {"url": _data_url(open_image(record.data).convert("RGB"))}}
+        message = {"role": "user", "content": [image, {"type": "text", "text": question}]}
+        asked = {"model": "tiny", "messages": [message], "max_tokens": TOKENS, "temperature": 0}
+        bodies.append(json.dumps(asked).encode())
+    mine = local()
+
+    def post(body: bytes) -> None:
+        if not hasattr(mine, "connection"):
+            mine.connection = http.client.HTTPConnection(urlsplit(domain.describer.url).netloc, timeout=120)
+        mine.connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+        json.loads(mine.connection.getresponse().read())["choices"]
+
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(2 * BATCH) as pool:
+        list(pool.map(post, bodies))
+    return len(bodies) / (time.perf_counter() - begin)
 
 
 def measure(file: Path, rounds: int) -> None:
@@ -143,12 +183,17 @@ def main() -> None:
         with serve(folder / "tiny", port := free_port(), BATCH):
             engine = f"kind: openai, model: tiny, url: http://127.0.0.1:{port}/v1, concurrency: {2 * BATCH}"
             through = write_domain(folder, "server", engine, chosen.images)
-            speeds["server"] = [describe_anew(through) for _ in range(chosen.rounds + 1)][1:]
+            speeds |= {"requests": [], "server": []}
+            for number in range(chosen.rounds + 1):
+                for name, run in (("requests", bare_requests), ("server", describe_anew)):
+                    speed = run(through)
+                    if number:
+                        speeds[name].append(speed)
     middle = {name: statistics.median(each) for name, each in speeds.items()}
     lines = [f"{name:16} {middle[name]:7.1f} images/s  ({min(s):.1f} - {max(s):.1f})" for name, s in speeds.items()]
     for ratio, least in LEAST.items():
         above, below = ratio.split(" / ")
-        lines.append(f"{ratio:16} {middle[above] / middle[below]:7.2f}  (promised: {least})")
+        lines.append(f"{ratio:16} {middle[above] / middle[below]:7.2f}  (aim: {least})")
     lines.append(f"peak memory      {found['peak_mb']:7.0f} MB in process")
     sys.stdout.write("\n".join(lines) + "\n")
 

@@ -33,7 +33,7 @@ class Flag:
 
 FLAGS: Mapping[str, Flag] = {
     "empty": Flag("nothing that could be read", 0),
-    "error": Flag("the model could not answer; the text says why", 0),
+    "error": Flag("the model could not answer", 0),
     "refusal": Flag("the model declines to answer, or says that it sees no image", 0),
     "loop": Flag("says the same words over and over", 0),
     "unlike_image": Flag("fits other images clearly better than its own", 0),

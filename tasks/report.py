@@ -203,6 +203,9 @@ class _Findings:
             )
             for name, _ in sorted((counts["images"] + counts["groups"]).items(), key=lambda item: (-item[1], item[0]))
         ]
+        # A reason stands where its text would.
+        why = pl.format("(no text: {})", "detail")
+        shown = pl.when((pl.col("text") == "") & (pl.col("detail").fill_null("") != "")).then(why).otherwise("text")
         picked: list[pl.DataFrame] = []
         with_dropped = others = 0
         for kind, table in self._screened.items():
@@ -213,7 +216,7 @@ class _Findings:
                     dropped=(pl.col("weight") == 0).any(),
                     flags=pl.col("flags").explode().unique(),
                     key=pl.col("caption_key").min(),
-                    texts=pl.struct("text", "weight", "flags", "clip_score", "clip_score_shuffled"),
+                    texts=pl.struct(shown.alias("text"), "weight", "flags", "clip_score", "clip_score_shuffled"),
                     label=pl.col("label").first(),
                 )
                 .sort("key", "members")

@@ -18,7 +18,7 @@ from tasks.features import Features, read_features
 from tasks.stage import StageResult, open_store, run_stage
 
 VERSION = 1
-_COLUMNS = ("caption_key", "member_keys", "index", "label", "text", "flags", "weight")
+_COLUMNS = ("caption_key", "member_keys", "index", "label", "text", "detail", "flags", "weight")
 
 
 def screen(
@@ -27,9 +27,10 @@ def screen(
     """Flags and a weight for every text; no text is left out.
 
     Files: ``images.parquet`` and ``groups.parquet``, one row for each text: caption_key, member_keys, index (which of
-    several texts), label (pseudo-class), text, flags (the describer's and those of :mod:`models.screening`), weight
-    (0: not used), clip_score and clip_score_shuffled (cosines of the text with its own and with other images). Beside
-    each, ``*.features.parquet`` with the distinct texts and their unit features, so that no later stage reads them.
+    several texts), label (pseudo-class), text, detail (why there is none), flags (the describer's and those of
+    :mod:`models.screening`), weight (0: not used), clip_score and clip_score_shuffled (cosines of the text with its own
+    and with other images). Beside each, ``*.features.parquet`` with the distinct texts and their unit features, so that
+    no later stage reads them.
     """
     store = open_store(domain)
     names = [domain.prompt_name(name) for name in domain.classes]
@@ -72,8 +73,6 @@ def _screened(
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The table with flags and weights, in its own order; and the distinct texts with their features."""
     place = {key: row for row, key in enumerate(found.keys)}
-    if "index" not in table.columns:
-        table = table.with_columns(index=pl.lit(0))
     members = [tuple(keys) for keys in table["member_keys"].to_list()]
     # Keys are digests, so their order is as good as random, and the same wherever the images came from.
     subjects = sorted(set(members))
@@ -95,7 +94,7 @@ def _screened(
             keys=table["caption_key"].to_list(),
             text=np.array([number[text] for text in said], np.int64),
             subject=np.array([subject[keys] for keys in members], np.int64),
-            index=table["index"].fill_null(0).to_numpy(),
+            index=table["index"].to_numpy(),
             finish_reasons=table["finish_reason"].fill_null("stop").to_list(),
             flags=table["flags"].fill_null([]).to_list(),
         ),
@@ -104,7 +103,6 @@ def _screened(
     )
     scores = {"clip_score": result.clip_score, "clip_score_shuffled": result.clip_score_shuffled}
     table = table.with_columns(
-        pl.col("index").fill_null(0).cast(pl.Int32),
         label=pl.Series(labels[[subject[keys] for keys in members]], dtype=pl.Int64),
         text=pl.Series(said, dtype=pl.String),
         flags=pl.Series([list(flags) for flags in result.flags], dtype=pl.List(pl.String)),

@@ -137,6 +137,7 @@ class Texts:
         self._domain, self._kind, self._gallery, self._identity = domain, kind, gallery, identity
         self._captions = _captions(objects)
         self._who = describer_id({"kind": kind, **identity})
+        self._keys: dict[Question, str] = {}
         self.timings: dict[str, float] = {}
         """After :meth:`write`: ``texts_written`` and the ``writing_seconds`` they took, without the start of an engine;
         ``engine_wait``, the share of its time that the engine waited for images."""
@@ -198,7 +199,10 @@ class Texts:
                 self.timings["engine_wait"] = round(waited, 4)
 
     def _key(self, question: Question) -> str:
-        return caption_key(self._who, self._digests(question), question.prompt)
+        found = self._keys.get(question)
+        if found is None:
+            found = self._keys[question] = caption_key(self._who, self._digests(question), question.prompt)
+        return found
 
     def _digests(self, question: Question) -> list[str]:
         return [self._gallery.digest(key) for key in question.members]

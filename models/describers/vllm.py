@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import os
+import queue
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +20,13 @@ from models.errors import ModelError
 from models.settings import VllmSettings
 
 if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
     from PIL.Image import Image
 
 AHEAD = 64
 """Prompts whose images are decoded before the engine takes them."""
-PATIENCE_S = 0.005
+PATIENCE_S, LIVENESS_S = 0.005, 1.0
 
 
 def open_vllm(settings: VllmSettings) -> VllmEngine:
@@ -62,6 +67,7 @@ class VllmEngine:
             temperature=settings.temperature,
             structured_outputs=StructuredOutputsParams(json=json.dumps(ANSWER)) if settings.structured else None,
         )
+        others = multiprocessing.active_children()
         try:
             self._llm = vllm.LLM(
                 model=settings.model,
@@ -83,9 +89,12 @@ class VllmEngine:
                 "if memory is short, lower `max_context` or `max_batch`, or choose a smaller or quantized model"
             ) from error
 
+        self._cores = [process for process in multiprocessing.active_children() if process not in others]
+        self._steps = _Steps(self._llm.llm_engine.step)
+
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Text]]:
         """See :meth:`models.describers.Engine.generate`."""
-        begin, waited = time.perf_counter(), 0.0
+        begin, self._waited_s = time.perf_counter(), 0.0
         engine = self._llm.llm_engine
         places: dict[str, int] = {}
         order = iter(enumerate(prompts))
@@ -98,12 +107,7 @@ class VllmEngine:
                     ahead.append((coming[0], pool.submit(coming[1].images)))
                 while ahead and len(places) < self._in_flight and self._is_worth_waiting(ahead[0][1], len(places)):
                     place, decoded = ahead.popleft()
-                    start = time.perf_counter()
-                    error = decoded.exception()
-                    waited += time.perf_counter() - start
                     try:
-                        if error is not None:
-                            raise error
                         places[self._ask(prompts[place], decoded.result())] = place
                     except EngineStopped:
                         raise
@@ -120,14 +124,16 @@ class VllmEngine:
             pool.shutdown(wait=True, cancel_futures=True)
             if places:  # the reader went away; the engine stays for the next
                 engine.abort_request(list(places))
-            self.waited = waited / max(time.perf_counter() - begin, 1e-9)
+            self.waited = self._waited_s / max(time.perf_counter() - begin, 1e-9)
 
     def _is_worth_waiting(self, decoded: Future[list[Image]], in_flight: int) -> bool:
         """Take the next prompt before the engine's next step: a step with few prompts takes almost as long as one with
         many, so a little patience pays while the batch is not full; without any prompt there is nothing else to do."""
-        if in_flight and not decoded.done():
-            wait([decoded], timeout=PATIENCE_S if in_flight < self._batch else 0)
-        return not in_flight or decoded.done()
+        if not decoded.done():
+            start = time.perf_counter()
+            wait([decoded], None if not in_flight else PATIENCE_S if in_flight < self._batch else 0)
+            self._waited_s += time.perf_counter() - start
+        return decoded.done()
 
     def _ask(self, prompt: Prompt, images: list[Image]) -> str:
         content: list[dict[str, Any]] = [{"type": "image_pil", "image_pil": image} for image in images]
@@ -142,7 +148,7 @@ class VllmEngine:
         try:
             if not self._llm.llm_engine.has_unfinished_requests():
                 raise RuntimeError("it lost requests")
-            return list(self._llm.llm_engine.step())
+            return self._steps.next(self._cores)
         except Exception as error:
             raise self._stopped(error) from error
 
@@ -152,6 +158,39 @@ class VllmEngine:
             f"vLLM with model {self._model!r} stopped: {_short(error)}. What was written is kept; run again to go on. "
             "If memory was short, lower `max_batch` or `max_context`"
         )
+
+
+class _Steps:
+    """Steps of the engine, in a thread: vLLM waits for ever for a core process that was killed."""
+
+    def __init__(self, step: Callable[[], list[Any]]) -> None:
+        self._step = step
+        self._asked: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[list[Any] | Exception] = queue.SimpleQueue()
+        threading.Thread(target=self._run, daemon=True).start()  # daemon: the program can end while it waits
+
+    def next(self, cores: Sequence[BaseProcess]) -> list[Any]:
+        if not cores:  # the engine is in this process, and its threads are bound to this one
+            return list(self._step())
+        self._asked.put(None)
+        while True:
+            try:
+                found = self._done.get(timeout=LIVENESS_S)
+            except queue.Empty:
+                if all(core.is_alive() for core in cores):
+                    continue
+                raise RuntimeError("its process was killed, perhaps for want of memory") from None
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+    def _run(self) -> None:
+        while True:
+            self._asked.get()
+            try:
+                self._done.put(list(self._step()))
+            except Exception as error:
+                self._done.put(error)
 
 
 def _text(output: Any) -> Text:

@@ -96,8 +96,9 @@ def test_a_worker_killed_half_way_is_gone_on_with(folder: Path, tiny_clip: Path,
     # The engine dies: one clear error.
     process = worker(domain, "describe", VLLM_ENABLE_V1_MULTIPROCESSING="1")
     wait_for(captions, 1, process)
-    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        os.kill(int(child), signal.SIGKILL)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (core,) = [int(child) for child in children if "EngineCore" in Path(f"/proc/{child}/cmdline").read_text()]
+    os.kill(core, signal.SIGKILL)
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 1 and "error: vLLM with model" in said and "run again to go on" in said
     crashed = stored(domain, "image")

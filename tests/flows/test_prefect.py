@@ -10,9 +10,11 @@ from prefect.testing.utilities import prefect_test_harness
 
 from conftest import Domain
 from flows.adapt import adapt
+from flows.describe import describe
 from flows.pipeline import run_plainly
 from models.errors import ModelError
 from models.settings import OpenAISettings
+from tasks.domain import ShardSettings
 from tasks.texts import _key
 
 
@@ -49,3 +51,16 @@ def test_a_second_flow_shows_its_stages_as_cached(server: None, domain: Domain) 
         runs = client.read_task_runs()
     names = {run.name: run.state.name for run in runs if run.flow_run_id == again.state_details.flow_run_id}
     assert names["shard-train"] == names["embed"] == names["report"] == "Cached"
+
+
+@pytest.mark.slow
+def test_ranges_of_shards_are_described_by_flows_of_their_own(
+    server: None, domain: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    domain = domain.model_copy(update={"shard": ShardSettings(images=10)})
+    for stage in ("shard", "embed"):
+        run_plainly(domain, only=stage)
+    found = [describe(domain, first, first + 2) for first in (0, 2)]
+    assert [each["image"] for each in found] == [each["group"] for each in found] == [20, 4]
+    monkeypatch.setattr("tasks.texts.open_describer", lambda *_, **__: pytest.fail("a text was asked for again"))
+    assert {result.label: result.counts for result in run_plainly(domain)}["describe"]["texts"] == 24

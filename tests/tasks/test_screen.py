@@ -29,6 +29,7 @@ COLUMNS = [
     "index",
     "label",
     "text",
+    "detail",
     "flags",
     "weight",
     "clip_score",
@@ -266,6 +267,20 @@ def test_the_report_shows_every_dropped_text_beside_its_image(
     first = html
     run_plainly(domain, refresh=["report"])
     assert cards(page_of(domain)) == cards(first)
+
+
+def test_where_there_is_no_text_the_report_says_why(domain: Domain) -> None:
+    images, features, described, grouped = before(domain)
+    reason = "the image is 3 pixels, 28 are needed"
+    failed = rewritten(
+        domain,
+        described,
+        lambda table: table.with_columns(
+            text=pl.lit(""), detail=pl.lit(reason), finish_reason=pl.lit("error"), flags=pl.lit([], pl.List(pl.String))
+        ),
+    )
+    rows = read(domain, screen(domain, images, features, failed, grouped), "images")
+    assert (rows["weight"] == 0).all() and rows["detail"].unique().to_list() == [reason]
 
 
 def cards(html: str) -> str:
