@@ -75,11 +75,11 @@ def tune(domain: Domain, shards: StageResult, embedded: StageResult, screened: S
         inputs["seeds"] = domain.seeds
 
     def body(writer: ArtifactWriter) -> Mapping[str, int]:
-        trainer: _Trainer | None = None
+        trainer: Trainer | None = None
         for method, seed, own in _parts(domain, embedded, screened):
             name = _name(method, seed)
             if writer.find(name, own) is None:
-                trainer = trainer or _Trainer(domain, *(store.open(each.ref) for each in (shards, embedded, screened)))
+                trainer = trainer or Trainer(domain, *(store.open(each.ref) for each in (shards, embedded, screened)))
                 found, history = trainer.run(method, seed)
                 writer.put(
                     name, own, {f"{name}.safetensors": found, f"{name}.history.json": json.dumps(history).encode()}
@@ -128,8 +128,8 @@ def _name(method: Method, seed: int | None) -> str:
     return method if seed is None or method in SEEDLESS else f"{method}.seed-{seed}"
 
 
-class _Trainer:
-    """What all models share, the CLIP, the features and the texts' features, each read when it is first needed."""
+class Trainer:
+    """What all models share: the CLIP, the features, and the texts' features, which are read when they are needed."""
 
     def __init__(self, domain: Domain, images: Artifact, embedded: Artifact, screened: Artifact) -> None:
         self._domain, self._settings = domain, domain.latteclip
@@ -190,7 +190,12 @@ class _Trainer:
             return self._clip.tokenizer(list(texts))
         return torch.from_numpy(features(texts))
 
+    def data(self, method: Method) -> TuneData:
+        """What a method is given."""
+        return self._described if method in READS_TEXTS else self._plain if method in SEEDLESS else self._trained
+
     def run(self, method: Method, seed: int | None) -> tuple[bytes, list[dict[str, float]]]:
+        """The adapted model as a file, and its history."""
         from models.methods import adapt
 
         epochs = self._settings.n_epochs(len(self._found.keys))
@@ -199,10 +204,9 @@ class _Trainer:
             if (epoch + 1) % max(1, epochs // 4) == 0:
                 log.info("tune %s seed=%d epoch=%d/%d loss=%.4f", method, seed, epoch + 1, epochs, stats["loss"])
 
-        data = self._described if method in READS_TEXTS else self._plain if method in SEEDLESS else self._trained
         result = adapt(
             method,
-            data,
+            self.data(method),
             self._settings,
             self._domain.transduction,
             seed=seed or 0,

@@ -167,6 +167,8 @@ def test_plan_of_a_domain_that_was_never_run(latteflow: Latteflow, folder: Path)
     [
         ("epochs: 2", "epochs: 3", {"tune", "evaluate", "report"}, "latteclip.epochs: 2 -> 3"),
         ("seeds: [0, 1]", "seeds: [0, 1, 7]", {"tune", "evaluate", "report"}, "seeds: added 7"),
+        ("seeds: [0, 1]", "seeds: [0, 1]\nmethod: [latteclip, flyp]", {"tune", "evaluate", "report"},
+         'method: added "flyp"'),
         ("seeds: [0, 1]", "screen: {floor: 2}\nseeds: [0, 1]", {*LABELS[6:]}, "screen.floor: 3 -> 2"),
         ("labels.csv", "other.csv", {"evaluate", "report"}, "labels: "),
         ("texts.csv", "other.csv", {*LABELS[4:]}, "describer.revision: "),

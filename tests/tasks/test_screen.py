@@ -190,14 +190,14 @@ def test_of_several_texts_training_uses_the_heaviest_then_the_first(domain: Doma
 
 def test_dropped_texts_do_not_reach_training(domain: Domain, tmp_path: Path) -> None:
     from models import clip
-    from tasks.tune import _Data
+    from tasks.tune import Trainer
 
     refusal = "I'm sorry, but I can't assist with that."
     with_texts(domain, tmp_path, {"001.png": refusal})
     images, features, *texts = before(domain)
     screened = screen(domain, images, features, *texts)
     store = open_store(domain)
-    data = _Data(domain, *(store.open(each.ref) for each in (images, features, screened)))._data
+    data = Trainer(domain, *(store.open(each.ref) for each in (images, features, screened))).data("latteclip")
     assert data.image_texts is not None and data.has_image_text is not None and data.group_texts is not None
     rows = {
         keys[0]: (text, weight)
