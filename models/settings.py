@@ -74,11 +74,15 @@ class LanguageModelSettings(Settings):
     """Constrain answers to JSON, for models that chat around their answer. Costs about half of the speed."""
     longest_px: int = Field(default=1024, ge=32, le=8192)
     """Images are made smaller to have no longer side."""
+    extra: dict[str, Any] = {}
+    """Further arguments of ``vllm.LLM``, such as ``quantization``, or further fields of a server's requests, such as
+    ``top_p``; a field that is null is not sent. All are part of the texts' identity."""
 
     @property
     def sampling(self) -> dict[str, Any]:
         """All that shapes a text besides model and prompt."""
-        return self.model_dump(include={"max_tokens", "temperature", "structured", "longest_px"})
+        found = self.model_dump(include={"max_tokens", "temperature", "structured", "longest_px"})
+        return {**found, **({"extra": self.extra} if self.extra else {})}
 
 
 class VllmSettings(LanguageModelSettings):
@@ -100,13 +104,11 @@ class VllmSettings(LanguageModelSettings):
     """GPUs that one model is spread over."""
     trust_remote_code: bool = False
     """Run Python code that comes with the weights. Only for models you have read."""
-    extra: dict[str, Any] = {}
-    """Further arguments of ``vllm.LLM``, such as ``quantization``; all of them are part of the texts' identity."""
 
     @property
     def sampling(self) -> dict[str, Any]:
         """As of any language model, and the arithmetic."""
-        return {**super().sampling, "dtype": self.dtype, **({"extra": self.extra} if self.extra else {})}
+        return {**super().sampling, "dtype": self.dtype}
 
 
 class OpenAISettings(LanguageModelSettings):

@@ -175,7 +175,10 @@ class OpenAIEngine:
     def _asked(self, message: dict[str, Any], **more: Any) -> Text:
         # Any: its own types are for requests that are written out.
         create: Any = self._client.chat.completions.create
-        return _text(create(messages=[message], **{**self._request, **more}))
+        extra = self._settings.extra
+        body = {name: value for name, value in {**self._request, **more}.items() if name not in extra}
+        further = {name: value for name, value in extra.items() if value is not None}
+        return _text(create(messages=[message], **body, extra_body=further))
 
     def _answers(self) -> bool:
         """Whether the server answers a prompt that no model fails at."""

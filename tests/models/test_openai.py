@@ -91,6 +91,17 @@ def test_what_is_sent(server: ChatServer) -> None:
     assert ask.headers["Authorization"] == f"Bearer {KEY}"
 
 
+def test_fields_that_a_server_wants_are_sent_and_others_are_not(server: ChatServer) -> None:
+    extra = {"max_tokens": None, "seed": None, "temperature": 1, "max_completion_tokens": 400, "top_k": 5}
+    run(engine(server, extra=extra), prompts(1))
+    (ask,) = server.asked
+    assert {name: value for name, value in ask.body.items() if name != "messages"} == {
+        "model": "tiny", "temperature": 1, "max_completion_tokens": 400, "top_k": 5,
+    }  # fmt: skip
+    plain = OpenAISettings(kind="openai", model="tiny", url=server.url)
+    assert plain.sampling != plain.model_copy(update={"extra": extra}).sampling
+
+
 def test_structured_answers_are_asked_for_by_schema(server: ChatServer) -> None:
     run(engine(server, structured=True), prompts(1))
     form = server.asked[0].body["response_format"]
