@@ -39,26 +39,16 @@ class Transduction:
 
     Args:
         assignments: soft classes of the images, `(n, classes)`, rows sum to 1; float32.
-        means: `mu` without whitening, `(classes, dim)`: anchored class means in the space of the features.
         classifier: `(classes, dim)`; `x @ classifier.T` is `s x t + kappa u mu`, the logits of any image, seen or not,
             without its neighbours.
-        neighbours: `(n, k)` int64, of each image, best first.
         steps: how often 3. was done.
         change: mean total variation between the last two assignments, 0 to 1.
     """
 
     assignments: Tensor
-    means: Tensor
     classifier: Tensor
-    neighbours: Tensor
     steps: int
     change: float
-    _image_weights: Tensor
-    _class_texts: Tensor
-    _text_beliefs: Tensor
-    _features: Tensor
-    _scale: float
-    _settings: TransductionSettings
 
     @property
     def labels(self) -> Tensor:
@@ -69,21 +59,6 @@ class Transduction:
     def prototypes(self) -> Tensor:
         """`classifier` with unit rows: for where a classifier must be unit rows, as in an export. `(classes, dim)`."""
         return F.normalize(self.classifier, dim=1)
-
-    def predict(self, features: Tensor) -> Tensor:
-        """Soft classes of unseen images, from their texts, their neighbours among the known images, and the means.
-
-        Args:
-            features: unit rows, `(m, dim)`, made as the known images' were (the same centre subtracted).
-
-        Returns:
-            `(m, classes)`, rows sum to 1. One image's answer does not depend on the others of the call.
-        """
-        features = at_least_float32(features)
-        texts = (self._scale * features @ self._class_texts.T).softmax(1)
-        found, weights = nearest(features, self._features, self._settings.neighbours)
-        beliefs = smooth(texts, self._text_beliefs, found, weights)
-        return (beliefs.clamp(min=FLOOR).log() + features @ self._image_weights.T).softmax(1)
 
 
 def transduce(cfg: TransductionSettings, image_features: Tensor, class_texts: Tensor, scale: float) -> Transduction:
@@ -111,9 +86,8 @@ def transduce(cfg: TransductionSettings, image_features: Tensor, class_texts: Te
     logits = scale * x @ texts.T
     spread = float(logits.std(correction=0))
     text_beliefs = logits.softmax(1)
-    found, weights = nearest(x, x, cfg.neighbours, skip_self=True)
-    log_beliefs = smooth(text_beliefs, text_beliefs, found, weights).clamp_(min=FLOOR).log_()
-    del logits
+    log_beliefs = smooth(text_beliefs, *nearest(x, cfg.neighbours)).clamp_(min=FLOOR).log_()
+    del logits, text_beliefs
 
     whiten = whitening(x, cfg.shrinkage)
     u, anchors = x @ whiten, texts @ whiten
@@ -131,63 +105,46 @@ def transduce(cfg: TransductionSettings, image_features: Tensor, class_texts: Te
         after = evidence.mul_(kappa).add_(log_beliefs).softmax(1)
         change = float((after - z).abs_().sum() / 2 / len(z))
         z, steps = after, steps + 1
-    image_weights = kappa * means @ whiten
-    return Transduction(
-        assignments=z,
-        means=torch.linalg.solve(whiten, means.T).T,
-        classifier=scale * texts + image_weights,
-        neighbours=found,
-        steps=steps,
-        change=change,
-        _image_weights=image_weights,
-        _class_texts=texts,
-        _text_beliefs=text_beliefs,
-        _features=x,
-        _scale=scale,
-        _settings=cfg,
-    )
+    classifier = scale * texts + kappa * means @ whiten
+    return Transduction(assignments=z, classifier=classifier, steps=steps, change=change)
 
 
-def nearest(queries: Tensor, features: Tensor, k: int, *, skip_self: bool = False) -> tuple[Tensor, Tensor]:
-    """The k nearest of `features` by cosine, block by block, so that memory does not grow with n squared.
+def nearest(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest others of each image by cosine, block by block, so that memory does not grow with n squared.
 
     Args:
-        queries: unit rows, `(m, dim)`.
         features: unit rows, `(n, dim)`.
         k: how many; fewer where there are not so many.
-        skip_self: the queries are the features, and none is its own neighbour.
 
     Returns:
-        Rows of `features` `(m, k)`, best first, and their weights `(m, k)`: cosines, at least 0, that sum to 1 in a
+        Rows of `features` `(n, k)`, best first, and their weights `(n, k)`: cosines, at least 0, that sum to 1 in a
         row, or to 0 where all are 0.
     """
-    k = min(k, len(features) - skip_self)
-    rows = torch.empty((len(queries), k), dtype=torch.int64, device=queries.device)
-    weights = queries.new_empty((len(queries), k))
+    k = min(k, len(features) - 1)
+    rows = torch.empty((len(features), k), dtype=torch.int64, device=features.device)
+    weights = features.new_empty((len(features), k))
     size = max(1, BLOCK_NUMBERS // len(features))
-    for start in range(0, len(queries), size):
+    for start in range(0, len(features), size):
         block = slice(start, start + size)
-        cosines = queries[block] @ features.T
-        if skip_self:
-            own = torch.arange(len(cosines), device=cosines.device)
-            cosines[own, own + start] = -2
+        cosines = features[block] @ features.T
+        own = torch.arange(len(cosines), device=cosines.device)
+        cosines[own, own + start] = -2
         best = cosines.topk(k, dim=1)
         rows[block], weights[block] = best.indices, best.values
     weights.clamp_(min=0)
     return rows, weights / weights.sum(1, keepdim=True).clamp(min=FLOOR)
 
 
-def smooth(own: Tensor, beliefs: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """Half of an image's own beliefs and half of its neighbours', `(m, classes)`; its own alone without neighbours.
+def smooth(beliefs: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """Half of an image's own beliefs and half of its neighbours', `(n, classes)`; its own alone without neighbours.
 
     Args:
-        own: `(m, classes)`.
-        beliefs: of those who may be neighbours, `(n, classes)`.
-        rows, weights: from `nearest`, `(m, k)`.
+        beliefs: `(n, classes)`.
+        rows, weights: from `nearest`, `(n, k)`.
     """
     share = weights.sum(1, keepdim=True) / 2
-    result = (1 - share) * own
-    for row, weight in zip(rows.unbind(1), weights.unbind(1), strict=True):  # never (m, k, classes) at once
+    result = (1 - share) * beliefs
+    for row, weight in zip(rows.unbind(1), weights.unbind(1), strict=True):  # never (n, k, classes) at once
         result.addcmul_(beliefs[row], weight[:, None], value=0.5)
     return result
 
