@@ -23,7 +23,7 @@ def pip(*arguments: str) -> None:
 
 
 def main() -> None:
-    pip("torch==2.13.0")
+    pip("torch==2.13.0", "packaging")
     pip("--no-deps", VLLM)
     from packaging.requirements import Requirement
 

@@ -55,7 +55,7 @@ def test_a_second_flow_shows_its_stages_as_cached(server: None, domain: Domain) 
             names = {
                 run.name: run.state.name
                 for run in client.read_task_runs()
-                if run.flow_run_id == again.state_details.flow_run_id and run.state.is_final()
+                if run.flow_run_id == again.state_details.flow_run_id and run.state and run.state.is_final()
             }
     assert names["shard-train"] == names["embed"] == names["report"] == "Cached"
 
