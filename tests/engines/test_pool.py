@@ -23,7 +23,7 @@ from storage.tables import read_parquet
 from tasks.domain import Domain
 from tasks.stage import open_store
 
-COUNT = 96
+COUNT = 144
 pytestmark = pytest.mark.slow
 if not (ROOT / ".venv-vllm/bin/python").exists():
     pytest.skip("needs `make .venv-vllm/.installed`", allow_module_level=True)
