@@ -86,5 +86,7 @@ def columns(data: bytes) -> None:
 
 if __name__ == "__main__":
     parser = {"tars": tars, "names": names, "columns": columns}[sys.argv.pop(1)]
-    atheris.Setup([*sys.argv[:1], "-timeout=10", "-rss_limit_mb=768", *sys.argv[1:]], parser)
+    # The resident size that it sees begins with that of the process which started this one: a whole fault suite.
+    limits = ["-timeout=10", "-malloc_limit_mb=768", "-rss_limit_mb=6000"]
+    atheris.Setup([*sys.argv[:1], *limits, *sys.argv[1:]], parser)
     atheris.Fuzz()
