@@ -11,6 +11,8 @@ from models.latteclip import TuneData, classify, unit
 from models.losses import clip_loss
 from models.settings import LatteClipSettings
 
+pytestmark = pytest.mark.slow
+
 CFG = LatteClipSettings(epochs=3, batch_size=8, lr=1e-3)
 
 

@@ -12,6 +12,8 @@ from models.plus import tune_plus
 from models.settings import LatteClipSettings, TransductionSettings
 from models.transduction import transduce
 
+pytestmark = pytest.mark.slow
+
 ANCHORED = TransductionSettings(anchor=5)
 LATTE = LatteClipSettings(epochs=3, batch_size=16, lr=1e-3)
 

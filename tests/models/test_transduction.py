@@ -12,6 +12,8 @@ from models import transduction
 from models.settings import TransductionSettings
 from models.transduction import nearest, smooth, transduce, whitening
 
+pytestmark = pytest.mark.slow
+
 CFG = TransductionSettings()
 DIM = 16
 

@@ -18,6 +18,8 @@ from tasks.embed import embed
 from tasks.preview import preview
 from tasks.shard import shard
 
+pytestmark = pytest.mark.slow
+
 COUNT = 18
 HOSTILE = "<script>pwned=1</script><img src=x onerror=pwned=2> \u202egpj.exe \u200b" + "word " * 2000
 

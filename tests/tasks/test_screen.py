@@ -23,6 +23,8 @@ from tasks.screen import read_screened, screen, usable
 from tasks.shard import shard
 from tasks.stage import StageResult, open_store
 
+pytestmark = pytest.mark.slow
+
 COLUMNS = [
     "caption_key",
     "member_keys",

@@ -41,6 +41,8 @@ from tasks.shard import shard
 from tasks.stage import StageResult, open_store, rules
 from tasks.texts import Gallery, Question, Texts, describer_identity
 
+pytestmark = pytest.mark.slow
+
 PACK = """\
 name: own
 version: 1

@@ -17,6 +17,8 @@ from tasks.domain import ConfigError, Domain
 from tasks.stage import StageResult, open_store, statistic
 from tasks.tune import export_tuned, read_history, read_tuned
 
+pytestmark = pytest.mark.slow
+
 ALL = list(get_args(Method))
 
 
