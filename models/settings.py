@@ -27,6 +27,11 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+def one_or_many(value: Any) -> Any:
+    """For a field that takes a list: one text alone is a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
 class ClipSettings(Settings):
     """Which CLIP is adapted."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import polars as pl
 
@@ -14,7 +13,7 @@ from storage.tables import parquet
 from tasks.domain import Domain
 from tasks.group import look_alikes
 from tasks.stage import StageResult, open_store, run_stage
-from tasks.texts import Gallery, Question, Texts, describer_identity, group_identity, questions_identity, text_counts
+from tasks.texts import Gallery, Question, Texts, describer_identity, questions_identity, text_counts
 
 VERSION = 1
 
@@ -70,16 +69,16 @@ def write_range(
     gallery = Gallery(domain, store.open(shards.ref), store.open(embedded.ref))
     keys = {key for part in list(gallery.keys_by_shard().values())[first:last] for key in part}
     groups = [group for group in look_alikes(gallery.labels, domain.group.size) if group.anchor in keys]
-    who, who_of_groups = describer_identity(domain, embedded), group_identity(domain, embedded)
-    asked: list[tuple[Kind, dict[str, Any], list[Question]]] = [
-        ("class", who, class_questions(domain, domain.classes) if first == 0 else []),
-        ("image", who, [each for key in sorted(keys) for each in gallery.questions("image", [key])]),
-        ("group", who_of_groups, [each for group in groups for each in gallery.questions("group", group.members)]),
-    ]
-    for kind, identity, questions in asked:
+    asked: dict[Kind, list[Question]] = {
+        "class": class_questions(domain, domain.classes) if first == 0 else [],
+        "image": [each for key in sorted(keys) for each in gallery.questions("image", [key])],
+        "group": [each for group in groups for each in gallery.questions("group", group.members)],
+    }
+    for kind, questions in asked.items():
+        identity = describer_identity(domain, embedded, kind)
         for _ in Texts(domain, store.objects, kind, gallery, identity).write({"range": questions}):
             pass  # tables are for the stages
-    return {kind: len(questions) for kind, _, questions in asked}
+    return {kind: len(questions) for kind, questions in asked.items()}
 
 
 def _classes(writer: ArtifactWriter, texts: Texts, domain: Domain) -> None:

@@ -31,6 +31,7 @@ from models.settings import (
     TagsSettings,
     TransductionSettings,
     VllmSettings,
+    one_or_many,
 )
 
 
@@ -38,11 +39,7 @@ class ConfigError(Exception):
     """The domain file is wrong; the message lists every mistake with its line."""
 
 
-def _one_or_many(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-OneOrMore = Annotated[list[str], Field(min_length=1), BeforeValidator(_one_or_many)]
+OneOrMore = Annotated[list[str], Field(min_length=1), BeforeValidator(one_or_many)]
 
 
 class EvaluationSettings(Settings):
@@ -127,7 +124,7 @@ class Domain(Settings):
     """Labels for evaluation; nothing that trains ever sees them."""
     clip: ClipSettings = ClipSettings()
     describer: DescriberSettings = TagsSettings()
-    method: Annotated[list[Method], Field(min_length=1), BeforeValidator(_one_or_many)] = Field(default=["latteclip"])
+    method: Annotated[list[Method], Field(min_length=1), BeforeValidator(one_or_many)] = Field(default=["latteclip"])
     """Ways to adapt, as the report lists them; it looks closely at the first, which is also what is exported."""
     latteclip: LatteClipSettings = LatteClipSettings()
     """Of latteclip and latteclip_plus; flyp and self_training take from it what is not about texts."""

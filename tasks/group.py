@@ -12,7 +12,7 @@ from storage.artifacts import ArtifactWriter
 from storage.tables import parquet
 from tasks.domain import Domain
 from tasks.stage import StageResult, open_store, run_stage
-from tasks.texts import Gallery, Texts, group_identity, questions_identity, text_counts
+from tasks.texts import Gallery, Texts, describer_identity, questions_identity, text_counts
 
 VERSION = 1
 
@@ -24,7 +24,7 @@ def group(domain: Domain, shards: StageResult, embedded: StageResult) -> StageRe
     columns.
     """
     store = open_store(domain)
-    identity = group_identity(domain, embedded)
+    identity = describer_identity(domain, embedded, "group")
     inputs = {
         "describer": identity,
         **questions_identity(domain, embedded, "group"),

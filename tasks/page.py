@@ -19,6 +19,9 @@ from typing import Any, Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from PIL import Image, UnidentifiedImageError
+
+from models.images import to_rgb
 
 NAME_LIMIT = 64
 TEXT_LIMIT = 180
@@ -623,8 +626,6 @@ def _shade(count: int, row_total: int, is_diagonal: bool, is_change: bool) -> st
 
 def _picture(shades: Mapping[tuple[int, int], str], n: int, label: str) -> Markup:
     """One pixel per cell on a clear ground, so that one picture serves light and dark."""
-    from PIL import Image
-
     colour = {"good": (58, 124, 190), "bad": (216, 104, 32)}
     pixels = bytearray(4 * n * n)
     for (i, j), shade in shades.items():
@@ -647,10 +648,22 @@ def image_html(example: Example) -> Markup:
     return thumbnail_html(example.image, example.path, alt)
 
 
+def thumbnail(image: Image.Image, side_px: int) -> bytes:
+    """A picture for the page, no side longer than ``side_px``: PNG where it is tiny, to stay crisp, else JPEG."""
+    small = to_rgb(image).copy()
+    small.thumbnail((side_px, side_px))
+    out = BytesIO()
+    small.save(out, "PNG" if max(small.size) <= 64 else "JPEG", quality=80)
+    return out.getvalue()
+
+
+def picture_url(data: bytes) -> str:
+    """PNG or JPEG bytes, as an address that holds them."""
+    return _data_url("image/png" if data.startswith(b"\x89PNG") else "image/jpeg", data)
+
+
 def thumbnail_html(data: bytes, path: str, alt: str) -> Markup:
     """A picture with its size, and crisp pixels where it is tiny."""
-    from PIL import Image, UnidentifiedImageError
-
     try:
         image = Image.open(BytesIO(data))
     except UnidentifiedImageError as error:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from models.describers import Kind
-from models.images import to_rgb
 from tasks.describe import class_questions
 from tasks.domain import Domain
 from tasks.group import look_alikes
-from tasks.page import html
+from tasks.page import html, picture_url, thumbnail
 from tasks.stage import StageResult, open_store
-from tasks.texts import Gallery, Question, Texts, describer_identity, group_identity
+from tasks.texts import Gallery, Question, Texts, describer_identity
 
 SIDE_PX, MEMBER_PX = 224, 80
 
@@ -62,15 +59,15 @@ def preview(domain: Domain, shards: StageResult, embedded: StageResult, count: i
     chosen = _spread(gallery.labels, count)
     members = {group.anchor: group.members for group in look_alikes(gallery.labels, domain.group.size)}
     label = {key: domain.classes[gallery.labels[key]] for key in chosen}
-    who, who_of_groups = describer_identity(domain, embedded), group_identity(domain, embedded)
-    asked: list[tuple[Kind, dict[str, object], dict[str, list[Question]]]] = [
-        ("image", who, {key: gallery.questions("image", [key]) for key in chosen}),
-        ("group", who_of_groups, {key: gallery.questions("group", members[key]) for key in chosen}),
-        ("class", who, {key: class_questions(domain, [label[key]]) for key in chosen}),
-    ]
+    asked: dict[Kind, dict[str, list[Question]]] = {
+        "image": {key: gallery.questions("image", [key]) for key in chosen},
+        "group": {key: gallery.questions("group", members[key]) for key in chosen},
+        "class": {key: class_questions(domain, [label[key]]) for key in chosen},
+    }
     answers: dict[str, list[Answered]] = defaultdict(list)
     engines: Counter[str] = Counter()
-    for kind, identity, questions in asked:
+    for kind, questions in asked.items():
+        identity = describer_identity(domain, embedded, kind)
         for key, table in Texts(domain, store.objects, kind, gallery, identity).write(questions):
             for row in table.iter_rows(named=True):
                 tokens = (row["prompt_tokens"] or 0, row["output_tokens"] or 0)
@@ -108,9 +105,4 @@ def _spread(labels: Mapping[str, int], count: int) -> list[str]:
 
 
 def _picture(gallery: Gallery, key: str, side_px: int) -> str:
-    image = to_rgb(gallery.image(key))
-    image.thumbnail((side_px, side_px))
-    out = io.BytesIO()
-    image.save(out, "PNG" if max(image.size) <= 64 else "JPEG", quality=85)
-    kind = "png" if max(image.size) <= 64 else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
+    return picture_url(thumbnail(gallery.image(key), side_px))

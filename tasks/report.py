@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,6 @@ import numpy as np
 import polars as pl
 
 from models import clip
-from models.images import to_rgb
 from models.screening import FLAGS, FLOOR_WEIGHT
 from models.settings import SEEDLESS
 from storage.artifacts import ArtifactStore, ArtifactWriter
@@ -241,7 +239,8 @@ class _Findings:
         index = read_index(self._train).filter(pl.col("key").is_in(list(wanted)))
         paths = dict(index.select("key", "path").iter_rows())
         pictures = {
-            record.key: _thumbnail(record.data, CAPTION_THUMBNAIL) for record in read_records(self._train, index)
+            record.key: page.thumbnail(open_image(record.data), CAPTION_THUMBNAIL)
+            for record in read_records(self._train, index)
         }
         return [
             page.Captioned(
@@ -294,7 +293,7 @@ class _Findings:
         chosen = pl.concat(picks)["key"].to_list()
         index = read_index(self._test)
         pictures = {
-            record.key: _thumbnail(record.data)
+            record.key: page.thumbnail(open_image(record.data), THUMBNAIL)
             for record in read_records(self._test, index.filter(pl.col("key").is_in(chosen)))
         }
         nearest = self._nearest(chosen)
@@ -347,11 +346,3 @@ def _pick(entries: pl.DataFrame, count: int) -> pl.DataFrame:
     by_flag = entries.explode("flags").drop_nulls("flags").with_columns(rank=pl.int_range(pl.len()).over("flags"))
     chosen = by_flag.filter(pl.col("rank") < CAPTIONED_OF_A_FLAG)["members"].unique()
     return entries.sort(~pl.col("members").is_in(chosen.implode()), "key").head(count).sort("key")
-
-
-def _thumbnail(data: bytes, side: int = THUMBNAIL) -> bytes:
-    image = to_rgb(open_image(data))
-    image.thumbnail((side, side))
-    out = io.BytesIO()
-    image.save(out, "PNG" if max(image.size) <= 64 else "JPEG", quality=80)
-    return out.getvalue()

@@ -137,6 +137,7 @@ class Texts:
         self._domain, self._kind, self._gallery, self._identity = domain, kind, gallery, identity
         self._captions = _captions(objects)
         self._who = describer_id({"kind": kind, **identity})
+        self._sampling = canonical_json(identity.get("sampling", {})).decode()
         self._keys: dict[Question, str] = {}
         self.timings: dict[str, float] = {}
         """After :meth:`write`: ``texts_written`` and the ``writing_seconds`` they took, without the start of an engine;
@@ -222,7 +223,7 @@ class Texts:
             "revision": self._identity["revision"],
             "prompt_id": f"{self._identity['model']}/1" if pack is None else pack.id,
             "prompt": question.prompt,
-            "sampling": canonical_json(self._identity.get("sampling", {})).decode(),
+            "sampling": self._sampling,
             "engine": engine,
             "detail": text.detail,
         }
@@ -251,8 +252,11 @@ def _captions(objects: ObjectStore) -> CaptionStore:
     return CaptionStore(objects)
 
 
-def describer_identity(domain: Domain, embedded: StageResult) -> dict[str, Any]:
-    """Who writes: everything but images and prompts that shapes the texts; cheap, a cached run loads no model."""
+def describer_identity(domain: Domain, embedded: StageResult, kind: Kind = "image") -> dict[str, Any]:
+    """Who writes: everything but images and prompts that shapes the texts; cheap, a cached run loads no model.
+
+    Texts about groups depend on how a group is shown to a model, those of the other kinds do not.
+    """
     describer = domain.describer
     if isinstance(describer, SidecarSettings):
         return {"model": "sidecar", "revision": digest_of_table(describer.texts)}
@@ -263,16 +267,11 @@ def describer_identity(domain: Domain, embedded: StageResult) -> dict[str, Any]:
             "model": describer.model if not Path(describer.model).is_absolute() else Path(describer.model).name,
             "revision": revision,
             "sampling": describer.sampling,
+            **({"view": domain.group.view} if kind == "group" else {}),
         }
     # Zero-shot tags see features relative to the domain's mean, so they belong to this very set of images.
     found = {"clip": clip.identity(domain.clip), "embed": embedded.ref.digest}
     return {"model": "tags", "revision": sha256(canonical_json(found))}
-
-
-def group_identity(domain: Domain, embedded: StageResult) -> dict[str, Any]:
-    """As :func:`describer_identity`, and how a group is shown to a model."""
-    view = {} if domain.prompt_pack is None else {"view": domain.group.view}
-    return {**describer_identity(domain, embedded), **view}
 
 
 def questions_identity(domain: Domain, embedded: StageResult, kind: Kind) -> dict[str, Any]:

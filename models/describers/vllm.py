@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from models.describers import EngineStopped, Prompt, Text
@@ -101,10 +102,9 @@ class VllmEngine:
         ahead: deque[tuple[int, Future[list[Image]]]] = deque()
         threads = min(16, 2 * (os.cpu_count() or 1))
         pool = ThreadPoolExecutor(threads)
+        ahead.extend((place, pool.submit(prompt.images)) for place, prompt in islice(order, AHEAD))
         try:
             while True:
-                while len(ahead) < AHEAD and (coming := next(order, None)) is not None:
-                    ahead.append((coming[0], pool.submit(coming[1].images)))
                 while ahead and len(places) < self._in_flight and self._is_worth_waiting(ahead[0][1], len(places)):
                     place, decoded = ahead.popleft()
                     try:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BeforeValidator, Field, StringConstraints, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from models.errors import ModelError
-from models.settings import Settings
+from models.settings import Settings, one_or_many
 
 _VARIABLE = re.compile(r"\{(\w*)\}")
 _KNOWN = {
@@ -19,12 +19,8 @@ _KNOWN = {
 }
 
 
-def _one_or_many(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 Question = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-Questions = Annotated[tuple[Question, ...], BeforeValidator(_one_or_many)]
+Questions = Annotated[tuple[Question, ...], BeforeValidator(one_or_many)]
 
 
 class PromptPack(Settings):
