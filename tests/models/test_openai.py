@@ -22,6 +22,8 @@ from models.describers.openai import TRIES, OpenAIEngine
 from models.errors import ModelError
 from models.settings import OpenAISettings
 
+pytestmark = pytest.mark.slow
+
 PAGE = Reply("<html>Welcome to nginx</html>", kind="text/html")
 KEY = "sk-very-secret-0123456789abcdef"
 
