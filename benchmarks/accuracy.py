@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from models import clip
-from models.latteclip import TuneData, unit
+from models.adaptation import TuneData
+from models.losses import unit
 from models.methods import adapt
 from models.metrics import bootstrap_interval
 from models.settings import SEEDLESS, LatteClipSettings, Method, TransductionSettings

@@ -1,50 +1,61 @@
-"""What LatteCLIP is compared with: FLYP, and self-training on pseudo-labels.
+"""What LatteCLIP is compared with: FLYP, FLYP averaged with zero-shot, and self-training on pseudo-labels.
 
-Both train what LatteCLIP's `projections` trains, one linear map after the image tower, on the same cached embeds, with
+All train what LatteCLIP's `projections` trains, one linear map after the image tower, on the same cached embeds, with
 the same batches, steps and learning rate: they differ in the loss and nothing else. They read no text but the classes'.
 FLYP can train towers as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.latteclip import LatteClipResult, Stats, TuneData, batches, tune, unit
-from models.losses import at_least_float32
+from models.adaptation import Adapted, TuneData
+from models.latteclip import batches, tune
+from models.losses import unit
 from models.schedule import steps_per_epoch, warmup_cosine
-from models.settings import OF_TEXTS, LatteClipSettings
+from models.settings import OF_TEXTS, LatteClipSettings, TrainingSettings
+from models.training import Batch, Trainable, train
 
 
-def flyp(
-    cfg: LatteClipSettings,
-    data: TuneData,
-    *,
-    seed: int = 0,
-    clip: nn.Module | None = None,
-    scale: float = 100.0,
-    on_epoch: Callable[[int, Stats], None] | None = None,
-) -> LatteClipResult:
-    """Finetune Like You Pretrain (arXiv 2212.00638) on zero-shot pseudo-labels.
+def flyp(cfg: LatteClipSettings, data: TuneData, training: TrainingSettings | None = None, **options: Any) -> Adapted:
+    """Finetune Like You Pretrain (arXiv 2212.00638) on zero-shot pseudo-labels; options as for `latteclip.tune`.
 
     The contrastive loss of images against the class text of their pseudo-label. That is LatteCLIP with alpha = 0 and
     one label, whose prototypes stay the class texts.
     """
     only = LatteClipSettings(**cfg.model_dump(exclude=OF_TEXTS), alpha=0.0, labels="zero_shot")
-    return tune(only, data, seed=seed, clip=clip, scale=scale, on_epoch=on_epoch)
+    return tune(only, data, training, **options)
 
 
-def self_training(
-    cfg: LatteClipSettings,
-    data: TuneData,
-    *,
-    seed: int = 0,
-    scale: float = 100.0,
-    on_epoch: Callable[[int, Stats], None] | None = None,
-) -> LatteClipResult:
+def wise_ft(
+    cfg: LatteClipSettings, data: TuneData, training: TrainingSettings | None = None, **options: Any
+) -> Adapted:
+    """FLYP, and then the mean of its weights and zero-shot's (WiSE-FT, arXiv 2109.01903, mixing coefficient 0.5)."""
+    tuned = flyp(cfg, data, training, **options)
+
+    def halfway(changed: Tensor, before: Tensor) -> Tensor:
+        return torch.lerp(before, changed, 0.5)
+
+    clip = tuned.clip
+    if clip is not None:
+        before = options["clip"].state_dict()
+        clip.load_state_dict(
+            {name: halfway(t, before[name]) if t.is_floating_point() else t for name, t in clip.state_dict().items()}
+        )
+
+    def mapped(found: Tensor | None) -> Tensor | None:
+        return None if found is None else halfway(found, torch.eye(len(found), dtype=found.dtype, device=found.device))
+
+    return replace(tuned, image_map=mapped(tuned.image_map), text_map=mapped(tuned.text_map))
+
+
+class SelfTraining(Trainable):
     """Self-training on CLIP features: cross-entropy on the labels that the model itself gave at the epoch's start.
 
     The first epoch's are zero-shot's (`data.pseudo_labels`). The classifier stays the class texts; the map learns.
@@ -52,45 +63,70 @@ def self_training(
     Args:
         cfg: batch size, epochs, rates and the loss's scale are used.
         data: class texts must be embeds, and images cached.
+        seed: of batches.
+        scale: `exp(logit_scale)` of the CLIP.
     """
-    if data.image_embeds is None or not data.class_texts.is_floating_point():
-        raise ValueError("self_training needs cached image_embeds and class texts as embeds")
-    embeds = at_least_float32(data.image_embeds)
-    x = unit(embeds if data.centre is None else embeds - data.centre)
-    classes = class_features(data)
-    image_map = nn.Parameter(torch.eye(x.shape[1], dtype=x.dtype, device=x.device))
-    optimizer = torch.optim.AdamW(
-        [image_map], lr=cfg.peak_lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay
-    )
-    generator = torch.Generator().manual_seed(3 * seed)
-    n_steps, n_epochs = steps_per_epoch(len(x), cfg.batch_size), cfg.n_epochs(len(x))
-    history: list[Stats] = []
-    labels, step = data.pseudo_labels, 0
-    for epoch in range(n_epochs):
-        losses = []
-        for drawn in batches(cfg, len(x), n_steps, generator):
-            rows = drawn.to(x.device)
-            logits = cfg.first_scale(scale) * unit(x[rows] @ image_map) @ classes.T
-            loss = F.cross_entropy(logits, labels[rows])
-            for group in optimizer.param_groups:
-                group["lr"] = warmup_cosine(step, cfg.peak_lr, cfg.warmup, n_epochs * n_steps)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(float(loss.detach()))
-            step += 1
+
+    labels: Tensor
+
+    def __init__(self, cfg: LatteClipSettings, data: TuneData, *, seed: int = 0, scale: float = 100.0) -> None:
+        super().__init__()
+        self.cfg, self.seed, self.scale = cfg, seed, cfg.first_scale(scale)
+        self.x, self.classes = data.image_features, data.class_features
+        self.zero_shot = data.pseudo_labels
+        self.image_map = nn.Parameter(torch.eye(self.x.shape[1], dtype=self.x.dtype, device=self.x.device))
+        self.register_buffer("labels", data.pseudo_labels.clone())
+        self.steps_per_epoch = steps_per_epoch(len(self.x), cfg.batch_size)
+        self.n_steps = cfg.n_epochs(len(self.x)) * self.steps_per_epoch
+
+    def batches(self) -> Iterator[Batch]:
+        """Images by seed, as LatteCLIP draws them."""
+        draws = torch.Generator().manual_seed(3 * self.seed)
+        for _ in range(self.n_steps // self.steps_per_epoch):
+            for drawn in batches(self.cfg, len(self.x), self.steps_per_epoch, draws):
+                rows = drawn.to(self.x.device)
+                yield Batch({"images": rows}, rows)
+
+    def load(self, kind: str, rows: Tensor) -> Tensor:
+        """Cached features."""
+        return self.x[rows]
+
+    def encode(self, kind: str, loaded: Tensor) -> Tensor:
+        """Features behind the map."""
+        return unit(loaded @ self.image_map)
+
+    def losses(self, features: Mapping[str, Tensor], about: Tensor) -> dict[str, Tensor]:
+        """Cross-entropy against the model's own labels."""
+        return {"self_loss": F.cross_entropy(self.scale * features["images"] @ self.classes.T, self.labels[about])}
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """LatteCLIP's."""
+        cfg = self.cfg
+        return torch.optim.AdamW(
+            [self.image_map], lr=cfg.peak_lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay
+        )
+
+    def learning_rate(self, step: int) -> float:
+        """LatteCLIP's."""
+        return warmup_cosine(step, self.cfg.peak_lr, self.cfg.warmup, self.n_steps)
+
+    def after_epoch(self) -> Mapping[str, float]:
+        """New labels. Returns agreement, the share of them that are still zero-shot's."""
         with torch.no_grad():
-            labels = (unit(x @ image_map) @ classes.T).argmax(1)
-        agreement = float((labels == data.pseudo_labels).float().mean())
-        history.append({"epoch": epoch, "loss": sum(losses) / len(losses), "agreement": agreement})
-        if on_epoch is not None:
-            on_epoch(epoch, history[-1])
-    return LatteClipResult(
-        prototypes=classes, image_map=image_map.detach(), text_map=None, clip=None, scale=scale, history=history
-    )
+            self.labels = (self.encode("images", self.x) @ self.classes.T).argmax(1)
+        return {"agreement": float((self.labels == self.zero_shot).float().mean())}
 
 
-def class_features(data: TuneData) -> Tensor:
-    """Unit text feature of each class, `(classes, dim)`, the mean direction over its templates."""
-    texts = unit(at_least_float32(data.class_texts))
-    return unit(texts.mean(1)) if texts.ndim == 3 else texts
+def self_training(
+    cfg: LatteClipSettings,
+    data: TuneData,
+    training: TrainingSettings | None = None,
+    *,
+    seed: int = 0,
+    scale: float = 100.0,
+    **options: Any,
+) -> Adapted:
+    """Adapt by `SelfTraining`; options as for `training.train`."""
+    method = SelfTraining(cfg, data, seed=seed, scale=scale)
+    history = train(method, training, seed=seed, **options)
+    return Adapted(prototypes=method.classes, scale=scale, image_map=method.image_map.detach(), history=history)

@@ -1,16 +1,15 @@
 """LatteCLIP: unsupervised tuning of CLIP on texts written by an LMM (arXiv 2410.08211, WACV 2025).
 
-First the method's equations, one function each, then `latte_step`, which is one batch, then `tune`, the loop. Numbers
-in brackets are sections of the method's description, docs/methods.md. Symbols: `v` image features, `mu` prototypes (one
-unit vector per class, and the classifier), `z` zero-shot and `y` tuned pseudo-labels, `I`, `G`, `K` features of image,
-group and class texts, `T` targets, `s = exp(logit_scale)`.
+First the method's equations, one function each, then `latte_step`, which is one batch, then `LatteClip`, which the
+training engine runs. Numbers in brackets are sections of the method's description, docs/methods.md. Symbols: `v` image
+features, `mu` prototypes (one unit vector per class, and the classifier), `z` zero-shot and `y` tuned pseudo-labels,
+`I`, `G`, `K` features of image, group and class texts, `T` targets, `s = exp(logit_scale)`.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,26 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.errors import ModelError
-from models.losses import at_least_float32, clip_loss
+from models.adaptation import Adapted, TuneData
+from models.losses import at_least_float32, clip_loss, unit
 from models.schedule import steps_per_epoch, warmup_cosine
-from models.settings import LatteClipSettings
+from models.settings import LatteClipSettings, TrainingSettings
+from models.towers import IMAGE_TAILS, IMAGE_TOWERS, TEXT_TAILS, TextReader, last_blocks
+from models.training import Batch, Checkpoint, Stats, Trainable, train
 
 MARGIN_FLOOR = 1e-6
 MAX_LOG_SCALE = math.log(100)
 
-Stats = dict[str, float]
-
-Pixels = Callable[[Tensor, torch.Generator | None], Tensor]
-"""Image numbers `(b,)` to pixels `(b, 3, h, w)`, augmented by the generator's draws, or as for testing with None."""
-
 
 # --- the equations ----------------------------------------------------------------------------------------------------
-
-
-def unit(x: Tensor) -> Tensor:
-    """Rows scaled to length 1 (last dimension); a zero row stays zero."""
-    return F.normalize(x, dim=-1)
 
 
 def margins(texts: Tensor, prototypes: Tensor) -> Tensor:
@@ -150,9 +141,6 @@ def classify(features: Tensor, prototypes: Tensor) -> Tensor:
     return 100 * at_least_float32(features) @ unit(at_least_float32(prototypes)).T
 
 
-# --- configuration ----------------------------------------------------------------------------------------------------
-
-
 # --- one step ---------------------------------------------------------------------------------------------------------
 
 
@@ -240,315 +228,32 @@ def latte_step(
     )
 
 
-# --- input and output -------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneData:
-    """What is known of a domain of n images. There is no place for a label.
-
-    Texts are int64 tokens, padded with 0 and read by the CLIP, or floating-point text embeds.
+class _About:
+    """What the loss needs of a batch of b images besides the features of images and texts.
 
     Args:
-        pseudo_labels: `z`, zero-shot class of each image, `(n,)` int64.
-        class_texts: one template per class, `(classes, length or dim)`, or several,
-            `(classes, templates, length or dim)`, whose unit features are averaged.
-        image_texts: description of each image, `(n, length or dim)`; None when there are none.
-        has_image_text: `(n,)` bool, False where an image has no description; None when all have.
-        group_texts: descriptions of groups, `(groups, length or dim)`. At each step an image gets that of a random
-            group of its pseudo-class (2.4); a class without groups does without.
-        group_classes: pseudo-class of each group, `(groups,)` int64.
-        image_embeds: cached image embeds, `(n, dim)`, for `train` prototypes and projections.
-        centre: subtracted from image embeds before they are normalized, `(dim,)`; None for nothing.
-        pixels: images of a batch, for `train` last_blocks and all.
-
-    Raises:
-        ValueError: fewer than 2 classes, no image, labels out of range, or tensors that do not belong together.
+        images: image numbers, `(b,)`.
+        zero_shot_labels: `z`, `(b,)`.
+        texts: row of the batch's text features, or of the table where texts are fixed, for each class sentence, then
+            for the image text and the group text of each image.
+        has_group_text: `(b,)` bool.
     """
 
-    pseudo_labels: Tensor
-    class_texts: Tensor
-    image_texts: Tensor | None = None
-    has_image_text: Tensor | None = None
-    group_texts: Tensor | None = None
-    group_classes: Tensor | None = None
-    image_embeds: Tensor | None = None
-    centre: Tensor | None = None
-    pixels: Pixels | None = None
-
-    def __post_init__(self) -> None:
-        n_classes = len(self.class_texts)
-        if n_classes < 2:
-            raise ValueError(f"LatteCLIP needs at least 2 classes, class_texts has {n_classes}")
-        for name in ("pseudo_labels", "group_classes"):
-            labels = getattr(self, name)
-            if labels is None:
-                continue
-            if labels.ndim != 1 or labels.dtype != torch.int64 or not len(labels):
-                raise ValueError(f"{name} must be (n,) int64, n >= 1, got {tuple(labels.shape)} {labels.dtype}")
-            if labels.min() < 0 or labels.max() >= n_classes:
-                raise ValueError(f"{name} must be 0 to {n_classes - 1}, got {labels.min()} to {labels.max()}")
-        if (self.group_texts is None) != (self.group_classes is None):
-            raise ValueError("group_texts and group_classes belong together: give both or neither")
-        n_groups = 0 if self.group_classes is None else len(self.group_classes)
-        for name, dims, rows in (
-            ("class_texts", (2, 3), n_classes),
-            ("image_texts", (2,), len(self)),
-            ("has_image_text", (1,), len(self)),
-            ("group_texts", (2,), n_groups),
-            ("image_embeds", (2,), len(self)),
-        ):
-            tensor = getattr(self, name)
-            if tensor is not None and (tensor.ndim not in dims or len(tensor) != rows):
-                raise ValueError(f"{name} must have {rows} rows and {dims[0]} dimensions, got {tuple(tensor.shape)}")
-
-    def __len__(self) -> int:
-        return len(self.pseudo_labels)
-
-    def check(self, cfg: LatteClipSettings, has_clip: bool) -> None:
-        """Raise ValueError when the configuration needs something that is not there."""
-        if cfg.trains_towers and not (self.pixels and has_clip):
-            raise ValueError(f"train={cfg.train!r} needs clip and pixels; with cached embeds use train='projections'")
-        if not cfg.trains_towers and self.image_embeds is None:
-            raise ValueError(f"train={cfg.train!r} needs image_embeds; on pixels use train='last_blocks' or 'all'")
-        for name in ("class_texts", "image_texts", "group_texts"):
-            texts = getattr(self, name)
-            if texts is not None and not texts.is_floating_point() and not has_clip:
-                raise ValueError(f"{name} are tokens and need clip to read them: give clip, or text embeds")
-            if texts is not None and texts.is_floating_point() and cfg.trains_towers and cfg.trains_texts:
-                raise ValueError(f"{name} are embeds, but the text tower trains: give tokens, or text_tower='frozen'")
+    images: Tensor
+    zero_shot_labels: Tensor
+    texts: Tensor
+    has_group_text: Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class LatteClipResult:
-    """What `tune` returns, all of it detached.
-
-    Args:
-        prototypes: the classifier, unit rows, `(classes, dim)`.
-        image_map: `(dim, dim)` after `train="projections"`, else None. Image features are
-            `unit((embed - centre) @ image_map)`: multiply it into the projection, or keep it as a linear layer.
-        text_map: the same for texts, `unit(embed @ text_map)`; None also when the text tower is frozen.
-        clip: the tuned copy after `last_blocks` and `all`, else None.
-        scale: `exp(logit_scale)` at the end.
-        history: one dict per epoch: epoch, step (done so far), lr (of the last step), scale, loss, tuned_loss,
-            zero_shot_loss, agreement (share of y = z), class_weight, image_weight, group_weight (mean shares in the
-            mixer), drift (mean over classes of 1 - cosine of a prototype and its start).
-        assignments: soft classes of the domain's own images, `(n, classes)`, from a method that classifies them
-            together, and so better than one by one with the prototypes; else None.
-    """
-
-    prototypes: Tensor
-    image_map: Tensor | None
-    text_map: Tensor | None
-    clip: nn.Module | None
-    scale: float
-    history: list[Stats]
-    assignments: Tensor | None = None
-
-
-# --- what learns ------------------------------------------------------------------------------------------------------
-
-# Where a tower keeps its blocks, and what follows them up to the embed.
-_IMAGE_TAILS = {
-    "visual.transformer.resblocks": ("visual.ln_post", "visual.proj"),
-    "visual.trunk.blocks": ("visual.trunk.norm", "visual.trunk.conv_head", "visual.trunk.bn2", "visual.head"),
-    "visual.blocks": ("visual.norm", "visual.conv_head", "visual.bn2", "image_projection"),
-}
-_TEXT_TAILS = {
-    "transformer.resblocks": ("ln_final", "text_projection"),
-    "text.transformer.resblocks": ("text.ln_final", "text.text_projection"),
-    "text.layers": ("text_projection",),
-}
-_IMAGE_TOWERS = ("visual.", "image_projection")
-
-
-def _last_blocks(clip: nn.Module, tails: Mapping[str, tuple[str, ...]], n_blocks: int) -> tuple[str, ...]:
-    """Prefixes of the parameters of a tower's last blocks and of what follows them."""
-    modules = dict(clip.named_modules())
-    for path, tail in tails.items():
-        if path in modules:
-            names = [name for name, _ in modules[path].named_children()]
-            return tuple(f"{path}.{name}." for name in names[-n_blocks:]) + tail
-    raise ValueError(
-        f"train='last_blocks' does not know where {type(clip).__name__} has its blocks (none of {', '.join(tails)}): "
-        "use train='projections' or 'all', or freeze the text tower if it is the text tower's blocks that are missing"
-    )
-
-
-def _tower_parameters(clip: Any, cfg: LatteClipSettings) -> list[nn.Parameter]:
-    """The parameters that `last_blocks` or `all` trains, without the scale."""
-    named = {name: p for name, p in clip.named_parameters() if name != "logit_scale"}
-    if not cfg.trains_texts:
-        named = {name: p for name, p in named.items() if name.startswith(_IMAGE_TOWERS)}
-    if cfg.train == "last_blocks":
-        prefixes = _last_blocks(clip, _IMAGE_TAILS, cfg.n_blocks)
-        if cfg.trains_texts:
-            prefixes += _last_blocks(clip, _TEXT_TAILS, cfg.n_blocks)
-        named = {name: p for name, p in named.items() if name.startswith(prefixes)}
-    return list(named.values())
-
-
-def _text_features(clip: Any, tokens: Tensor, *, trim: bool) -> Tensor:
-    """Unit features `(m, dim)` of token rows `(m, length)`, read without their common padding if `trim`."""
-    if not trim:
-        return unit(at_least_float32(clip.encode_text(tokens, normalize=False)))
-    used = tokens.any(0).nonzero()
-    length = int(used.max()) + 1 if len(used) else 1
-    # open_clip's towers use all their positions and mask whatever the length, so they are lent only the first ones.
-    prefix, tower = ("text.", clip.text) if hasattr(clip, "text") else ("", clip)
-    positions, mask = (getattr(tower, name, None) for name in ("positional_embedding", "attn_mask"))
-    lent = {} if positions is None else {f"{prefix}positional_embedding": positions[:length]}
-    lent |= {} if mask is None else {f"{prefix}attn_mask": mask[:length, :length]}
-    if not lent:
-        return unit(at_least_float32(clip.encode_text(tokens[:, :length], normalize=False)))
-    out = torch.func.functional_call(clip, lent, kwargs={"text": tokens[:, :length]})
-    return unit(at_least_float32(out["text_features"] if isinstance(out, dict) else out[1]))
-
-
-def _ignores_padding(clip: Any, tokens: Tensor) -> bool:
-    """Whether the text tower gives the same features without the padding. CLIP's does, SigLIP's does not."""
-    try:
-        with torch.no_grad():
-            cut, full = (_text_features(clip, tokens, trim=trim) for trim in (True, False))
-    except RuntimeError:  # a tower that reads only rows of full length
-        return False
-    return bool(((cut * full).sum(1) > 0.9999).all())
-
-
-class _Encoder(nn.Module):
-    """Unit features of images and texts. Its parameters that require a gradient are what `tune` trains.
+class LatteClip(Trainable):
+    """LatteCLIP in training (section 4).
 
     Images come from cached embeds behind a learned map, or from the image tower. Texts that do not change are encoded
-    once; the others once per step and distinct text.
-    """
-
-    def __init__(self, cfg: LatteClipSettings, data: TuneData, clip: Any, scale: float) -> None:
-        super().__init__()
-        device = data.pseudo_labels.device
-        self.clip: Any = None if clip is None else copy.deepcopy(clip).eval().requires_grad_(False)
-        self.trains_towers = cfg.trains_towers
-        self.trains_texts = cfg.trains_texts
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16")
-        self.trims: bool | None = None
-        self.pixels = data.pixels
-        self.centre = torch.zeros((), device=device) if data.centre is None else data.centre
-        self.image_map: nn.Parameter | None = None
-        self.text_map: nn.Parameter | None = None
-        clip_scale = scale if self.clip is None else float(self.clip.logit_scale.detach().exp())
-        log_scale = torch.tensor(math.log(cfg.first_scale(clip_scale)), device=device)
-        self.log_scale = nn.Parameter(log_scale, requires_grad=cfg.train != "prototypes")
-        if cfg.trains_towers:
-            for parameter in _tower_parameters(self.clip, cfg):
-                parameter.requires_grad_()
-        elif data.image_embeds is not None:
-            self.image_features = unit(at_least_float32(data.image_embeds) - self.centre)
-            if cfg.train == "projections":
-                identity = torch.eye(data.image_embeds.shape[1], dtype=self.image_features.dtype, device=device)
-                self.image_map = nn.Parameter(identity)
-                self.text_map = nn.Parameter(identity.clone()) if self.trains_texts else None
-
-    def images(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Unit image features `(b, dim)` of image numbers `(b,)`."""
-        if self.clip is not None and self.pixels is not None and self.trains_towers:
-            with self.autocast:
-                embeds = self.clip.encode_image(self.pixels(rows, generator), normalize=False)
-            return unit(at_least_float32(embeds) - self.centre)
-        features = self.image_features[rows]
-        return features if self.image_map is None else unit(features @ self.image_map)
-
-    def load_texts(self, kinds: list[Tensor]) -> list[Tensor]:
-        """Take in all texts, tokens or embeds, as one table; returns the row of each text, kind by kind."""
-        if self.trains_towers and self.trains_texts:
-            width = max(texts.shape[1] for texts in kinds)
-            self.table = torch.cat([F.pad(texts, (0, width - texts.shape[1])) for texts in kinds])
-        else:
-            with torch.no_grad():
-                features = [self._fixed(texts) for texts in kinds]
-            widths = {f.shape[1] for f in (features if self.trains_towers else [*features, self.image_features])}
-            if len(widths) > 1:
-                raise ValueError(f"embeds of images and texts are {sorted(widths)} wide: take them from one model")
-            self.table = torch.cat(features)
-        rows = torch.arange(len(self.table), device=self.table.device)
-        if self.trains_texts:
-            self.table, rows = self.table.unique(dim=0, return_inverse=True)
-        return list(rows.split([len(texts) for texts in kinds]))
-
-    def texts(self, rows: Tensor) -> Tensor:
-        """Unit text features `(m, dim)` of table rows `(m,)`, each distinct one computed once."""
-        if not self.trains_texts:
-            return self.table[rows]
-        distinct, inverse = rows.unique(return_inverse=True)
-        source = self.table[distinct]
-        features = self._read(source) if self.text_map is None else unit(source @ self.text_map)
-        return features.index_select(0, inverse)
-
-    def _fixed(self, texts: Tensor) -> Tensor:
-        if texts.is_floating_point():
-            return unit(at_least_float32(texts))
-        distinct, inverse = texts.unique(dim=0, return_inverse=True)
-        return torch.cat([self._read(chunk) for chunk in distinct.split(256)])[inverse]
-
-    def _read(self, tokens: Tensor) -> Tensor:
-        if self.trims is None:
-            shortest = int(tokens.count_nonzero(1).argmin())
-            self.trims = _ignores_padding(self.clip, tokens[shortest : shortest + 1])
-        with self.autocast:
-            return _text_features(self.clip, tokens, trim=self.trims)
-
-    def frozen(self) -> list[Tensor]:
-        """The tensors of the CLIP that must stay as they are."""
-        if self.clip is None:
-            return []
-        return [t for t in (*self.clip.parameters(), *self.clip.buffers()) if not t.requires_grad]
-
-    def result(self, prototypes: Tensor, history: list[Stats]) -> LatteClipResult:
-        tuned = self.clip if self.trains_towers else None
-        if tuned is not None:
-            tuned.requires_grad_(False).logit_scale.fill_(float(self.log_scale.detach()))
-        return LatteClipResult(
-            prototypes=prototypes,
-            image_map=None if self.image_map is None else self.image_map.detach(),
-            text_map=None if self.text_map is None else self.text_map.detach(),
-            clip=tuned,
-            scale=float(self.log_scale.detach().exp()),
-            history=history,
-        )
-
-
-def _digest(tensors: list[Tensor]) -> int:
-    digest = 0
-    for t in tensors:
-        digest = zlib.crc32(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, digest)
-    return digest
-
-
-# --- the loop ---------------------------------------------------------------------------------------------------------
-
-
-class NonFiniteLossError(ModelError):
-    """A loss became NaN or infinite; `step` and `images` say where."""
-
-    def __init__(self, step: int, images: Tensor, losses: dict[str, Tensor]) -> None:
-        values = ", ".join(f"{name} {float(value.detach())}" for name, value in losses.items())
-        super().__init__(
-            f"step {step}: {values}; first images of the batch {images[:8].tolist()}: "
-            "lower lr, and look for NaN in the embeds"
-        )
-        self.step, self.images = step, images.tolist()
-
-
-def tune(
-    cfg: LatteClipSettings,
-    data: TuneData,
-    *,
-    seed: int = 0,
-    clip: Any = None,
-    scale: float = 100.0,
-    on_epoch: Callable[[int, Stats], None] | None = None,
-) -> LatteClipResult:
-    """Tune a classifier on unlabelled images and the texts written about them (section 4).
-
-    Each text is encoded once where the text tower is frozen; otherwise each distinct text of a batch once, unpadded.
+    once; the others once for each step and distinct text, without padding.
 
     Args:
         cfg: the configuration.
@@ -557,86 +262,245 @@ def tune(
         clip: module with `encode_image(pixels, normalize=False)`, `encode_text(tokens, normalize=False)` and
             `logit_scale`, as open_clip's. It is not changed. Not needed when texts are embeds and images cached.
         scale: `exp(logit_scale)` of the CLIP that cached embeds are from, where `clip` is not given.
-        on_epoch: called with the epoch, from 0, and its entry of the history.
 
-    Returns:
-        The result. The same arguments give the same bits on the same machine; global random state is not used.
+    Raises:
+        ValueError: the configuration needs something that is not there.
+    """
+
+    prototypes: Tensor
+    epoch_prototypes: Tensor
+
+    def __init__(
+        self, cfg: LatteClipSettings, data: TuneData, *, seed: int = 0, clip: Any = None, scale: float = 100.0
+    ) -> None:
+        super().__init__()
+        _check(cfg, data, has_clip=clip is not None)
+        self.cfg, self.data, self.seed = cfg, data, seed
+        self.device = data.pseudo_labels.device
+        self.steps_per_epoch = steps_per_epoch(len(data), cfg.batch_size)
+        self.n_steps = cfg.n_epochs(len(data)) * self.steps_per_epoch
+        self.clip: Any = None if clip is None else copy.deepcopy(clip).eval().requires_grad_(False)
+        self.read = TextReader(self.clip)
+        clip_scale = scale if clip is None else float(clip.logit_scale.detach().exp())
+        log_scale = torch.tensor(math.log(cfg.first_scale(clip_scale)), device=self.device)
+        self.log_scale = nn.Parameter(log_scale, requires_grad=cfg.train != "prototypes")
+        self.image_map: nn.Parameter | None = None
+        self.text_map: nn.Parameter | None = None
+        if cfg.trains_towers:
+            for parameter in _tower_parameters(self.clip, cfg):
+                parameter.requires_grad_()
+        else:
+            self.image_features = data.image_features
+            if cfg.train == "projections":
+                identity = torch.eye(self.image_features.shape[1], dtype=self.image_features.dtype, device=self.device)
+                self.image_map = nn.Parameter(identity)
+                self.text_map = nn.Parameter(identity.clone()) if cfg.trains_texts else None
+        self._take_texts()
+        with torch.no_grad():
+            features = self.table if not cfg.trains_texts else self.encode("texts", self.table[self.class_rows])
+            own = self.class_rows if not cfg.trains_texts else torch.arange(len(self.class_rows), device=self.device)
+            self.first_prototypes = self._class_features(features[own])
+        self.register_buffer("prototypes", self.first_prototypes.clone())
+        self.register_buffer("epoch_prototypes", self.first_prototypes.clone())
+
+    def _take_texts(self) -> None:
+        """All texts, tokens or embeds, as one table, and the row of each text in it."""
+        data = self.data
+        templates = data.class_texts if data.class_texts.ndim == 3 else data.class_texts[:, None]
+        self.n_templates = templates.shape[1]
+        kinds = [t for t in (templates.flatten(0, 1), data.image_texts, data.group_texts) if t is not None]
+        if self.cfg.trains_towers and self.cfg.trains_texts:
+            width = max(texts.shape[1] for texts in kinds)
+            self.table = torch.cat([F.pad(texts, (0, width - texts.shape[1])) for texts in kinds])
+        else:
+            with torch.no_grad():
+                features = [self._fixed(texts) for texts in kinds]
+            widths = {f.shape[1] for f in (features if self.cfg.trains_towers else [*features, self.image_features])}
+            if len(widths) > 1:
+                raise ValueError(f"embeds of images and texts are {sorted(widths)} wide: take them from one model")
+            self.table = torch.cat(features)
+        rows = torch.arange(len(self.table), device=self.device)
+        if self.cfg.trains_texts:
+            self.table, rows = self.table.unique(dim=0, return_inverse=True)
+        found = iter(rows.split([len(texts) for texts in kinds]))
+        self.class_rows = next(found)
+        # A missing text stands for row 0, with a mask that gives it no weight.
+        self.image_rows = self.class_rows.new_zeros(len(data)) if data.image_texts is None else next(found)
+        self.group_rows = self.class_rows.new_zeros(1) if data.group_texts is None else next(found)
+        known = torch.full((len(data),), data.image_texts is not None, device=self.device)
+        self.has_image_text = known if data.has_image_text is None else data.has_image_text
+
+    def _fixed(self, texts: Tensor) -> Tensor:
+        if texts.is_floating_point():
+            return unit(at_least_float32(texts))
+        distinct, inverse = texts.unique(dim=0, return_inverse=True)
+        return torch.cat([self.read(chunk) for chunk in distinct.split(256)])[inverse]
+
+    def _class_features(self, by_sentence: Tensor) -> Tensor:
+        return unit(by_sentence.unflatten(0, (-1, self.n_templates)).mean(1))
+
+    def batches(self) -> Iterator[Batch]:
+        """Images by seed, each with a random group of its pseudo-class (2.4)."""
+        cfg, data = self.cfg, self.data
+        n_classes = len(data.class_texts)
+        draw_groups = _group_sampler(data.group_classes, n_classes, self.device)
+        batch_draws, group_draws, view_draws = (torch.Generator().manual_seed(3 * self.seed + i) for i in range(3))
+        for _ in range(self.n_steps // self.steps_per_epoch):
+            for drawn in batches(cfg, len(data), self.steps_per_epoch, batch_draws):
+                images = drawn.to(self.device)
+                z = data.pseudo_labels[images]
+                groups, has_group_text = draw_groups(z, group_draws)
+                texts = torch.cat([self.class_rows, self.image_rows[images], self.group_rows[groups]])
+                inputs = {"images": images}
+                if cfg.trains_towers and cfg.augment:
+                    seeds = torch.randint(2**62, (len(drawn),), generator=view_draws).to(self.device)
+                    inputs["images"] = torch.stack([images, seeds], 1)
+                if cfg.trains_texts:
+                    inputs["texts"], texts = texts.unique(return_inverse=True)
+                about = _About(images=images, zero_shot_labels=z, texts=texts, has_group_text=has_group_text)
+                yield Batch(inputs, about)
+
+    def load(self, kind: str, rows: Tensor) -> Tensor:
+        """Pixels of images, views where there are seeds; table rows of texts."""
+        if kind == "texts":
+            return self.table[rows]
+        if not self.cfg.trains_towers or self.data.pixels is None:
+            return self.image_features[rows]
+        views = rows.ndim == 2
+        numbers, seeds = (rows[:, 0], rows[:, 1]) if views else (rows, None)
+        return self.data.pixels(numbers, seeds).to(self.device, non_blocking=True)
+
+    def encode(self, kind: str, loaded: Tensor) -> Tensor:
+        """Unit features of what `load` gave."""
+        if kind == "texts":
+            return self.read(loaded) if self.text_map is None else unit(loaded @ self.text_map)
+        if self.cfg.trains_towers:
+            embeds = at_least_float32(self.clip.encode_image(loaded, normalize=False))
+            return unit(embeds if self.data.centre is None else embeds - self.data.centre)
+        return loaded if self.image_map is None else unit(loaded @ self.image_map)
+
+    def losses(self, features: Mapping[str, Tensor], about: _About) -> dict[str, Tensor]:
+        """One loss for each kind of pseudo-label (4.7); what they do to the prototypes waits for `after_step`."""
+        # index_select, as the gradient of plain indexing is summed in no fixed order.
+        texts = (features["texts"] if self.cfg.trains_texts else self.table).index_select(0, about.texts)
+        n = len(about.images)
+        by_sentence, image_texts, group_texts = texts.split([len(self.class_rows), n, n])
+        self.batch = latte_step(
+            self.cfg,
+            features["images"],
+            self._class_features(by_sentence),
+            image_texts,
+            group_texts,
+            about.zero_shot_labels,
+            self.prototypes,
+            self.log_scale.exp(),
+            mixer_prototypes=self.epoch_prototypes if self.cfg.mixer_prototypes == "epoch" else self.prototypes,
+            has_image_text=self.has_image_text[about.images],
+            has_group_text=about.has_group_text,
+        )
+        self.agreement = (self.batch.tuned_labels == about.zero_shot_labels).float().mean()
+        return self.batch.losses
+
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """AdamW that decays matrices only (3.2)."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        if not trained:
+            return None
+        cfg = self.cfg
+        groups = [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=cfg.peak_lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+
+    def learning_rate(self, step: int) -> float:
+        """Warm-up, then a cosine (3.2)."""
+        return warmup_cosine(step, self.cfg.peak_lr, self.cfg.warmup, self.n_steps)
+
+    def after_step(self) -> Mapping[str, float]:
+        """Prototypes move by the features from before the step; the scale is clamped.
+
+        Returns:
+            agreement (share of y = z), and class_weight, image_weight, group_weight (mean shares in the mixer).
+        """
+        self.prototypes = update_prototypes(self.prototypes, self.batch.labels, self.batch.contributions)
+        self.log_scale.data.clamp_(0, MAX_LOG_SCALE)
+        shares = zip(("class", "image", "group"), self.batch.weights.mean(1).tolist(), strict=True)
+        return {"agreement": float(self.agreement), **{f"{name}_weight": share for name, share in shares}}
+
+    def after_epoch(self) -> Mapping[str, float]:
+        """The mixer's prototypes become those of now.
+
+        Returns:
+            scale, and drift (mean over classes of 1 - cosine of a prototype and its start).
+        """
+        self.epoch_prototypes = self.prototypes
+        drift = (1 - (self.first_prototypes * self.prototypes).sum(1)).mean()
+        return {"scale": float(self.log_scale.detach().exp()), "drift": float(drift)}
+
+    def result(self, history: list[Stats]) -> Adapted:
+        """The model as it is now."""
+        tuned = self.clip if self.cfg.trains_towers else None
+        if tuned is not None:
+            tuned.requires_grad_(False).logit_scale.fill_(float(self.log_scale.detach()))
+        return Adapted(
+            prototypes=self.prototypes,
+            image_map=None if self.image_map is None else self.image_map.detach(),
+            text_map=None if self.text_map is None else self.text_map.detach(),
+            clip=tuned,
+            scale=float(self.log_scale.detach().exp()),
+            history=history,
+        )
+
+
+def tune(
+    cfg: LatteClipSettings,
+    data: TuneData,
+    training: TrainingSettings | None = None,
+    *,
+    seed: int = 0,
+    clip: Any = None,
+    scale: float = 100.0,
+    checkpoint: Checkpoint | None = None,
+    on_epoch: Callable[[int, Stats], None] | None = None,
+    on_step: Callable[[int, int, Stats], None] | None = None,
+) -> Adapted:
+    """Tune a classifier on unlabelled images and the texts about them; arguments as for `LatteClip` and `train`.
 
     Raises:
         ValueError: the configuration needs something that is not there.
         NonFiniteLossError: a loss is not finite.
     """
-    data.check(cfg, has_clip=clip is not None)
-    device, n, n_classes = data.pseudo_labels.device, len(data), len(data.class_texts)
-    encoder = _Encoder(cfg, data, clip, scale)
-    frozen = encoder.frozen()
-    frozen_digest = _digest(frozen)
+    method = LatteClip(cfg, data, seed=seed, clip=clip, scale=scale)
+    history = train(method, training, seed=seed, checkpoint=checkpoint, on_epoch=on_epoch, on_step=on_step)
+    return method.result(history)
 
-    templates = data.class_texts if data.class_texts.ndim == 3 else data.class_texts[:, None]
-    given = [texts for texts in (templates.flatten(0, 1), data.image_texts, data.group_texts) if texts is not None]
-    rows = iter(encoder.load_texts(given))
-    class_rows = next(rows)
-    # A missing text stands for row 0, with a mask that gives it no weight.
-    image_rows = class_rows.new_zeros(n) if data.image_texts is None else next(rows)
-    group_rows = class_rows.new_zeros(1) if data.group_texts is None else next(rows)
-    has_image_text = data.has_image_text
-    if has_image_text is None:
-        has_image_text = torch.full((n,), data.image_texts is not None, device=device)
-    draw_groups = _group_sampler(data.group_classes, n_classes, device)
 
-    def text_features(images: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features of all classes, `(classes, dim)`, and of a batch's image and group texts, `(b, dim)` each."""
-        found = encoder.texts(torch.cat([class_rows, image_rows[images], group_rows[groups]]))
-        by_template, image_texts, group_texts = found.split([len(class_rows), len(images), len(groups)])
-        return unit(by_template.unflatten(0, templates.shape[:2]).mean(1)), image_texts, group_texts
+def _check(cfg: LatteClipSettings, data: TuneData, has_clip: bool) -> None:
+    """Raise ValueError when the configuration needs something that is not there."""
+    if cfg.trains_towers and not (data.pixels and has_clip):
+        raise ValueError(f"train={cfg.train!r} needs clip and pixels; with cached embeds use train='projections'")
+    if not cfg.trains_towers and data.image_embeds is None:
+        raise ValueError(f"train={cfg.train!r} needs image_embeds; on pixels use train='last_blocks' or 'all'")
+    for name in ("class_texts", "image_texts", "group_texts"):
+        texts = getattr(data, name)
+        if texts is not None and not texts.is_floating_point() and not has_clip:
+            raise ValueError(f"{name} are tokens and need clip to read them: give clip, or text embeds")
+        if texts is not None and texts.is_floating_point() and cfg.trains_towers and cfg.trains_texts:
+            raise ValueError(f"{name} are embeds, but the text tower trains: give tokens, or text_tower='frozen'")
 
-    with torch.no_grad():
-        first_prototypes = prototypes = text_features(class_rows[:0], class_rows[:0])[0]
 
-    trained = [p for p in encoder.parameters() if p.requires_grad]
-    optimizer = _adamw(trained, cfg) if trained else None
-    batch_draws, group_draws, view_draws = (torch.Generator().manual_seed(3 * seed + i) for i in range(3))
-    n_steps = steps_per_epoch(n, cfg.batch_size)
-    n_epochs = cfg.n_epochs(n)
-    history: list[Stats] = []
-    for epoch in range(n_epochs):
-        epoch_prototypes = prototypes
-        seen: list[Stats] = []
-        for step, drawn in enumerate(batches(cfg, n, n_steps, batch_draws), start=epoch * n_steps):
-            images = drawn.to(device)
-            z = data.pseudo_labels[images]
-            groups, has_group_text = draw_groups(z, group_draws)
-            with torch.set_grad_enabled(optimizer is not None):
-                batch = latte_step(
-                    cfg,
-                    encoder.images(images, view_draws if cfg.augment else None),
-                    *text_features(images, groups),
-                    z,
-                    prototypes,
-                    encoder.log_scale.exp(),
-                    mixer_prototypes=epoch_prototypes if cfg.mixer_prototypes == "epoch" else prototypes,
-                    has_image_text=has_image_text[images],
-                    has_group_text=has_group_text,
-                )
-                loss = torch.stack(list(batch.losses.values())).sum()
-            if not loss.isfinite():
-                raise NonFiniteLossError(step, images, batch.losses)
-            prototypes = update_prototypes(prototypes, batch.labels, batch.contributions)
-            lr = warmup_cosine(step, cfg.peak_lr, cfg.warmup, n_epochs * n_steps)
-            if optimizer is not None:
-                _descend(optimizer, loss, lr)
-                encoder.log_scale.data.clamp_(0, MAX_LOG_SCALE)
-            seen.append(_step_stats(batch, z) | {"loss": float(loss.detach())})
-        stats = {key: sum(s[key] for s in seen) / len(seen) for key in seen[0]}
-        stats |= {"epoch": epoch, "step": step + 1, "lr": lr, "scale": float(encoder.log_scale.detach().exp())}
-        stats["drift"] = float((1 - (first_prototypes * prototypes).sum(1)).mean())
-        history.append(stats)
-        if on_epoch is not None:
-            on_epoch(epoch, stats)
-
-    if _digest(frozen) != frozen_digest:
-        raise AssertionError("a frozen tensor of the CLIP changed: one of its towers modifies its own state")
-    return encoder.result(prototypes, history)
+def _tower_parameters(clip: Any, cfg: LatteClipSettings) -> list[nn.Parameter]:
+    """The parameters that `last_blocks` or `all` trains, without the scale."""
+    named = {name: p for name, p in clip.named_parameters() if name != "logit_scale"}
+    if not cfg.trains_texts:
+        named = {name: p for name, p in named.items() if name.startswith(IMAGE_TOWERS)}
+    if cfg.train == "last_blocks":
+        prefixes = last_blocks(clip, IMAGE_TAILS, cfg.n_blocks)
+        if cfg.trains_texts:
+            prefixes += last_blocks(clip, TEXT_TAILS, cfg.n_blocks)
+        named = {name: p for name, p in named.items() if name.startswith(prefixes)}
+    return list(named.values())
 
 
 def batches(cfg: LatteClipSettings, n: int, n_steps: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -653,9 +517,8 @@ def _group_sampler(
 ) -> Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]:
     """Draws, for each label of a batch, the row of a uniformly random group of that class, and says if there is one."""
     classes = torch.zeros(0, dtype=torch.int64, device=device) if classes is None else classes
-    by_class = torch.cat(
-        [classes.argsort(stable=True), classes.new_zeros(1)]
-    )  # one more, for a last class without group
+    # One more row, for a last class without group.
+    by_class = torch.cat([classes.argsort(stable=True), classes.new_zeros(1)])
     count = torch.bincount(classes, minlength=n_classes)
     first = count.cumsum(0) - count
 
@@ -665,31 +528,3 @@ def _group_sampler(
         return by_class[first[labels] + position], n_groups > 0
 
     return draw
-
-
-def _adamw(parameters: list[nn.Parameter], cfg: LatteClipSettings) -> torch.optim.AdamW:
-    """AdamW that decays matrices only (3.2)."""
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=cfg.peak_lr, betas=cfg.betas, eps=cfg.eps, fused=True)
-
-
-def _descend(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-
-
-def _step_stats(batch: Step, zero_shot_labels: Tensor) -> Stats:
-    class_weight, image_weight, group_weight = batch.weights.mean(1).tolist()
-    return {
-        **{name: float(loss.detach()) for name, loss in batch.losses.items()},
-        "agreement": float((batch.tuned_labels == zero_shot_labels).float().mean()),
-        "class_weight": class_weight,
-        "image_weight": image_weight,
-        "group_weight": group_weight,
-    }

@@ -10,6 +10,11 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def unit(x: Tensor) -> Tensor:
+    """Rows scaled to length 1 (last dimension); a zero row stays zero."""
+    return F.normalize(x, dim=-1)
+
+
 def clip_loss(image_features: Tensor, text_features: Tensor, scale: Tensor | float) -> Tensor:
     """Symmetric contrastive loss of CLIP over the n pairs of a batch (LatteCLIP 4.7).
 

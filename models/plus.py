@@ -10,15 +10,15 @@ LatteCLIP's image map, as LatteCLIP's own, so whatever reads a LatteCLIP model r
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from models.baselines import class_features
-from models.latteclip import LatteClipResult, Stats, TuneData, tune, unit
-from models.losses import at_least_float32
-from models.settings import LatteClipSettings, TransductionSettings
+from models.adaptation import Adapted, TuneData
+from models.latteclip import tune
+from models.losses import unit
+from models.settings import LatteClipSettings, TrainingSettings, TransductionSettings
 from models.transduction import transduce
 
 
@@ -26,34 +26,31 @@ def tune_plus(
     cfg: LatteClipSettings,
     transduction: TransductionSettings,
     data: TuneData,
+    training: TrainingSettings | None = None,
     *,
-    seed: int = 0,
     scale: float = 100.0,
-    on_epoch: Callable[[int, Stats], None] | None = None,
-) -> LatteClipResult:
+    **options: Any,
+) -> Adapted:
     """Adapt to the domain.
 
     Args:
         cfg: LatteCLIP's settings, with `train` projections or prototypes.
         transduction: of both transductions.
         data: the domain; its `pseudo_labels` are not used. Class texts must be embeds, and images cached.
-        seed: of LatteCLIP.
         scale: `exp(logit_scale)` of the CLIP.
-        on_epoch: as for `tune`.
+        options: as for `latteclip.tune`.
 
     Raises:
         ValueError: the towers are to be trained, or features are missing.
     """
-    if cfg.trains_towers or data.image_embeds is None or not data.class_texts.is_floating_point():
+    if cfg.trains_towers:
         raise ValueError(
-            f"latteclip_plus works on cached features: it needs image_embeds, class texts as embeds, and train="
-            f"'projections' or 'prototypes', got train={cfg.train!r}"
+            f"latteclip_plus works on cached features: it needs train='projections' or 'prototypes', got {cfg.train!r}"
         )
-    embeds = at_least_float32(data.image_embeds)
-    moved = embeds if data.centre is None else embeds - data.centre
-    first = transduce(transduction, unit(moved), class_features(data), scale)
-    tuned = tune(cfg, replace(data, pseudo_labels=first.labels), seed=seed, scale=scale, on_epoch=on_epoch)
+    moved = data.image_features
+    first = transduce(transduction, moved, data.class_features, scale)
+    tuned = tune(cfg, replace(data, pseudo_labels=first.labels), training, scale=scale, **options)
     with torch.no_grad():
-        features = unit(moved if tuned.image_map is None else moved @ tuned.image_map)
+        features = moved if tuned.image_map is None else unit(moved @ tuned.image_map)
         last = transduce(transduction, features, tuned.prototypes, scale)
     return replace(tuned, prototypes=last.prototypes, assignments=last.assignments)

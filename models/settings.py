@@ -13,7 +13,7 @@ from models.schedule import steps_per_epoch
 
 DEFAULT_STEPS = 640
 
-Method = Literal["latteclip", "latteclip_plus", "transduction", "flyp", "self_training"]
+Method = Literal["latteclip", "latteclip_plus", "transduction", "flyp", "wise_ft", "self_training"]
 """Ways to adapt: docs/methods.md."""
 SEEDLESS: frozenset[Method] = frozenset({"transduction"})
 """Methods without random numbers."""
@@ -217,8 +217,6 @@ class LatteClipSettings(Settings):
     """AdamW's epsilon."""
     augment: bool = True
     """Train on augmented views; only where pixels are used."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic inside trained towers. Margins, pseudo-labels and losses are always float32."""
 
     @property
     def peak_lr(self) -> float:
@@ -251,6 +249,28 @@ class LatteClipSettings(Settings):
         if not (self.use_class_texts or self.use_image_texts or self.use_group_texts):
             raise ValueError("the mixer has no text: turn on use_class_texts, use_image_texts or use_group_texts")
         return self
+
+
+class TrainingSettings(Settings):
+    """How models are trained, whatever the method."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic inside trained towers. Parameters, margins, pseudo-labels and losses are always float32."""
+    micro_batch: int | None = Field(default=None, ge=1)
+    """Rows that a tower holds at a time, for batches that do not fit the memory: the same gradients for one more pass
+    forward. Default: the whole batch."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Give the exponential moving average of the parameters, with this factor per step, in place of the last ones."""
+    processes: int = Field(default=1, ge=1)
+    """Processes that share each batch, each on a GPU of its own where there are any."""
+    checkpoint_s: float = Field(default=60.0, ge=0)
+    """Seconds between checkpoints, from which a killed run goes on."""
+    tensorboard: str | None = None
+    """Folder for TensorBoard's scalars, one run for each model. Needs the extra `tensorboard`."""
+
+
+NOT_OF_THE_MODEL = {"checkpoint_s", "tensorboard", "processes"}
+"""Training settings that a model does not depend on."""
 
 
 Language = Literal[

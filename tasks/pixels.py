@@ -32,15 +32,12 @@ class PixelReader:
         self._preprocess = preprocess
         self._pool = ThreadPoolExecutor(4)
 
-    def __call__(self, rows: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-        """Image numbers ``(b,)`` -> pixels ``(b, 3, h, w)``: augmented by the generator's draws, or plain for None."""
+    def __call__(self, rows: torch.Tensor, seeds: torch.Tensor | None) -> torch.Tensor:
+        """Image numbers ``(b,)`` -> pixels ``(b, 3, h, w)``: views that the seeds ``(b,)`` decide, or plain."""
         import torch
 
         from models.augment import augment
 
         images = self._pool.map(lambda row: open_image(self._data[row]), rows.tolist())
-        if generator is None:
-            return torch.stack(list(self._pool.map(self._preprocess, images)))
-        seeds = torch.randint(2**62, (len(rows),), generator=generator).tolist()
-        views = self._pool.map(augment, images, seeds)
+        views = images if seeds is None else self._pool.map(augment, images, seeds.tolist())
         return torch.stack(list(self._pool.map(self._preprocess, views)))

@@ -38,6 +38,7 @@ LABELS = {
     "latteclip_plus": "LatteCLIP plus",
     "transduction": "anchored transduction",
     "flyp": "FLYP",
+    "wise_ft": "FLYP averaged with zero-shot",
     "self_training": "self-training",
 }
 CAPTIONED_DROPPED = {"images": 90, "groups": 30}

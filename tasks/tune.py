@@ -28,7 +28,7 @@ from tasks.screen import read_screened, read_text_features, usable
 from tasks.stage import StageResult, open_store, run_stage
 
 if TYPE_CHECKING:
-    from models.latteclip import TuneData
+    from models.adaptation import TuneData
 
 VERSION = 1
 log = logging.getLogger("latteflow.tasks")
@@ -143,7 +143,7 @@ class Trainer:
         """The images, and features of the classes' sentences."""
         import torch
 
-        from models.latteclip import TuneData
+        from models.adaptation import TuneData
 
         return TuneData(
             pseudo_labels=torch.from_numpy(self._found.zero_shot.copy()),

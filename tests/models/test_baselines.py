@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.baselines import flyp, self_training
-from models.latteclip import TuneData, classify, unit
-from models.losses import clip_loss
+from models.adaptation import TuneData
+from models.baselines import flyp, self_training, wise_ft
+from models.latteclip import classify
+from models.losses import clip_loss, unit
 from models.settings import LatteClipSettings
 
 pytestmark = pytest.mark.slow
@@ -52,5 +53,12 @@ def test_self_training_starts_with_the_given_labels_and_goes_on_with_its_own() -
     assert longer.history[-1]["loss"] < longer.history[0]["loss"]
     assert longer.image_map.equal(self_training(CFG, data, seed=1).image_map)
     assert not longer.image_map.equal(self_training(CFG, data, seed=2).image_map)
-    with pytest.raises(ValueError, match="self_training needs"):
+    with pytest.raises(ValueError, match="image_embeds are needed"):
         self_training(CFG, TuneData(pseudo_labels=data.pseudo_labels, class_texts=data.class_texts))
+
+
+def test_wise_ft_is_half_way_between_flyp_and_zero_shot() -> None:
+    data, _ = domain()
+    tuned, found = flyp(CFG, data), wise_ft(CFG, data)
+    torch.testing.assert_close(found.image_map, (tuned.image_map + torch.eye(8)) / 2)
+    assert found.prototypes.equal(tuned.prototypes) and found.text_map is None

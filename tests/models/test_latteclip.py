@@ -13,21 +13,14 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from models.adaptation import TuneData
 from models.embedded import EmbeddedClip
-from models.latteclip import (
-    NonFiniteLossError,
-    TuneData,
-    _group_sampler,
-    _ignores_padding,
-    _text_features,
-    classify,
-    latte_step,
-    tune,
-    unit,
-    update_prototypes,
-)
+from models.latteclip import _group_sampler, classify, latte_step, tune, update_prototypes
+from models.losses import unit
 from models.schedule import warmup_cosine
 from models.settings import LatteClipSettings
+from models.towers import ignores_padding, text_features
+from models.training import NonFiniteLossError
 
 TINY = {
     "embed_dim": 8,
@@ -73,14 +66,13 @@ def tiny_clip(custom: bool = False, **text: object) -> torch.nn.Module:
         return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**cfg).eval()
 
 
-def pixel_domain(n: int = 12) -> tuple[TuneData, list[torch.Generator | None]]:
+def pixel_domain(n: int = 12) -> tuple[TuneData, list[torch.Tensor | None]]:
     images = torch.rand((n, 3, 32, 32), generator=torch.Generator().manual_seed(0))
-    calls: list[torch.Generator | None] = []
+    calls: list[torch.Tensor | None] = []
 
-    def pixels(rows: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-        calls.append(generator)
-        noise = 0 if generator is None else 0.1 * torch.rand((len(rows), 1, 1, 1), generator=generator)
-        return images[rows] + noise
+    def pixels(rows: torch.Tensor, seeds: torch.Tensor | None) -> torch.Tensor:
+        calls.append(seeds)
+        return images[rows] + (0 if seeds is None else 0.1 * (seeds % 1009 / 1009)[:, None, None, None])
 
     return TuneData(
         pseudo_labels=torch.arange(n) % CLASSES, class_texts=tokens(CLASSES), image_texts=tokens(n, 1),
@@ -355,7 +347,7 @@ def test_non_finite_loss_names_the_step():
     embeds[5] = math.nan
     with pytest.raises(NonFiniteLossError, match=r"step \d+: tuned_loss nan") as caught:
         tune(config(), replace(data, image_embeds=embeds))
-    assert 5 in caught.value.images and caught.value.step < 3
+    assert 5 in caught.value.rows["images"] and caught.value.step < 3
 
 
 # --- the towers -------------------------------------------------------------------------------------------------------
@@ -413,7 +405,7 @@ def test_augmentation_can_be_turned_off():
     for augment in (True, False):
         data, calls = pixel_domain()
         tune(config(train="all", augment=augment, epochs=1), data, clip=clip)
-        assert calls and all((generator is not None) == augment for generator in calls)
+        assert calls and all((seeds is not None) == augment for seeds in calls)
 
 
 def test_tokens_serve_cached_images_too():
@@ -433,14 +425,14 @@ def test_cut_padding_changes_nothing(custom):
     rows = tokens(4)
     with torch.no_grad():
         torch.testing.assert_close(
-            _text_features(clip, rows, trim=True), unit(clip.encode_text(rows)), atol=1e-6, rtol=1e-5
+            text_features(clip, rows, trim=True), unit(clip.encode_text(rows)), atol=1e-6, rtol=1e-5
         )
-    assert _ignores_padding(clip, rows)
+    assert ignores_padding(clip, rows)
 
 
 def test_a_text_tower_that_reads_padding_keeps_it():
     clip = tiny_clip(custom=True, no_causal_mask=True, pool_type="last")
-    assert not _ignores_padding(clip, tokens(2))
+    assert not ignores_padding(clip, tokens(2))
 
 
 def test_unknown_towers_are_refused_with_a_way_out():

@@ -7,7 +7,9 @@ from typing import get_args
 import pytest
 import torch
 
-from models.latteclip import TuneData, classify, unit
+from models.adaptation import TuneData
+from models.latteclip import classify
+from models.losses import unit
 from models.methods import adapt
 from models.settings import SEEDLESS, LatteClipSettings, Method, TransductionSettings
 from models.transduction import transduce
@@ -54,5 +56,5 @@ def test_transduction_is_of_the_centred_features(data: TuneData) -> None:
     found = adapt("transduction", data, CFG, ANCHORED, scale=20.0)
     expected = transduce(ANCHORED, unit(data.image_embeds - data.centre), data.class_texts, 20.0)
     assert found.prototypes.equal(expected.prototypes) and found.assignments.equal(expected.assignments)
-    with pytest.raises(ValueError, match="transduction needs cached image_embeds"):
+    with pytest.raises(ValueError, match="image_embeds are needed"):
         adapt("transduction", TuneData(pseudo_labels=data.pseudo_labels, class_texts=data.class_texts), CFG, ANCHORED)

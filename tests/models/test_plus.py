@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models.latteclip import TuneData, classify, tune, unit
+from models.adaptation import TuneData
+from models.latteclip import classify, tune
+from models.losses import unit
 from models.plus import tune_plus
 from models.settings import LatteClipSettings, TransductionSettings
 from models.transduction import transduce
@@ -38,7 +40,7 @@ def test_it_is_transduce_tune_transduce() -> None:
     x = unit(data.image_embeds)
     first = transduce(ANCHORED, x, data.class_texts, 20.0)
     tuned = tune(LATTE, replace(data, pseudo_labels=first.labels), seed=3, scale=20.0)
-    last = transduce(ANCHORED, unit(data.image_embeds @ tuned.image_map), tuned.prototypes, 20.0)
+    last = transduce(ANCHORED, unit(x @ tuned.image_map), tuned.prototypes, 20.0)
     found = tune_plus(LATTE, ANCHORED, data, seed=3, scale=20.0)
     assert found.image_map.equal(tuned.image_map)
     assert found.prototypes.equal(last.prototypes)
@@ -66,10 +68,10 @@ def test_prototypes_only_has_no_map() -> None:
 
 def test_errors_say_what_it_needs() -> None:
     data, _ = domain()
-    for cfg, given in (
-        (LATTE.model_copy(update={"train": "all"}), data),
-        (LATTE, replace(data, image_embeds=None)),
-        (LATTE, replace(data, class_texts=torch.ones(5, 4, dtype=torch.int64))),
+    for cfg, given, message in (
+        (LATTE.model_copy(update={"train": "all"}), data, "latteclip_plus works on cached features"),
+        (LATTE, replace(data, image_embeds=None), "image_embeds are needed"),
+        (LATTE, replace(data, class_texts=torch.ones(5, 4, dtype=torch.int64)), "needed as embeds"),
     ):
-        with pytest.raises(ValueError, match="latteclip_plus works on cached features"):
+        with pytest.raises(ValueError, match=message):
             tune_plus(cfg, ANCHORED, given)

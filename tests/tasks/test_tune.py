@@ -48,11 +48,11 @@ def test_a_change_trains_only_what_it_shapes(domain: Domain) -> None:
     assert tuned(domain).counts["models"] == 2
     steps: list[tuple[dict[str, Any], int]] = [
         ({"method": ["latteclip", "transduction"]}, 1),
-        ({"method": ALL}, 6),  # two seeds of latteclip_plus, flyp and self_training
-        ({"seeds": [0, 1, 2]}, 4),  # transduction has no seed
+        ({"method": ALL}, 8),  # two seeds of latteclip_plus, flyp, wise_ft and self_training
+        ({"seeds": [0, 1, 2]}, 5),  # transduction has no seed
         ({"latteclip__alpha": 0.2}, 6),  # the baselines have no texts
         ({"transduction__anchor": 5.0}, 4),
-        ({"latteclip__epochs": 3}, 12),
+        ({"latteclip__epochs": 3}, 15),
     ]
     for changes, models in steps:
         domain = told(domain, **changes)
@@ -77,7 +77,7 @@ def test_every_method_is_scored_and_shown(domain: Domain) -> None:
     page = (folder / "report.html").read_text()
     for label in ("LatteCLIP plus", "anchored transduction", "FLYP", "self-training"):
         assert f"<bdi>{label}</bdi>" in page
-    assert scores(metrics).row_count == 7  # type: ignore[union-attr]
+    assert scores(metrics).row_count == 8  # type: ignore[union-attr]
     files = store.open(results["tune"].ref)
     assert read_history(files, "transduction", None) == [] and len(read_history(files, "flyp", 1)) == 2
     with pytest.raises(DataError, match="transduction has one model, no seeds"):
