@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,11 @@ class TuneData:
 
     def __len__(self) -> int:
         return len(self.pseudo_labels)
+
+    def to(self, device: torch.device) -> TuneData:
+        """The same, with every tensor on this device."""
+        tensors = {f.name: t for f in fields(self) if isinstance(t := getattr(self, f.name), Tensor)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
     @property
     def image_features(self) -> Tensor:

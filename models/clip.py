@@ -55,7 +55,7 @@ class Clip:
         import torch
 
         with torch.inference_mode():
-            return self.model.encode_image(pixels).float()  # type: ignore[operator]
+            return self.model.encode_image(pixels.to(self.device)).float().cpu()  # type: ignore[operator]
 
     def text_features(self, texts: Sequence[str], batch: int = 256) -> np.ndarray:
         """Unit rows ``(len(texts), dim)`` float32; equal texts are encoded once."""
@@ -66,8 +66,9 @@ class Clip:
         rows = []
         with torch.inference_mode():
             for start in range(0, len(distinct), batch):
-                embeds = self.model.encode_text(self.tokenizer(distinct[start : start + batch]))  # type: ignore[operator]
-                rows.append(torch.nn.functional.normalize(embeds.float(), dim=-1).numpy())
+                tokens = self.tokenizer(distinct[start : start + batch]).to(self.device)
+                embeds = self.model.encode_text(tokens)  # type: ignore[operator]
+                rows.append(torch.nn.functional.normalize(embeds.float(), dim=-1).cpu().numpy())
         features = np.concatenate(rows) if rows else np.zeros((0, self.dim), np.float32)
         place = {text: index for index, text in enumerate(distinct)}
         return features[[place[text] for text in texts]]
@@ -87,6 +88,11 @@ class Clip:
             tokens = self.tokenizer([texts[place] for place in part])
             found[part] = tokens.shape[1] == context and (tokens[:, -1] != padding).numpy()
         return found
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next(self.model.parameters()).device
 
     @property
     def scale(self) -> float:
@@ -131,14 +137,16 @@ def identity(settings: ClipSettings) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def load(settings: ClipSettings) -> Clip:
-    """Load the model for inference. The last one is kept: callers never change it, they copy it.
+    """Load the model for inference, on the GPU if there is one. The last is kept: callers never change it, they copy.
 
     Raises:
         ModelError: unknown name or weights, unreadable folder, missing package; with the nearest known names.
     """
-    if settings.model == "embedded":
-        return _load_embedded(settings)
-    return _load_open_clip(settings)
+    import torch
+
+    found = _load_embedded(settings) if settings.model == "embedded" else _load_open_clip(settings)
+    found.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return found
 
 
 def _load_embedded(settings: ClipSettings) -> Clip:

@@ -265,8 +265,8 @@ class TrainingSettings(Settings):
     """Processes that share each batch, each on a GPU of its own where there are any."""
     checkpoint_s: float = Field(default=60.0, ge=0)
     """Seconds between checkpoints, from which a killed run goes on."""
-    tensorboard: str | None = None
-    """Folder for TensorBoard's scalars, one run for each model. Needs the extra `tensorboard`."""
+    tensorboard: bool = False
+    """Write every step's numbers for TensorBoard to OUTPUT/<name>/tensorboard. Needs the extra of that name."""
 
 
 NOT_OF_THE_MODEL = {"checkpoint_s", "tensorboard", "processes"}

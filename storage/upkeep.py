@@ -78,6 +78,8 @@ def _kind(key: str) -> str | None:
         return "unfinished"
     if folder in ("parts", "data", "damaged"):
         return {"parts": "part", "data": "file", "damaged": "damaged"}[folder]
+    if folder == "checkpoints":
+        return "unfinished"
     return "artifact" if len(folder) == 64 and rest[0] else None
 
 

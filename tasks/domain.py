@@ -29,6 +29,7 @@ from models.settings import (
     Settings,
     SidecarSettings,
     TagsSettings,
+    TrainingSettings,
     TransductionSettings,
     VllmSettings,
     one_or_many,
@@ -130,6 +131,8 @@ class Domain(Settings):
     """Of latteclip and latteclip_plus; flyp and self_training take from it what is not about texts."""
     transduction: TransductionSettings = TransductionSettings()
     """Of transduction and latteclip_plus."""
+    training: TrainingSettings = TrainingSettings()
+    """Of every method that trains."""
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
     """One adapted model of each method for each; figures are means over them."""
     shard: ShardSettings = ShardSettings()

@@ -15,9 +15,10 @@ import numpy as np
 import polars as pl
 
 from models import clip
-from models.settings import OF_TEXTS, READS_TEXTS, SEEDLESS, Method
+from models.settings import NOT_OF_THE_MODEL, OF_TEXTS, READS_TEXTS, SEEDLESS, Method
 from storage.artifacts import Artifact, ArtifactWriter
 from storage.errors import DataError
+from storage.fingerprint import fingerprint
 from storage.shards import read_index, read_records
 from storage.tables import read_safetensors, safetensors
 from tasks.decode import pixel_batches
@@ -26,6 +27,10 @@ from tasks.features import Features, centred, read_features
 from tasks.pixels import PixelReader
 from tasks.screen import read_screened, read_text_features, usable
 from tasks.stage import StageResult, open_store, run_stage
+from tasks.training import Files, Progress, StoredCheckpoint, checkpoint, in_processes
+
+_Stages = tuple[StageResult, StageResult, StageResult]
+"""Shards, features and screened texts."""
 
 if TYPE_CHECKING:
     from models.adaptation import TuneData
@@ -65,7 +70,8 @@ def tune(domain: Domain, shards: StageResult, embedded: StageResult, screened: S
 
     Files: ``<method>.seed-<n>.safetensors`` (prototypes, centre, scale, maps, assignments; tensors of trained towers
     under ``tower.``) and ``<method>.seed-<n>.history.json`` (one record for each epoch); ``transduction.safetensors``
-    and so on for a method without random numbers. Each is a part, made from only what its method reads.
+    and so on for a method without random numbers. Each is a part, made from only what its method reads. The one under
+    way is kept in ``checkpoints/``, from where a killed run goes on.
     """
     store = open_store(domain)
     inputs: dict[str, Any] = {"method": sorted(domain.method)}
@@ -74,16 +80,23 @@ def tune(domain: Domain, shards: StageResult, embedded: StageResult, screened: S
     if any(method not in SEEDLESS for method in domain.method):
         inputs["seeds"] = domain.seeds
 
+    stages = (shards, embedded, screened)
+
     def body(writer: ArtifactWriter) -> Mapping[str, int]:
         trainer: Trainer | None = None
         for method, seed, own in _parts(domain, embedded, screened):
             name = _name(method, seed)
             if writer.find(name, own) is None:
-                trainer = trainer or Trainer(domain, *(store.open(each.ref) for each in (shards, embedded, screened)))
-                found, history = trainer.run(method, seed)
-                writer.put(
-                    name, own, {f"{name}.safetensors": found, f"{name}.history.json": json.dumps(history).encode()}
+                key = (
+                    f"{domain.name}/tune/checkpoints/{fingerprint('tune', VERSION, {'part': name, **own})}.safetensors"
                 )
+                with checkpoint(store.objects, key) as kept:
+                    if domain.training.processes > 1:
+                        files = in_processes(domain.training.processes, _train, domain, stages, method, seed, key)
+                    else:
+                        trainer = trainer or Trainer(domain, stages)
+                        files = trainer.run(method, seed, kept)
+                writer.put(name, own, files)
         return {"models": sum(len(domain.seeds_of(method)) for method in domain.method)}
 
     return run_stage(store, domain, "tune", VERSION, inputs, body)
@@ -118,6 +131,7 @@ def _made_from(domain: Domain, embedded: StageResult, screened: StageResult, met
     if method != "transduction":
         exclude = None if method in READS_TEXTS else OF_TEXTS
         own["latteclip"] = domain.latteclip.model_dump(mode="json", exclude=exclude)
+        own["training"] = domain.training.model_dump(mode="json", exclude=NOT_OF_THE_MODEL)
     if method in ("transduction", "latteclip_plus"):
         own["transduction"] = domain.transduction.model_dump(mode="json")
     return own
@@ -128,12 +142,18 @@ def _name(method: Method, seed: int | None) -> str:
     return method if seed is None or method in SEEDLESS else f"{method}.seed-{seed}"
 
 
+def _train(domain: Domain, stages: _Stages, method: Method, seed: int | None, key: str) -> Files:
+    """One model in one of several processes."""
+    return Trainer(domain, stages).run(method, seed, StoredCheckpoint(open_store(domain).objects, key))
+
+
 class Trainer:
     """What all models share: the CLIP, the features, and the texts' features, which are read when they are needed."""
 
-    def __init__(self, domain: Domain, images: Artifact, embedded: Artifact, screened: Artifact) -> None:
+    def __init__(self, domain: Domain, stages: _Stages) -> None:
+        store = open_store(domain)
+        self._images, embedded, self._screened = (store.open(each.ref) for each in stages)
         self._domain, self._settings = domain, domain.latteclip
-        self._images, self._screened = images, screened
         self._clip = clip.load(domain.clip)
         self._found = read_features(embedded)
         self._centre = self._found.centre if clip.is_centred(domain.clip) else np.zeros_like(self._found.centre)
@@ -194,40 +214,42 @@ class Trainer:
         """What a method is given."""
         return self._described if method in READS_TEXTS else self._plain if method in SEEDLESS else self._trained
 
-    def run(self, method: Method, seed: int | None) -> tuple[bytes, list[dict[str, float]]]:
-        """The adapted model as a file, and its history."""
+    def run(self, method: Method, seed: int | None, kept: StoredCheckpoint) -> Files:
+        """Adapt, or go on with it: the files of the part."""
+        import torch
+
         from models.methods import adapt
 
-        epochs = self._settings.n_epochs(len(self._found.keys))
-
-        def on_epoch(epoch: int, stats: Mapping[str, float]) -> None:
-            if (epoch + 1) % max(1, epochs // 4) == 0:
-                log.info("tune %s seed=%d epoch=%d/%d loss=%.4f", method, seed, epoch + 1, epochs, stats["loss"])
-
+        name, folder = _name(method, seed), Path(self._domain.output) / self._domain.name / "tensorboard"
+        progress = Progress(name, folder / name if self._domain.training.tensorboard else None)
         result = adapt(
             method,
-            self.data(method),
+            self.data(method).to(self._clip.device),
             self._settings,
             self._domain.transduction,
+            self._domain.training,
             seed=seed or 0,
             clip=self._clip.model if self._settings.trains_towers else None,
             scale=self._clip.scale,
-            on_epoch=on_epoch,
+            checkpoint=kept,
+            on_step=progress,
         )
+        progress.close()
         found = {
-            "prototypes": result.prototypes.numpy(),
-            "centre": self._centre,
-            "scale": np.array([self._clip.scale], np.float32),
+            "prototypes": result.prototypes,
+            "centre": torch.from_numpy(self._centre),
+            "scale": torch.tensor([self._clip.scale]),
         }
-        for name in ("image_map", "text_map", "assignments"):
-            if (tensor := getattr(result, name)) is not None:
-                found[name] = tensor.numpy()
+        for attribute in ("image_map", "text_map", "assignments"):
+            if (tensor := getattr(result, attribute)) is not None:
+                found[attribute] = tensor
         if result.clip is not None:
             before = self._clip.model.state_dict()
-            for name, tensor in result.clip.state_dict().items():
-                if not tensor.equal(before[name]):
-                    found[f"tower.{name}"] = tensor.numpy()
-        return safetensors(**found), result.history
+            for key, tensor in result.clip.state_dict().items():
+                if not tensor.equal(before[key]):
+                    found[f"tower.{key}"] = tensor
+        model = safetensors(**{key: tensor.cpu().numpy() for key, tensor in found.items()})
+        return {f"{name}.safetensors": model, f"{name}.history.json": json.dumps(result.history).encode()}
 
 
 def read_tuned(artifact: Artifact, method: Method, seed: int | None) -> Tuned:
