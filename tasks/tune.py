@@ -87,9 +87,8 @@ def tune(domain: Domain, shards: StageResult, embedded: StageResult, screened: S
         for method, seed, own in _parts(domain, embedded, screened):
             name = _name(method, seed)
             if writer.find(name, own) is None:
-                key = (
-                    f"{domain.name}/tune/checkpoints/{fingerprint('tune', VERSION, {'part': name, **own})}.safetensors"
-                )
+                identity = fingerprint("tune", VERSION, {"part": name, **own})
+                key = f"{domain.name}/tune/checkpoints/{identity}.safetensors"
                 with checkpoint(store.objects, key) as kept:
                     if domain.training.processes > 1:
                         files = in_processes(domain.training.processes, _train, domain, stages, method, seed, key)
