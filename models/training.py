@@ -205,7 +205,6 @@ class _Run:
             loss = torch.stack(list(losses.values())).sum()
         lr, norm = self.method.learning_rate(self.step), 0.0
         if self.optimizer is not None and loss.isfinite():
-            self.optimizer.zero_grad()
             loss.backward()
             for p in self.trained.values():  # Parameters of the loss itself: every process has their whole gradient.
                 if p.grad is not None and self.world > 1:
@@ -216,12 +215,14 @@ class _Run:
             self.add_up()
             norm = float(nn.utils.clip_grad_norm_(self.trained.values(), self.method.clip_norm))
         if not loss.isfinite() or not math.isfinite(norm):
+            self.method.zero_grad()
             self.keep()
             raise NonFiniteLossError(self.step, batch, {name: value.detach() for name, value in losses.items()}, norm)
         if self.optimizer is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
             self.optimizer.step()
+            self.optimizer.zero_grad()  # now, not before the next: towers run without the gradients in memory
         stats = {name: float(value.detach()) for name, value in losses.items()} | dict(self.method.after_step())
         stats["loss"] = float(loss.detach())
         self.agree(self.state.values())
@@ -283,7 +284,7 @@ class _Run:
 
     def gather(self, own: Tensor, rows: Tensor) -> Tensor:
         """Features of all rows, from all processes, as a leaf."""
-        features = own.detach()
+        features = own
         if self.world > 1:
             sizes = [len(part) for part in rows.tensor_split(self.world)]
             padded = features.new_zeros((max(sizes), *features.shape[1:]))
@@ -341,22 +342,25 @@ class _Run:
 
 
 class _Encoded:
-    """Features of this process's rows. In one piece their graph is kept; in several it is made again, one by one."""
+    """Features of this process's rows. The last part keeps its graph; those before are encoded again for theirs."""
 
     def __init__(self, encode: Callable[[Tensor, int], Tensor], chunks: tuple[Tensor, ...], grad: bool) -> None:
-        self.encode, self.chunks, self.whole = encode, chunks, grad and len(chunks) == 1
-        with torch.set_grad_enabled(self.whole):
-            self.features = torch.cat([encode(chunk, i) for i, chunk in enumerate(chunks)])
+        self.encode, self.chunks = encode, chunks
+        *first, last = enumerate(chunks)
+        with torch.no_grad():
+            parts = [encode(chunk, i) for i, chunk in first]
+        with torch.set_grad_enabled(grad):
+            self.last = encode(last[1], last[0])
+        self.features = torch.cat([*parts, self.last.detach()])
 
     def backward(self, gradient: Tensor) -> None:
-        if self.whole:
-            if self.features.requires_grad:
-                self.features.backward(gradient)
-            return
-        for i, (chunk, part) in enumerate(zip(self.chunks, gradient.split([len(c) for c in self.chunks]), strict=True)):
-            features = self.encode(chunk, i)
-            if features.requires_grad:
-                features.backward(part)
+        *first, last = gradient.split([len(chunk) for chunk in self.chunks])
+        if not self.last.requires_grad:
+            return  # the tower is frozen
+        self.last.backward(last)
+        del self.last
+        for i, (chunk, part) in enumerate(zip(self.chunks, first, strict=False)):
+            self.encode(chunk, i).backward(part)
 
 
 @contextmanager
