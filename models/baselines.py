@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from models.adaptation import Adapted, TuneData
 from models.latteclip import batches, tune
 from models.losses import unit
-from models.schedule import steps_per_epoch, warmup_cosine
+from models.schedule import warmup_cosine
 from models.settings import OF_TEXTS, LatteClipSettings, TrainingSettings
 from models.training import Batch, Trainable, train
 
@@ -76,7 +76,7 @@ class SelfTraining(Trainable):
         self.zero_shot = data.pseudo_labels
         self.image_map = nn.Parameter(torch.eye(self.x.shape[1], dtype=self.x.dtype, device=self.x.device))
         self.register_buffer("labels", data.pseudo_labels.clone())
-        self.steps_per_epoch = steps_per_epoch(len(self.x), cfg.batch_size)
+        self.steps_per_epoch = cfg.n_steps(len(self.x))
         self.n_steps = cfg.n_epochs(len(self.x)) * self.steps_per_epoch
 
     def batches(self) -> Iterator[Batch]:

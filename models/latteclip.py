@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from models.adaptation import Adapted, TuneData
 from models.losses import at_least_float32, clip_loss, unit
-from models.schedule import steps_per_epoch, warmup_cosine
+from models.schedule import warmup_cosine
 from models.settings import LatteClipSettings, TrainingSettings
 from models.towers import IMAGE_TAILS, IMAGE_TOWERS, TEXT_TAILS, TextReader, last_blocks
 from models.training import Batch, Checkpoint, Stats, Trainable, train
@@ -277,7 +277,7 @@ class LatteClip(Trainable):
         _check(cfg, data, has_clip=clip is not None)
         self.cfg, self.data, self.seed = cfg, data, seed
         self.device = data.pseudo_labels.device
-        self.steps_per_epoch = steps_per_epoch(len(data), cfg.batch_size)
+        self.steps_per_epoch = cfg.n_steps(len(data))
         self.n_steps = cfg.n_epochs(len(data)) * self.steps_per_epoch
         self.clip: Any = None if clip is None else copy.deepcopy(clip).eval().requires_grad_(False)
         self.read = TextReader(self.clip)

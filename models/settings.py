@@ -199,6 +199,8 @@ class LatteClipSettings(Settings):
     """Images per step; the paper has 512."""
     sampling: Literal["with_replacement", "without_replacement"] = "without_replacement"
     """without_replacement: each image once per epoch. with_replacement: full batches with repeats, as in the paper."""
+    step_multiple: int = Field(default=1, ge=1)
+    """Steps of an epoch are rounded up to a multiple of this; the paper's are of its loader's 3 or 4 workers."""
     epochs: int | None = Field(default=None, ge=1)
     """Passes over the images. Default: as few as make 640 steps, like the paper's 585 to 2115: by then texts have
     replaced all but `(1 - alpha) ** steps`, 0.2 percent, of the first prototypes."""
@@ -227,7 +229,11 @@ class LatteClipSettings(Settings):
 
     def n_epochs(self, n_images: int) -> int:
         """Epochs of a run over so many images."""
-        return self.epochs or math.ceil(DEFAULT_STEPS / steps_per_epoch(n_images, self.batch_size))
+        return self.epochs or math.ceil(DEFAULT_STEPS / self.n_steps(n_images))
+
+    def n_steps(self, n_images: int) -> int:
+        """Steps of an epoch over so many images."""
+        return steps_per_epoch(n_images, self.batch_size, self.step_multiple)
 
     def first_scale(self, clip_scale: float) -> float:
         """The loss's scale at the start of a run with a CLIP of that scale."""
