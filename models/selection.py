@@ -1,0 +1,120 @@
+"""Which of several models to trust, without a label.
+
+Accuracy cannot be seen without labels, but a disagreement can be judged: where two models say different things about an
+image, look at its nearest images about which both agree, and see whose class they have (`duel`). A model that moves images to
+a class that zero-shot never gave near them finds no neighbours to vouch for it; one that repairs scattered errors of
+zero-shot finds many. Consistency among neighbours alone would prefer any clean clustering, also one with the wrong
+names; agreement with zero-shot alone would prefer zero-shot.
+
+What it cannot see: a class that is given up as a whole, to one that zero-shot also gave there now and then, has nobody
+left to speak for it. The rule is fixed, has two constants and was chosen once for all domains: docs/methods.md has the table of what it lets
+pass and what it refuses, broken models among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.losses import at_least_float32
+
+NEIGHBOURS = 10
+LEAST_AGREEMENT = 0.2
+"""Of a model with one of the zero-shots, as Cohen's kappa: without it, a model has learnt other names."""
+_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a model is to be preferred to every zero-shot.
+
+    Attributes:
+        accepted: it is.
+        reason: why, or why not, for people.
+        duels: against each zero-shot, see :func:`duel`.
+        agreement: with the zero-shot that it agrees with most, as Cohen's kappa.
+    """
+
+    accepted: bool
+    reason: str
+    duels: Mapping[str, float]
+    agreement: float
+
+
+def duel(features: Tensor, one: Tensor, other: Tensor) -> float:
+    """Whom the neighbours of disputed images vouch for.
+
+    Disputed images are those that two models give different classes; their neighbours are the NEIGHBOURS nearest ones
+    that both models give the same class.
+
+    Args:
+        features: unit image features that neither model has shaped, `(n, dim)`.
+        one, other: classes, `(n,)` int64.
+
+    Returns:
+        -1 to 1: how much larger a share of the neighbours has the class that `one` gave than that `other` gave, mean
+        over the disputed images; positive speaks for `one`. 0 where nothing is disputed, or fewer than NEIGHBOURS
+        images are not.
+
+    Raises:
+        ValueError: the lengths differ.
+    """
+    if not len(features) == len(one) == len(other):
+        raise ValueError(f"need one class of each model for each image, got {len(features)}, {len(one)}, {len(other)}")
+    agreed, disputed = (one == other).nonzero()[:, 0], (one != other).nonzero()[:, 0]
+    if not len(disputed) or len(agreed) < NEIGHBOURS:
+        return 0.0
+    features = at_least_float32(features)
+    vouched, known, total = one[agreed], features[agreed].T, 0.0
+    for rows in disputed.split(_ROWS):
+        near = vouched[(features[rows] @ known).topk(NEIGHBOURS, dim=1).indices]
+        total += float((near == one[rows, None]).double().sum() - (near == other[rows, None]).double().sum())
+    return total / len(disputed) / NEIGHBOURS
+
+
+def kappa(one: Tensor, other: Tensor, n_classes: int) -> float:
+    """Cohen's kappa of two models' classes, `(n,)` each: 1 for the same, 0 for what chance gives."""
+    shares = [torch.bincount(labels, minlength=n_classes).double() / len(labels) for labels in (one, other)]
+    chance = float(shares[0] @ shares[1])
+    agreement = float((one == other).double().mean())
+    return (agreement - chance) / (1 - chance) if chance < 1 else 0.0
+
+
+def judge(features: Tensor, labels: Tensor, zero_shots: Mapping[str, Tensor], n_classes: int) -> Verdict:
+    """Whether a model is to be preferred to zero-shot, in every form that zero-shot has.
+
+    Args:
+        features: unit image features that the model has not shaped, `(n, dim)`.
+        labels: the model's classes, `(n,)` int64.
+        zero_shots: classes of each zero-shot, by name; at least one.
+        n_classes: classes that there are names for.
+    """
+    duels = {name: duel(features, labels, given) for name, given in zero_shots.items()}
+    agreement = max(kappa(labels, given, n_classes) for given in zero_shots.values())
+    worst = min(duels, key=lambda name: duels[name])
+    said = f"duel with {worst} {duels[worst]:+.3f}, agreement {agreement:.2f}"
+    if agreement < LEAST_AGREEMENT:
+        reason = f"it has little to do with zero-shot ({said}; at least {LEAST_AGREEMENT} is asked for)"
+    elif duels[worst] <= 0:
+        reason = f"neighbours do not vouch for it ({said})"
+    else:
+        return Verdict(True, f"neighbours vouch for it ({said})", duels, agreement)
+    return Verdict(False, reason, duels, agreement)
+
+
+def best(features: Tensor, labels: Mapping[str, Tensor]) -> str:
+    """The model that wins the most duels with the others; of equals the one with the larger sum, then the first.
+
+    Args:
+        features: unit image features that no model has shaped, `(n, dim)`.
+        labels: classes of each model, by name; at least one.
+    """
+
+    def record(name: str) -> tuple[int, float]:
+        scores = [duel(features, labels[name], given) for other, given in labels.items() if other != name]
+        return sum(score > 0 for score in scores), sum(scores)
+
+    return max(labels, key=record)
