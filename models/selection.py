@@ -1,14 +1,14 @@
 """Which of several models to trust, without a label.
 
 Accuracy cannot be seen without labels, but a disagreement can be judged: where two models say different things about an
-image, look at its nearest images about which both agree, and see whose class they have (`duel`). A model that moves images to
-a class that zero-shot never gave near them finds no neighbours to vouch for it; one that repairs scattered errors of
-zero-shot finds many. Consistency among neighbours alone would prefer any clean clustering, also one with the wrong
-names; agreement with zero-shot alone would prefer zero-shot.
+image, look at its nearest images about which both agree, and see whose class they have (`duel`). A model that moves
+images to a class that zero-shot never gave near them finds no neighbours to vouch for it; one that repairs scattered
+errors of zero-shot finds many. Consistency among neighbours alone would prefer any clean clustering, also one with the
+wrong names; agreement with zero-shot alone would prefer zero-shot.
 
 What it cannot see: a class that is given up as a whole, to one that zero-shot also gave there now and then, has nobody
-left to speak for it. The rule is fixed, has two constants and was chosen once for all domains: docs/methods.md has the table of what it lets
-pass and what it refuses, broken models among them.
+left to speak for it. The rule is fixed, has two constants and was chosen once for all domains; docs/methods.md has the
+table of what it lets pass and what it refuses, broken models among them.
 """
 
 from __future__ import annotations

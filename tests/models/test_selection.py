@@ -63,7 +63,7 @@ def test_the_truth_is_accepted_and_what_is_broken_refused() -> None:
 
 
 def test_what_it_cannot_see() -> None:
-    """One class went as a whole to another that zero-shot gave there now and then: nobody is left who says otherwise."""
+    """A class went as a whole to another that zero-shot gave there now and then: nobody is left to say otherwise."""
     features, truth, zero_shot = world()
     assert judge(features, torch.where(truth == 2, 3, zero_shot), {"zero_shot": zero_shot}, K).accepted
 
