@@ -7,11 +7,9 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from models.screening import is_loop, is_refusal, words
-
-FilterMode = Literal["compat", "recommended"]
+from models.settings import FilterMode
 
 LEAST_CHARACTERS = 60
 MOST_TOKENS = 75

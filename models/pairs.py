@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-Policy = Literal["uniform", "within_group", "mixed"]
+from models.settings import PairPolicy
+
 Ints = NDArray[np.int64]
 
 _BLOCK = 1 << 16
@@ -65,7 +65,7 @@ class Pairs:
 
 
 def draw_pairs(
-    groups: Sequence[int] | Ints, texts: Sequence[int] | Ints, budget: int, policy: Policy = "mixed", seed: int = 0
+    groups: Sequence[int] | Ints, texts: Sequence[int] | Ints, budget: int, policy: PairPolicy = "mixed", seed: int = 0
 ) -> Pairs:
     """Distinct pairs of images, in random order, either image first with probability 1/2.
 

@@ -13,6 +13,11 @@ from models.schedule import steps_per_epoch
 
 DEFAULT_STEPS = 640
 
+PairPolicy = Literal["uniform", "within_group", "mixed"]
+"""Which images are compared: any two, two of one pseudo-class, or half of these and half of those."""
+FilterMode = Literal["compat", "recommended"]
+"""Rules for texts about pairs: those of PC-CLIP's released code, or some for any language model."""
+
 Method = Literal["latteclip", "latteclip_plus", "transduction", "flyp", "wise_ft", "self_training"]
 """Ways to adapt: docs/methods.md."""
 SEEDLESS: frozenset[Method] = frozenset({"transduction"})
@@ -159,6 +164,42 @@ DescriberSettings = Annotated[
     Discriminator(_kind),
 ]
 """Who writes the texts: ``kind`` is tags, sidecar, vllm or openai."""
+
+
+class WordsSettings(Settings):
+    """Texts about pairs without a language model: words of one description that the other lacks."""
+
+    kind: Literal["words"] = "words"
+    """Who writes the texts."""
+
+
+TextModelSettings = Annotated[
+    Annotated[VllmSettings, Tag("vllm")] | Annotated[OpenAISettings, Tag("openai")], Discriminator(_kind)
+]
+"""A language model: ``kind`` is vllm or openai."""
+
+
+class PairSettings(Settings):
+    """Texts about how one image differs from another, which `pc_clip` learns from."""
+
+    budget: int = Field(default=20_000, ge=1, le=10_000_000)
+    """Pairs at most; fewer where there are no more."""
+    policy: PairPolicy = "mixed"
+    """uniform: any two images, as in the paper. within_group: two of one pseudo-class, which is harder. mixed: half of
+    these, half of those. Images with the same text are never compared."""
+    both_directions: bool = False
+    """Ask about each pair in both orders: twice the texts, half of the pairs for the same budget."""
+    class_pairs: int = Field(default=0, ge=0)
+    """So many pairs of classes, those that the untouched CLIP confuses most, get texts about their difference in both
+    orders, and pc_clip's classifier is corrected by them: comparative prompting. 0: it is not."""
+    filter: FilterMode = "recommended"
+    """Which answers are not used: docs/methods.md has the rules. compat is the paper's, for English."""
+    seed: int = 0
+    """Of the draws."""
+    describer: TextModelSettings | None = None
+    """A language model that writes the texts; it sees the descriptions, no image. Default: `describer`, where that is
+    one; else a rule that says which words one description has and the other lacks."""
+
 
 OF_TEXTS = {
     "alpha", "labels", "use_class_texts", "use_image_texts", "use_group_texts", "mixer_axis", "zero_shot_class_weight",

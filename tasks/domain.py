@@ -25,6 +25,7 @@ from models.settings import (
     LatteClipSettings,
     Method,
     OpenAISettings,
+    PairSettings,
     ScreenSettings,
     Settings,
     SidecarSettings,
@@ -32,6 +33,7 @@ from models.settings import (
     TrainingSettings,
     TransductionSettings,
     VllmSettings,
+    WordsSettings,
     one_or_many,
 )
 
@@ -139,6 +141,8 @@ class Domain(Settings):
     embed: EmbedSettings = EmbedSettings()
     group: GroupSettings = GroupSettings()
     screen: ScreenSettings = ScreenSettings()
+    pairs: PairSettings = PairSettings()
+    """Of pc_clip."""
     prices: PriceSettings = PriceSettings()
     store: str = "runs/store"
     """Where artifacts live: a folder or any fsspec URL with atomic create (s3, gs, abfs)."""
@@ -183,6 +187,11 @@ class Domain(Settings):
         return self
 
     @model_validator(mode="after")
+    def _questions_about_pairs_can_be_read(self) -> Domain:
+        _ = self.of_pairs().prompt_pack
+        return self
+
+    @model_validator(mode="after")
     def _methods_can_run(self) -> Domain:
         twice = [name for name, count in Counter(self.method).items() if count > 1]
         if twice:
@@ -209,6 +218,14 @@ class Domain(Settings):
             return prompts.load(self.describer.prompts)
         except ModelError as error:
             raise PydanticCustomError("prompts", "`describer.prompts`: {why}", {"why": str(error)}) from error
+
+    def of_pairs(self) -> Domain:
+        """This domain with whoever writes the texts about pairs as its describer."""
+        own = self.pairs.describer or self.describer
+        writer = own if isinstance(own, LanguageModelSettings) else WordsSettings()
+        found = self.model_copy(update={"describer": writer})
+        found.__dict__.pop("prompt_pack", None)  # it was of the other describer
+        return found
 
     @staticmethod
     def prompt_name(name: str) -> str:
@@ -289,6 +306,8 @@ def _resolve(raw: dict[str, Any], folder: Path) -> None:
         (raw.get("clip"), "model", _is_path),
         (raw.get("describer"), "model", _is_path),
         (raw.get("describer"), "prompts", prompts.is_path),
+        (_below(raw, "pairs", "describer"), "model", _is_path),
+        (_below(raw, "pairs", "describer"), "prompts", prompts.is_path),
     ]:
         value = section.get(field) if isinstance(section, dict) else None
         if isinstance(value, str) and is_path(value):
@@ -306,6 +325,12 @@ def _resolve(raw: dict[str, Any], folder: Path) -> None:
             ) from error
 
 
+def _below(raw: Any, *names: str) -> Any:
+    for name in names:
+        raw = raw.get(name) if isinstance(raw, dict) else None
+    return raw
+
+
 def _is_path(model: str) -> bool:
     return model.startswith((".", "/", "~"))
 
@@ -313,7 +338,8 @@ def _is_path(model: str) -> bool:
 def _explain(error: Mapping[str, Any], raw: Any) -> str:
     """One line of the message: where, what, and a suggestion."""
     where = [part for part in error["loc"] if not str(part).startswith("function-")]
-    kind = where.pop(1) if len(where) > 1 and where[0] == "describer" else None
+    after = where.index("describer") + 1 if "describer" in where else len(where)
+    kind = where.pop(after) if after < len(where) else None
     field = ".".join(map(str, where))
     message = str(error["msg"])
     if error["type"] == "extra_forbidden":

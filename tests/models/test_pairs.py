@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import models.pairs
-from models.pairs import MOST_IMAGES, Policy, draw_pairs, n_pairs, unrank
+from models.pairs import MOST_IMAGES, draw_pairs, n_pairs, unrank
+from models.settings import PairPolicy
 
 
 def exact(k: int, n: int) -> tuple[int, int]:
@@ -48,7 +49,7 @@ def test_a_number_out_of_range_is_an_error(k: int, n: int) -> None:
     st.integers(0, 5),
 )
 def test_pairs_are_distinct_usable_and_different(
-    images: list[tuple[int, int]], budget: int, policy: Policy, seed: int
+    images: list[tuple[int, int]], budget: int, policy: PairPolicy, seed: int
 ) -> None:
     groups, texts = zip(*images, strict=True)
     found = draw_pairs(groups, texts, budget, policy, seed)
