@@ -17,6 +17,26 @@ Pixels = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
+class PairData:
+    """Texts about how the first image of a pair differs from the second.
+
+    Texts are int64 tokens, padded with 0, or floating-point text embeds.
+
+    Args:
+        first, second: image numbers, `(p,)` int64.
+        texts: `(p, length or dim)`.
+        class_pairs: classes a, b of each text about classes, `(c, 2)` int64; None when there are none.
+        class_texts: how class a differs from class b, `(c, length or dim)`.
+    """
+
+    first: Tensor
+    second: Tensor
+    texts: Tensor
+    class_pairs: Tensor | None = None
+    class_texts: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class TuneData:
     """What is known of a domain of n images. There is no place for a label.
 
@@ -34,6 +54,7 @@ class TuneData:
         image_embeds: cached image embeds, `(n, dim)`, for `train` prototypes and projections.
         centre: subtracted from image embeds before they are normalized, `(dim,)`; None for nothing.
         pixels: images of a batch, for `train` last_blocks and all.
+        pairs: texts about pairs of images, for pc_clip.
 
     Raises:
         ValueError: fewer than 2 classes, no image, labels out of range, or tensors that do not belong together.
@@ -48,6 +69,7 @@ class TuneData:
     image_embeds: Tensor | None = None
     centre: Tensor | None = None
     pixels: Pixels | None = None
+    pairs: PairData | None = None
 
     def __post_init__(self) -> None:
         n_classes = len(self.class_texts)

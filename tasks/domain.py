@@ -311,7 +311,7 @@ def _resolve(raw: dict[str, Any], folder: Path) -> None:
     ]:
         value = section.get(field) if isinstance(section, dict) else None
         if isinstance(value, str) and is_path(value):
-            section[field] = absolute(value)  # type: ignore[index]
+            section[field] = absolute(value)
     if isinstance(raw.get("classes"), str):
         file = Path(absolute(raw["classes"]))
         try:
