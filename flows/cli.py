@@ -74,7 +74,7 @@ def run(
 ) -> None:
     """Run every stage; finished work is taken from the store.
 
-    Stages: shard, embed, describe, group, screen, tune, evaluate, report.
+    Stages: shard, embed, describe, group, screen, pair (for pc_clip), tune, evaluate, report.
     """
     if start and only:
         raise ConfigError("--from and --only exclude each other; give one")

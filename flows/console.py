@@ -119,7 +119,8 @@ def totals(domain: Domain, planned: Sequence[Planned]) -> str:
     seconds = sum(each.seconds or 0.0 for each in running)
     without = f", not counting {', '.join(unknown)} (never timed)" if unknown else ""
     lines.append("time: unknown" if len(unknown) == len(running) else f"time: about {duration(seconds)}{without}")
-    if isinstance(domain.describer, LanguageModelSettings) and any(each.work for each in texts):
+    models = [each for each in (domain.describer, domain.pairs.describer) if isinstance(each, LanguageModelSettings)]
+    if models and any(each.work for each in texts):
         lines.append(_cost(domain, planned, texts))
     return "\n".join(lines)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,15 @@ from models.training import Stats
 
 Pixels = Callable[[Tensor, Tensor | None], Tensor]
 """Image numbers ``(b,)`` to pixels ``(b, 3, h, w)``: by seeds ``(b,)`` augmented views, by None as for testing."""
+
+
+Data = TypeVar("Data", "PairData", "TuneData")
+
+
+def _moved(data: Data, device: torch.device) -> Data:
+    values = {f.name: getattr(data, f.name) for f in fields(data)}
+    moved: Any = {name: value.to(device) for name, value in values.items() if isinstance(value, (Tensor, PairData))}
+    return replace(data, **moved)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +43,10 @@ class PairData:
     texts: Tensor
     class_pairs: Tensor | None = None
     class_texts: Tensor | None = None
+
+    def to(self, device: torch.device) -> PairData:
+        """The same, with every tensor on this device."""
+        return _moved(self, device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +115,7 @@ class TuneData:
 
     def to(self, device: torch.device) -> TuneData:
         """The same, with every tensor on this device."""
-        moved: Any = {f.name: t.to(device) for f in fields(self) if isinstance(t := getattr(self, f.name), Tensor)}
-        return replace(self, **moved)
+        return _moved(self, device)
 
     @property
     def image_features(self) -> Tensor:

@@ -218,8 +218,8 @@ def tune_pairs(
     pairs = data.pairs
     if pairs.class_pairs is not None and pairs.class_texts is not None and len(pairs.class_pairs):
         about: Sequence[tuple[int, int]] = [(a, b) for a, b in pairs.class_pairs.tolist()]
-        compared = compare_prompts(prototypes.numpy(), about, method.features(pairs.class_texts).numpy())
-        prototypes = torch.from_numpy(compared)
+        compared = compare_prompts(prototypes.cpu().numpy(), about, method.features(pairs.class_texts).cpu().numpy())
+        prototypes = torch.from_numpy(compared).to(prototypes)
     return Adapted(
         prototypes=prototypes,
         scale=scale,

@@ -18,6 +18,8 @@ from ruamel.yaml.error import YAMLError
 from models import prompts
 from models.errors import ModelError
 from models.settings import (
+    READS_PAIRS,
+    READS_TEXTS,
     SEEDLESS,
     ClipSettings,
     DescriberSettings,
@@ -26,6 +28,7 @@ from models.settings import (
     Method,
     OpenAISettings,
     PairSettings,
+    PcClipSettings,
     ScreenSettings,
     Settings,
     SidecarSettings,
@@ -142,7 +145,8 @@ class Domain(Settings):
     group: GroupSettings = GroupSettings()
     screen: ScreenSettings = ScreenSettings()
     pairs: PairSettings = PairSettings()
-    """Of pc_clip."""
+    """Of pc_clip: what it learns from."""
+    pc_clip: PcClipSettings = PcClipSettings()
     prices: PriceSettings = PriceSettings()
     store: str = "runs/store"
     """Where artifacts live: a folder or any fsspec URL with atomic create (s3, gs, abfs)."""
@@ -196,6 +200,14 @@ class Domain(Settings):
         twice = [name for name, count in Counter(self.method).items() if count > 1]
         if twice:
             raise PydanticCustomError("method", f"`method`: {twice[0]} is named more than once")
+        if self.latteclip.texts_from == "pc_clip" and not READS_TEXTS & {*self.method}:
+            raise PydanticCustomError(
+                "method", "`latteclip.texts_from: pc_clip`: no method reads texts; add latteclip to `method`"
+            )
+        if self.latteclip.texts_from == "pc_clip" and "pc_clip" not in self.method:
+            raise PydanticCustomError(
+                "method", "`latteclip.texts_from: pc_clip`: add pc_clip to `method`, so that there is such a text tower"
+            )
         frozen = [name for name in self.method if name in ("latteclip_plus", "self_training")]
         if frozen and self.latteclip.trains_towers:
             raise PydanticCustomError(
@@ -204,6 +216,11 @@ class Domain(Settings):
                 f"{self.latteclip.train}; use `train: projections`, or leave the method out",
             )
         return self
+
+    @property
+    def compares(self) -> bool:
+        """Whether a method needs texts about pairs."""
+        return bool(READS_PAIRS & {*self.method})
 
     def seeds_of(self, method: Method) -> list[int | None]:
         """One for each model of a method; None for a method without random numbers."""

@@ -14,7 +14,7 @@ from models.differences import RULES, read_difference
 from models.pairs import Pairs, draw_pairs
 from models.prompts import fill
 from models.screening import fits_language
-from storage.artifacts import Artifact, ArtifactWriter
+from storage.artifacts import Artifact, ArtifactWriter, Part
 from storage.errors import DataError
 from storage.fingerprint import canonical_json, sha256
 from storage.shards import read_index
@@ -70,19 +70,19 @@ def pair(domain: Domain, shards: StageResult, embedded: StageResult, screened: S
         }
         texts = Texts(writer_of, store.objects, "pair", gallery, identity["describer"])
         own = {name: {"texts": texts.digest([each for each, _ in part]), **shared} for name, part in asked.items()}
-        parts = {name: writer.find(name, own[name]) for name in asked}
-        counts = sum((Counter(part.counts) for part in parts.values() if part is not None), Counter[str]())
-        missing, example = [name for name, part in parts.items() if part is None], ""
-        for name, table in texts.write({name: [each for each, _ in asked[name]] for name in missing}):
+        parts = {name: part for name in asked if (part := writer.find(name, own[name])) is not None}
+        counts = sum((Counter(part.counts) for part in parts.values()), Counter[str]())
+        missing = {name: [each for each, _ in part] for name, part in asked.items() if name not in parts}
+        for name, table in texts.write(missing):
             found = _filtered(domain, table, asked[name])
-            example = example or _example(found)
             files = {f"{name}.parquet": parquet(found)}
-            counts += Counter(writer.put(name, own[name], files, rows=found.height, counts=_counts(found)).counts)
+            parts[name] = writer.put(name, own[name], files, rows=found.height, counts=_counts(found))
+            counts += Counter(parts[name].counts)
             if not counts["kept"] and counts["texts"] >= HOPELESS:
-                raise _unusable(domain, counts, example)
+                raise _unusable(domain, counts, writer, parts)
         timings.update(texts.timings)
         if counts["kept"] < 2:
-            raise _unusable(domain, counts, example)
+            raise _unusable(domain, counts, writer, parts)
         if domain.pairs.class_pairs:
             about_classes = Texts(writer_of, store.objects, "class_pair", gallery, identity["describer"])
             _class_pairs(domain, writer, features, about_classes)
@@ -115,7 +115,7 @@ def _questions(
     texts = [number.setdefault(captions.get(key, "").casefold(), len(number)) for key in keys]
     groups = [labels[key] if key in captions and key in labels else -1 for key in keys]
     both, budget = domain.pairs.both_directions, domain.pairs.budget
-    found = draw_pairs(groups, texts, -(-budget // 2) if both else budget, domain.pairs.policy, domain.pairs.seed)
+    found = draw_pairs(groups, texts, max(1, budget // 2) if both else budget, domain.pairs.policy, domain.pairs.seed)
     if not len(found):
         same = " within a pseudo-class" if domain.pairs.policy == "within_group" else ""
         example = next(iter(captions.values()))
@@ -179,14 +179,9 @@ def _counts(found: pl.DataFrame) -> dict[str, int]:
     return {"texts": found.height, "kept": found.height - rules.total(), **rejected}
 
 
-def _example(found: pl.DataFrame) -> str:
-    """An answer that was rejected, or why there was none."""
-    rejected = found.filter(pl.col("rule").is_not_null())
-    told = pl.when(pl.col("raw") == "").then(pl.col("detail").fill_null("")).otherwise("raw")
-    return next(iter(rejected.select(told).to_series().to_list()), "")
-
-
-def _unusable(domain: Domain, counts: Counter[str], raw: str) -> DataError:
+def _unusable(domain: Domain, counts: Counter[str], writer: ArtifactWriter, parts: Mapping[str, Part]) -> DataError:
+    tables = (read_parquet(writer.read(part, f"{name}.parquet")) for name, part in parts.items())
+    raw = next((raw for table in tables for raw in table.filter(pl.col("rule").is_not_null())["raw"] if raw), "")
     rejected = Counter({rule: counts[f"rejected_{rule}"] for rule in RULES if counts[f"rejected_{rule}"]})
     told = ", ".join(f"{count} {rule} ({RULES[rule]})" for rule, count in rejected.most_common(3))
     advice = "ask another model or in other words (`pairs.describer`, `pair` of the prompt pack)"

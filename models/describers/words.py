@@ -37,7 +37,7 @@ def difference(first: str, second: str) -> Text:
     mine, others = ({word.casefold() for word in _WORD.findall(text)} for text in (first, second))
     has, lacks = _phrases(first, others), _phrases(second, mine)
     if has and lacks:
-        return Text(f"The first image shows {has}, while the second image shows {lacks}, which the first does not.")
+        return Text(f"The first image shows {has}, while the second image shows {lacks} instead.")
     if has:
         return Text(f"The first image shows {has}, which the second image does not show.")
     if lacks:
