@@ -143,6 +143,18 @@ def _cost(domain: Domain, planned: Sequence[Planned], texts: Sequence[Planned]) 
     return f"engine: {hours} hours; cost: about {found:.3g} {printable(domain.prices.currency)}{each_thousand}"
 
 
+def ranking(sentence: str, paths: Sequence[str], values: Sequence[float], count: int) -> Table:
+    """Both ends of an order."""
+    table = _table("place>", "value>", printable(sentence))
+    n = len(paths)
+    shown = [*range(n)] if n <= 2 * count else [*range(count), *range(n - count, n)]
+    for place in shown:
+        if place and place - 1 not in shown:
+            table.add_row("...", "", "")
+        table.add_row(str(place + 1), f"{values[place]:+.3f}", printable(paths[place]))
+    return table
+
+
 def artifacts(history: History) -> Table:
     """All artifacts of a domain, those of the newest run marked."""
     current = {artifact.fingerprint for artifact in newest_artifacts(history).values()}

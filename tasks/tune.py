@@ -402,6 +402,25 @@ def tuned_clip(domain: Domain, tuned: Tuned) -> clip.Clip:
     return replace(model, model=own)
 
 
+def chosen_model(domain: Domain, tuned: StageResult, seed: int | None, method: str | None) -> tuple[Method, Tuned]:
+    """The adapted model that somebody means, and its method.
+
+    Args:
+        seed, method: which; by default the domain's first.
+
+    Raises:
+        DataError: the domain has no such model.
+    """
+    chosen = next((each for each in domain.method if method in (None, each)), None)
+    if chosen is None:
+        raise DataError(f"there is no model by {method!r}; `method` is {', '.join(domain.method)}")
+    seeds = domain.seeds_of(chosen)
+    if seed not in (None, *seeds):
+        have = f"`seeds` are {', '.join(map(str, seeds))}" if None not in seeds else f"{chosen} has one model, no seeds"
+        raise DataError(f"there is no model with seed {seed}; {have}")
+    return chosen, read_tuned(open_store(domain).open(tuned.ref), chosen, seeds[0] if seed is None else seed)
+
+
 def text_reader(domain: Domain, tuned: Tuned) -> clip.Clip:
     """The domain's CLIP with the text tower of the adapted model, text map and all."""
     import torch
@@ -431,14 +450,7 @@ def export_tuned(
 
     from models.export import export
 
-    chosen = next((each for each in domain.method if method in (None, each)), None)
-    if chosen is None:
-        raise DataError(f"there is no model by {method!r}; `method` is {', '.join(domain.method)}")
-    seeds = domain.seeds_of(chosen)
-    if seed not in (None, *seeds):
-        have = f"`seeds` are {', '.join(map(str, seeds))}" if None not in seeds else f"{chosen} has one model, no seeds"
-        raise DataError(f"there is no model with seed {seed}; {have}")
-    found = read_tuned(open_store(domain).open(tuned.ref), chosen, seeds[0] if seed is None else seed)
+    _, found = chosen_model(domain, tuned, seed, method)
     maps = {name: getattr(found, name) for name in ("image_map", "text_map")}
     export(
         tuned_clip(domain, found),

@@ -241,7 +241,7 @@ def test_a_hopeless_model_is_not_asked_about_everything(
 ) -> None:
     monkeypatch.setattr("tasks.pair.PART", 20)
     monkeypatch.setattr("tasks.pair.HOPELESS", 40)
-    monkeypatch.setattr("models.describers.prompted.BATCH", 20)
+    monkeypatch.setattr("models.describers.prompted.BATCH_S", 0.0)
     asks: list[Ask] = []
 
     def script(ask: Ask) -> Reply:
