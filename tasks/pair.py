@@ -63,7 +63,7 @@ def pair(domain: Domain, shards: StageResult, embedded: StageResult, screened: S
     def body(writer: ArtifactWriter) -> Mapping[str, int]:
         images, features = store.open(shards.ref), store.open(embedded.ref)
         gallery = Gallery(writer_of, images, features)
-        captions = _captions(store.open(screened.ref))
+        captions = described(store.open(screened.ref))
         asked = {
             f"pairs-{start // PART:05d}": part
             for start, part in _parts(_questions(domain, images, gallery.labels, captions))
@@ -91,7 +91,7 @@ def pair(domain: Domain, shards: StageResult, embedded: StageResult, screened: S
     return run_stage(store, domain, "pair", VERSION, inputs, body, timings=timings)
 
 
-def _captions(screened: Artifact) -> dict[str, str]:
+def described(screened: Artifact) -> dict[str, str]:
     """Image key -> the beginning of its description, of images that have one that is used."""
     table = usable(read_screened(screened, "images")).filter(pl.col("text") != "")
     return {
