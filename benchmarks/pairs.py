@@ -1,6 +1,6 @@
 """PC-CLIP on domains: what its text tower learns of differences, and what that does to the classifier.
 
-    python -m benchmarks.pairs domains/demo.yaml domains/clipart.yaml [--seeds 0 1 2] [--budget 5000] [--store runs/store]
+    python -m benchmarks.pairs domains/demo.yaml domains/clipart.yaml [--seeds 0 1 2] [--budget 5000] [--store URL]
 
 Images, features and descriptions come from the pipeline's own stages and its store. Texts about pairs are written by
 the rule that compares words (`words`), about training images to learn from and about evaluation images to be tested on;
@@ -12,8 +12,8 @@ class names   "The first image shows A, while the second image shows B instead."
 zero-shot     top-1 of the plain class sentences
 confused      top-1 among the classes of the three pairs that the untouched model confuses most, found without labels,
               with plain prompts and with comparative prompting (5.3, alpha 0.9, texts by the rule)
-oracle        the same with the official choice: each model's own three largest cells of the confusion matrix on the test
-              set. It looks at labels and is no method.
+oracle        the same with the official choice: each model's own three largest cells of the confusion matrix on the
+              test set. It looks at labels and is no method.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ CONFUSED = 3
 
 @dataclass(frozen=True)
 class Images:
-    """One split: unit features as the classifier sees them, pseudo-labels, truth (-1: none), descriptions ("": none)."""
+    """One split: features as the classifier sees them, pseudo-labels, truth (-1: none), descriptions ("": none)."""
 
     features: np.ndarray
     zero_shot: np.ndarray

@@ -163,10 +163,11 @@ class _Planner:
 
     def _models(self, step: Step, planned: Planned) -> int:
         """Models that no run has trained yet; all of them, where what they are trained on changes."""
-        if planned.behind or not all(self._planned[each].result for each in step.feeders):
+        _, embedded, screened, *pairs = step.args
+        if {*planned.behind} - {"pair"} or not (self._planned[embedded].result and self._planned[screened].result):
             return sum(len(self._domain.seeds_of(method)) for method in self._domain.method)
-        _, *made_from = (self._result(each) for each in step.args)
-        return missing_models(self._domain, *made_from)
+        paired = self._result(pairs[0]) if pairs and "pair" not in planned.behind else None
+        return missing_models(self._domain, self._result(embedded), self._result(screened), paired)
 
     def _texts(
         self, step: Step, planned: Planned, missing: NotMade | None, old: Artifact | None, *, anew: bool

@@ -97,7 +97,7 @@ class PcClip(Trainable):
         super().__init__()
         self.cfg, self.seed = cfg, seed
         self.on_features = pairs.texts.is_floating_point()
-        if self.on_features != (cfg.train == "projection"):
+        if cfg.train is not None and self.on_features != (cfg.train == "projection"):
             kind = "embeds" if self.on_features else "tokens"
             raise ValueError(f"train={cfg.train!r} and texts as {kind}: projection wants embeds, the others tokens")
         self.image_features = at_least_float32(image_features)
@@ -197,7 +197,7 @@ def tune_pairs(
     """Tune the text side on `data.pairs`; the classifier is the class sentences as it then reads them.
 
     Args:
-        cfg: with `train` given.
+        cfg: the configuration; without `train`, the kind of texts says what is trained.
         data: cached images and pairs. Class texts are tokens or embeds, as the pairs' texts are.
         seed: of batches.
         clip: see `PcClip`.

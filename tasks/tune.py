@@ -92,7 +92,7 @@ def tune(
     def body(writer: ArtifactWriter) -> Mapping[str, int]:
         trainers: dict[str | None, Trainer] = {}
         parts: dict[str, Part] = {}
-        for method, seed, own in _parts(domain, embedded, screened, paired):
+        for method, seed, own in _parts(domain, embedded, screened, paired, domain.method):
             name = _name(method, seed)
             part = writer.find(name, own)
             if part is None:
@@ -118,17 +118,24 @@ def tune(
 def missing_models(
     domain: Domain, embedded: StageResult, screened: StageResult, paired: StageResult | None = None
 ) -> int:
-    """How many models `tune` would have to train."""
+    """How many models `tune` would have to train; without texts about pairs, all that need some."""
     writer = open_store(domain).writer(domain.name, "tune", VERSION, {})
-    found = [writer.find(_name(method, seed), own) for method, seed, own in _parts(domain, embedded, screened, paired)]
-    return found.count(None)
+    waiting = [method for method in domain.method if paired is None and _reads_pairs(domain, method)]
+    others = [method for method in domain.method if method not in waiting]
+    parts = _parts(domain, embedded, screened, paired, others)
+    found = [writer.find(_name(method, seed), own) for method, seed, own in parts]
+    return found.count(None) + sum(len(domain.seeds_of(method)) for method in waiting)
 
 
 def _parts(
-    domain: Domain, embedded: StageResult, screened: StageResult, paired: StageResult | None
+    domain: Domain,
+    embedded: StageResult,
+    screened: StageResult,
+    paired: StageResult | None,
+    methods: Sequence[Method],
 ) -> Iterator[tuple[Method, int | None, dict[str, Any]]]:
     """Method, seed and inputs of each model; first those that others read."""
-    for method in sorted(domain.method, key=lambda each: each != "pc_clip"):
+    for method in sorted(methods, key=lambda each: each != "pc_clip"):
         own = _made_from(domain, embedded, screened, paired, method)
         for seed in domain.seeds_of(method):
             yield method, seed, own if seed is None else {**own, "seed": seed}
@@ -137,6 +144,10 @@ def _parts(
 def _reads_as_pc_clip(domain: Domain, method: Method) -> bool:
     """Whether the model's texts are read by the text tower that pc_clip tuned."""
     return method in READS_TEXTS and domain.latteclip.texts_from == "pc_clip"
+
+
+def _reads_pairs(domain: Domain, method: Method) -> bool:
+    return method in READS_PAIRS or _reads_as_pc_clip(domain, method)
 
 
 def _made_from(
@@ -150,7 +161,7 @@ def _made_from(
     }
     if method in READS_TEXTS:
         own["screen"] = screened.ref.digest
-    if method in READS_PAIRS or _reads_as_pc_clip(domain, method):
+    if _reads_pairs(domain, method):
         assert paired is not None
         own |= {"pair": paired.ref.digest, "pc_clip": domain.pc_clip.model_dump(mode="json")}
     if method not in SEEDLESS:

@@ -16,7 +16,7 @@ hypothesis.settings.load_profile("shared")
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (40, 60, 220)}
 
 
-def make_tiny_clip(folder: Path, context: int = 24) -> None:
+def make_tiny_clip(folder: Path) -> None:
     """A ViT of open_clip's own classes with random weights, saved as an open_clip folder."""
     import open_clip
     import torch
@@ -25,7 +25,7 @@ def make_tiny_clip(folder: Path, context: int = 24) -> None:
     config = {
         "embed_dim": 32,
         "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
-        "text_cfg": {"context_length": context, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+        "text_cfg": {"context_length": 40, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
     }
     torch.manual_seed(0)
     model = open_clip.CLIP(**config)

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import make_tiny_clip
 from flows.cli import entry
 from flows.pipeline import run_plainly
 from storage.errors import DataError
@@ -68,9 +67,6 @@ def test_a_ranking_is_a_sort_by_one_projection(domain: Domain, tmp_path: Path) -
     more = "method: [latteclip, pc_clip]\npc_clip: {train: projection, epochs: 1}\npairs: {budget: 50}\n"
     (tmp_path / "domain.yaml").write_text((tmp_path / "domain.yaml").read_text() + more)
     domain = Domain.load(tmp_path / "domain.yaml")
-    # The tiny CLIP reads 24 tokens, and texts about pairs are longer.
-    make_tiny_clip(tmp_path / "clip", context=77)
-    domain = domain.model_copy(update={"clip": domain.clip.model_copy(update={"model": str(tmp_path / "clip")})})
     results = {each.label: each for each in run_plainly(domain)}
     store = open_store(domain)
     made_from = results["shard train"], results["embed train"], results["tune"]
