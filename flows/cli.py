@@ -74,7 +74,7 @@ def run(
 ) -> None:
     """Run every stage; finished work is taken from the store.
 
-    Stages: shard, embed, describe, group, screen, tune, evaluate, report.
+    Stages: shard, embed, describe, group, screen, pair (for pc_clip), tune, evaluate, report.
     """
     if start and only:
         raise ConfigError("--from and --only exclude each other; give one")
@@ -258,6 +258,33 @@ def export(
     results = {result.label: result for result in repaired(run_plainly, settings)}
     export_tuned(settings, results["tune"], seed, folder, method=method)
     out.print(f"model    {folder}")
+
+
+@app.command()
+def rank(
+    domain: DomainFile,
+    attribute: Annotated[
+        str, typer.Argument(help='Some words, such as "larger", or a sentence about the first image of two.')
+    ],
+    method: Annotated[
+        str | None,
+        typer.Option(help="The model of this method; default: pc_clip, else the first. zero_shot: the untouched CLIP."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Which of its models; default: the first seed.")] = None,
+    top: Annotated[int, typer.Option(min=1, max=500, help="Images at each end.")] = 24,
+    page: Annotated[Path | None, typer.Option("--out", help="The page; default: OUTPUT/<name>/rank.html.")] = None,
+) -> None:
+    """Order the images by an attribute: which shows more of it, by a model that reads differences."""
+    from tasks.rank import rank as ranked
+    from tasks.rank import sentence, write_page
+
+    sentence(attribute)  # before anything runs
+    settings = Domain.load(domain)
+    results = {result.label: result for result in repaired(run_plainly, settings)}
+    made_from = results["shard train"], results["embed train"], results["tune"]
+    found = ranked(settings, *made_from, attribute, method=method, seed=seed)
+    out.print(console.ranking(found.sentence, found.paths, found.values.tolist(), top))
+    out.print(f"page     {write_page(settings, results['shard train'], found, top, page)}")
 
 
 def _compact(store: ArtifactStore) -> int:

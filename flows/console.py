@@ -119,7 +119,8 @@ def totals(domain: Domain, planned: Sequence[Planned]) -> str:
     seconds = sum(each.seconds or 0.0 for each in running)
     without = f", not counting {', '.join(unknown)} (never timed)" if unknown else ""
     lines.append("time: unknown" if len(unknown) == len(running) else f"time: about {duration(seconds)}{without}")
-    if isinstance(domain.describer, LanguageModelSettings) and any(each.work for each in texts):
+    models = [each for each in (domain.describer, domain.pairs.describer) if isinstance(each, LanguageModelSettings)]
+    if models and any(each.work for each in texts):
         lines.append(_cost(domain, planned, texts))
     return "\n".join(lines)
 
@@ -140,6 +141,18 @@ def _cost(domain: Domain, planned: Sequence[Planned], texts: Sequence[Planned]) 
     images = max(each.images.new + each.images.kept for each in texts)
     each_thousand = f" ({1000 * found / images:.3g} for 1,000 images)" if images else ""
     return f"engine: {hours} hours; cost: about {found:.3g} {printable(domain.prices.currency)}{each_thousand}"
+
+
+def ranking(sentence: str, paths: Sequence[str], values: Sequence[float], count: int) -> Table:
+    """Both ends of an order."""
+    table = _table("place>", "value>", printable(sentence))
+    n = len(paths)
+    shown = [*range(n)] if n <= 2 * count else [*range(count), *range(n - count, n)]
+    for place in shown:
+        if place and place - 1 not in shown:
+            table.add_row("...", "", "")
+        table.add_row(str(place + 1), f"{values[place]:+.3f}", printable(paths[place]))
+    return table
 
 
 def artifacts(history: History) -> Table:

@@ -15,6 +15,7 @@ from tasks.embed import embed
 from tasks.evaluate import evaluate
 from tasks.group import group
 from tasks.history import SPLIT_STAGES, History
+from tasks.pair import pair
 from tasks.report import publish, report
 from tasks.screen import screen
 from tasks.shard import Split, shard
@@ -27,7 +28,7 @@ log = logging.getLogger("latteflow.flows")
 Run = Callable[..., Any]
 """How a stage is called: here and now, as a Prefect task, or not at all, to see the graph."""
 
-STAGES = ("shard", "embed", "describe", "group", "screen", "tune", "evaluate", "report")
+STAGES = ("shard", "embed", "describe", "group", "screen", "pair", "tune", "evaluate", "report")
 
 
 def pipeline(domain: Domain, run: Run) -> list[Any]:
@@ -37,15 +38,18 @@ def pipeline(domain: Domain, run: Run) -> list[Any]:
     texts = run(describe, domain, images, features)
     groups = run(group, domain, images, features)
     screened = run(screen, domain, images, features, texts, groups)
-    tuned = run(tune, domain, images, features, screened)
+    pairs = [run(pair, domain, images, features, screened)] if domain.compares else []
+    tuned = run(tune, domain, images, features, screened, *pairs)
 
     unseen, unseen_features = images, features
     if domain.evaluation and domain.evaluation.source:
         unseen = run(shard, domain, "test")
         unseen_features = run(embed, domain, unseen)
     scores = run(evaluate, domain, unseen, unseen_features, features, tuned)
-    page = run(report, domain, images, features, texts, groups, screened, tuned, unseen, unseen_features, scores)
-    return [images, unseen, features, unseen_features, texts, groups, screened, tuned, scores, page]
+    page = run(
+        report, domain, images, features, texts, groups, screened, tuned, unseen, unseen_features, scores, *pairs
+    )
+    return [images, unseen, features, unseen_features, texts, groups, screened, *pairs, tuned, scores, page]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +105,9 @@ def run_plainly(
     for name in [*refresh, *filter(None, [start, only])]:
         check_stage(name)
     steps = graph(domain)
+    for name in filter(None, [start, only]):
+        if name not in {step.name for step in steps}:
+            raise ConfigError(f"no method of `method: {domain.method}` needs the stage {name!r}; pc_clip does")
     done: dict[Step, StageResult] = {}
     wanted = _wanted(steps, start, only)
     needed = wanted | _before(wanted)

@@ -21,8 +21,13 @@ from tasks.stage import NotMade, StageResult, open_store, rules
 from tasks.tune import missing_models
 
 # The inputs of a stage whose change makes all of its work anew; any other change leaves the parts of old images.
-_REMAKES = {"embed": {"clip"}, "describe": {"describer", "prompts"}, "group": {"describer", "prompts", "size"}}
-_UNITS = {"describe": "texts", "group": "texts", "tune": "models", "report": "run"}
+_REMAKES = {
+    "embed": {"clip"},
+    "describe": {"describer", "prompts"},
+    "group": {"describer", "prompts", "size"},
+    "pair": {"describer", "prompts", "pairs"},
+}
+_UNITS = {"describe": "texts", "group": "texts", "pair": "texts", "tune": "models", "report": "run"}
 
 
 class Tokens(NamedTuple):
@@ -136,7 +141,7 @@ class _Planner:
         anew = old is None or (missing is not None and bool(missing.changes(old) & _REMAKES.get(step.name, set())))
         everything = planned.images.new + planned.images.kept
         at_most = False
-        if step.name in ("describe", "group"):
+        if step.name in ("describe", "group", "pair"):
             work, at_most = self._texts(step, planned, missing, old, anew=anew)
         elif step.name == "tune":
             work = self._models(step, planned)
@@ -158,15 +163,19 @@ class _Planner:
 
     def _models(self, step: Step, planned: Planned) -> int:
         """Models that no run has trained yet; all of them, where what they are trained on changes."""
-        if planned.behind or not all(self._planned[each].result for each in step.feeders):
+        _, embedded, screened, *pairs = step.args
+        if {*planned.behind} - {"pair"} or not (self._planned[embedded].result and self._planned[screened].result):
             return sum(len(self._domain.seeds_of(method)) for method in self._domain.method)
-        _, embedded, screened = (self._result(each) for each in step.args)
-        return missing_models(self._domain, embedded, screened)
+        paired = self._result(pairs[0]) if pairs and "pair" not in planned.behind else None
+        return missing_models(self._domain, self._result(embedded), self._result(screened), paired)
 
     def _texts(
         self, step: Step, planned: Planned, missing: NotMade | None, old: Artifact | None, *, anew: bool
     ) -> tuple[int, bool]:
         """Texts that no describer has written yet, and whether that is a bound."""
+        if step.name == "pair":
+            n = planned.images.new + planned.images.kept
+            return min(self._domain.pairs.budget, n * (n - 1) // 2), True
         images, embedded = (self._planned[each] for each in step.feeders[:2])
         everything = planned.images.new + planned.images.kept
         pack = self._domain.prompt_pack
@@ -191,12 +200,13 @@ class _Planner:
 
     def _tokens(self, stage: str, texts: int, inputs: Mapping[str, Any] | None) -> Tokens | None:
         """By the texts that the describer wrote so far, else by the domain's prices."""
-        describer, prices = self._domain.describer, self._domain.prices
+        domain = self._domain.of_pairs() if stage == "pair" else self._domain
+        describer, prices = domain.describer, domain.prices
         if not isinstance(describer, LanguageModelSettings):
             return Tokens(0, 0)
         prompt, output = prices.prompt_tokens, prices.output_tokens
         if inputs is not None:
-            who = describer_id({"kind": "group" if stage == "group" else "image", **inputs["describer"]})
+            who = describer_id({"kind": "image" if stage == "describe" else stage, **inputs["describer"]})
             written = CaptionStore(self._store.objects).sample(who).filter(pl.col("prompt_tokens") > 0)
             if written.height:
                 prompt, output = written.select(pl.mean("prompt_tokens", "output_tokens")).row(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,39 @@ from models.training import Stats
 
 Pixels = Callable[[Tensor, Tensor | None], Tensor]
 """Image numbers ``(b,)`` to pixels ``(b, 3, h, w)``: by seeds ``(b,)`` augmented views, by None as for testing."""
+
+
+Data = TypeVar("Data", "PairData", "TuneData")
+
+
+def _moved(data: Data, device: torch.device) -> Data:
+    values = {f.name: getattr(data, f.name) for f in fields(data)}
+    moved: Any = {name: value.to(device) for name, value in values.items() if isinstance(value, (Tensor, PairData))}
+    return replace(data, **moved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairData:
+    """Texts about how the first image of a pair differs from the second.
+
+    Texts are int64 tokens, padded with 0, or floating-point text embeds.
+
+    Args:
+        first, second: image numbers, `(p,)` int64.
+        texts: `(p, length or dim)`.
+        class_pairs: classes a, b of each text about classes, `(c, 2)` int64; None when there are none.
+        class_texts: how class a differs from class b, `(c, length or dim)`.
+    """
+
+    first: Tensor
+    second: Tensor
+    texts: Tensor
+    class_pairs: Tensor | None = None
+    class_texts: Tensor | None = None
+
+    def to(self, device: torch.device) -> PairData:
+        """The same, with every tensor on this device."""
+        return _moved(self, device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +67,7 @@ class TuneData:
         image_embeds: cached image embeds, `(n, dim)`, for `train` prototypes and projections.
         centre: subtracted from image embeds before they are normalized, `(dim,)`; None for nothing.
         pixels: images of a batch, for `train` last_blocks and all.
+        pairs: texts about pairs of images, for pc_clip.
 
     Raises:
         ValueError: fewer than 2 classes, no image, labels out of range, or tensors that do not belong together.
@@ -48,6 +82,7 @@ class TuneData:
     image_embeds: Tensor | None = None
     centre: Tensor | None = None
     pixels: Pixels | None = None
+    pairs: PairData | None = None
 
     def __post_init__(self) -> None:
         n_classes = len(self.class_texts)
@@ -80,8 +115,7 @@ class TuneData:
 
     def to(self, device: torch.device) -> TuneData:
         """The same, with every tensor on this device."""
-        moved: Any = {f.name: t.to(device) for f in fields(self) if isinstance(t := getattr(self, f.name), Tensor)}
-        return replace(self, **moved)
+        return _moved(self, device)
 
     @property
     def image_features(self) -> Tensor:

@@ -23,8 +23,8 @@ from models.embedded import save as save_embedded
 from models.errors import ModelError
 
 # Where towers keep the matrix that ends them, as open_clip names them.
-_IMAGE_PROJECTIONS = ("image_projection", "visual.proj", "visual.head.proj", "visual.attnpool.c_proj")
-_TEXT_PROJECTIONS = ("text_projection", "text.text_projection", "text.proj")
+IMAGE_PROJECTIONS = ("image_projection", "visual.proj", "visual.head.proj", "visual.attnpool.c_proj")
+TEXT_PROJECTIONS = ("text_projection", "text.text_projection", "text.proj")
 
 
 def export(
@@ -53,10 +53,10 @@ def export(
     """
     model = copy.deepcopy(clip.model)
     if image_map is not None:
-        fold(model, _IMAGE_PROJECTIONS, image_map)
+        fold(model, IMAGE_PROJECTIONS, image_map)
         centre = centre @ image_map
     if text_map is not None:
-        fold(model, _TEXT_PROJECTIONS, text_map)
+        fold(model, TEXT_PROJECTIONS, text_map)
     folder.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         model.logit_scale.fill_(torch.tensor(scale).log())  # type: ignore[operator]

@@ -9,8 +9,9 @@ from torch import nn
 from models.adaptation import Adapted, TuneData
 from models.baselines import flyp, self_training, wise_ft
 from models.latteclip import tune
+from models.pc_clip import tune_pairs
 from models.plus import tune_plus
-from models.settings import LatteClipSettings, Method, TrainingSettings, TransductionSettings
+from models.settings import LatteClipSettings, Method, PcClipSettings, TrainingSettings, TransductionSettings
 from models.transduction import transduce
 
 
@@ -21,6 +22,7 @@ def adapt(
     transduction: TransductionSettings,
     training: TrainingSettings | None = None,
     *,
+    pc_clip: PcClipSettings | None = None,
     seed: int = 0,
     clip: nn.Module | None = None,
     scale: float = 100.0,
@@ -34,6 +36,8 @@ def adapt(
         found = transduce(transduction, data.image_features, data.class_features, scale)
         return Adapted(prototypes=found.prototypes, scale=scale, assignments=found.assignments)
     options |= {"seed": seed, "scale": scale}
+    if method == "pc_clip":
+        return tune_pairs(pc_clip or PcClipSettings(), data, training, clip=clip, **options)
     if method == "latteclip_plus":
         return tune_plus(latteclip, transduction, data, training, **options)
     if method == "self_training":

@@ -13,12 +13,19 @@ from models.schedule import steps_per_epoch
 
 DEFAULT_STEPS = 640
 
-Method = Literal["latteclip", "latteclip_plus", "transduction", "flyp", "wise_ft", "self_training"]
+PairPolicy = Literal["uniform", "within_group", "mixed"]
+"""Which images are compared: any two, two of one pseudo-class, or half of these and half of those."""
+FilterMode = Literal["compat", "recommended"]
+"""Rules for texts about pairs: those of PC-CLIP's released code, or some for any language model."""
+
+Method = Literal["latteclip", "latteclip_plus", "pc_clip", "transduction", "flyp", "wise_ft", "self_training"]
 """Ways to adapt: docs/methods.md."""
 SEEDLESS: frozenset[Method] = frozenset({"transduction"})
 """Methods without random numbers."""
 READS_TEXTS: frozenset[Method] = frozenset({"latteclip", "latteclip_plus"})
 """Methods that use the texts of images and groups."""
+READS_PAIRS: frozenset[Method] = frozenset({"pc_clip"})
+"""Methods that use texts about pairs of images."""
 
 
 class Settings(BaseModel):
@@ -160,9 +167,71 @@ DescriberSettings = Annotated[
 ]
 """Who writes the texts: ``kind`` is tags, sidecar, vllm or openai."""
 
+
+class WordsSettings(Settings):
+    """Texts about pairs without a language model: words of one description that the other lacks."""
+
+    kind: Literal["words"] = "words"
+    """Who writes the texts."""
+
+
+TextModelSettings = Annotated[
+    Annotated[VllmSettings, Tag("vllm")] | Annotated[OpenAISettings, Tag("openai")], Discriminator(_kind)
+]
+"""A language model: ``kind`` is vllm or openai."""
+
+
+class PairSettings(Settings):
+    """Texts about how one image differs from another, which `pc_clip` learns from."""
+
+    budget: int = Field(default=20_000, ge=1, le=10_000_000)
+    """Pairs at most; fewer where there are no more."""
+    policy: PairPolicy = "mixed"
+    """uniform: any two images, as in the paper. within_group: two of one pseudo-class, which is harder. mixed: half of
+    these, half of those. Images with the same text are never compared."""
+    both_directions: bool = False
+    """Ask about each pair in both orders: twice the texts, half of the pairs for the same budget."""
+    class_pairs: int = Field(default=0, ge=0)
+    """So many pairs of classes, those that the untouched CLIP confuses most, get texts about their difference in both
+    orders, and pc_clip's classifier is corrected by them: comparative prompting. 0: it is not."""
+    filter: FilterMode = "recommended"
+    """Which answers are not used: docs/methods.md has the rules. compat is the paper's, for English."""
+    seed: int = 0
+    """Of the draws."""
+    describer: TextModelSettings | None = None
+    """A language model that writes the texts; it sees the descriptions, no image. Default: `describer`, where that is
+    one; else a rule that says which words one description has and the other lacks."""
+
+
+class PcClipSettings(Settings):
+    """PC-CLIP: the text tower learns to say how two images differ. The image tower stays as it is."""
+
+    train: Literal["blocks", "last_blocks", "projection"] | None = None
+    """What learns. blocks: the blocks of the text tower, as in the paper. last_blocks: the last `n_blocks` of them.
+    projection: a linear map at the end of the text tower, on cached features, in a minute or two on a laptop. Default:
+    projection for the embedded model, else blocks."""
+    n_blocks: int = Field(default=2, ge=1)
+    """Blocks that `last_blocks` trains."""
+    loss: Literal["contrastive", "squared_error"] = "contrastive"
+    """Of texts and differences; the squared error is the paper's variant."""
+    temperature: float = Field(default=1.0, gt=0, le=100)
+    """Of the contrastive loss; fixed."""
+    epochs: int = Field(default=20, ge=1)
+    """Passes over the pairs."""
+    batch_size: int = Field(default=512, ge=2)
+    """Pairs in a step."""
+    decay: float = Field(default=0.9, gt=0, le=1)
+    """Factor of the learning rate after each epoch."""
+    lr: float | None = Field(default=None, ge=0)
+    """Learning rate of the first epoch. Default: what moves a weight as far in all as the paper's run does, whatever
+    the number of pairs; for `projection` a hundred times as far, as there is one layer in place of twelve blocks."""
+    averaging: float = Field(default=1.0, gt=0, le=1)
+    """Share of the tuned weights in the result; the rest are those of the untouched CLIP. 1: all of it is tuned."""
+
+
 OF_TEXTS = {
     "alpha", "labels", "use_class_texts", "use_image_texts", "use_group_texts", "mixer_axis", "zero_shot_class_weight",
-    "mixer_prototypes",
+    "mixer_prototypes", "texts_from",
 }  # fmt: skip
 """LatteCLIP's settings that no baseline has: what its targets are made of."""
 Momentum = Annotated[float, Field(ge=0, lt=1)]
@@ -181,6 +250,9 @@ class LatteClipSettings(Settings):
     """Blocks of each tower that `last_blocks` trains."""
     alpha: float = Field(default=0.01, ge=0, le=1)
     """Share of the texts in a target, and so how far a prototype moves per step."""
+    texts_from: Literal["clip", "pc_clip"] = "clip"
+    """Who reads the texts: the untouched CLIP, or the text tower that pc_clip tuned with the same seed, for which
+    pc_clip has to be in `method` as well."""
     labels: Literal["both", "zero_shot", "tuned"] = "both"
     """Pseudo-labels in use: those of the untouched CLIP, those of the nearest prototype, or both."""
     use_class_texts: bool = True

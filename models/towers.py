@@ -46,6 +46,23 @@ def last_blocks(clip: nn.Module, tails: Mapping[str, tuple[str, ...]], n_blocks:
     )
 
 
+def text_blocks(clip: nn.Module, n_blocks: int | None = None) -> list[nn.Parameter]:
+    """The parameters of the text tower's blocks, or of its last ones; none of what comes before and after them.
+
+    Raises:
+        ValueError: the blocks are at none of the known places.
+    """
+    modules = dict(clip.named_modules())
+    for path in TEXT_TAILS:
+        if path in modules:
+            blocks = list(modules[path].children())
+            return [p for block in blocks[-(n_blocks or len(blocks)) :] for p in block.parameters()]
+    raise ValueError(
+        f"it is not known where {type(clip).__name__} has the blocks of its text tower (none of "
+        f"{', '.join(TEXT_TAILS)}): use train='projection'"
+    )
+
+
 def text_features(clip: Any, tokens: Tensor, *, trim: bool) -> Tensor:
     """Unit features ``(m, dim)`` of token rows ``(m, length)``, read without their common padding if ``trim``."""
     if not trim:

@@ -18,6 +18,8 @@ from ruamel.yaml.error import YAMLError
 from models import prompts
 from models.errors import ModelError
 from models.settings import (
+    READS_PAIRS,
+    READS_TEXTS,
     SEEDLESS,
     ClipSettings,
     DescriberSettings,
@@ -25,6 +27,8 @@ from models.settings import (
     LatteClipSettings,
     Method,
     OpenAISettings,
+    PairSettings,
+    PcClipSettings,
     ScreenSettings,
     Settings,
     SidecarSettings,
@@ -32,6 +36,7 @@ from models.settings import (
     TrainingSettings,
     TransductionSettings,
     VllmSettings,
+    WordsSettings,
     one_or_many,
 )
 
@@ -139,6 +144,9 @@ class Domain(Settings):
     embed: EmbedSettings = EmbedSettings()
     group: GroupSettings = GroupSettings()
     screen: ScreenSettings = ScreenSettings()
+    pairs: PairSettings = PairSettings()
+    """Of pc_clip: what it learns from."""
+    pc_clip: PcClipSettings = PcClipSettings()
     prices: PriceSettings = PriceSettings()
     store: str = "runs/store"
     """Where artifacts live: a folder or any fsspec URL with atomic create (s3, gs, abfs)."""
@@ -183,10 +191,23 @@ class Domain(Settings):
         return self
 
     @model_validator(mode="after")
+    def _questions_about_pairs_can_be_read(self) -> Domain:
+        _ = self.of_pairs().prompt_pack
+        return self
+
+    @model_validator(mode="after")
     def _methods_can_run(self) -> Domain:
         twice = [name for name, count in Counter(self.method).items() if count > 1]
         if twice:
             raise PydanticCustomError("method", f"`method`: {twice[0]} is named more than once")
+        if self.latteclip.texts_from == "pc_clip" and not READS_TEXTS & {*self.method}:
+            raise PydanticCustomError(
+                "method", "`latteclip.texts_from: pc_clip`: no method reads texts; add latteclip to `method`"
+            )
+        if self.latteclip.texts_from == "pc_clip" and "pc_clip" not in self.method:
+            raise PydanticCustomError(
+                "method", "`latteclip.texts_from: pc_clip`: add pc_clip to `method`, so that there is such a text tower"
+            )
         frozen = [name for name in self.method if name in ("latteclip_plus", "self_training")]
         if frozen and self.latteclip.trains_towers:
             raise PydanticCustomError(
@@ -195,6 +216,11 @@ class Domain(Settings):
                 f"{self.latteclip.train}; use `train: projections`, or leave the method out",
             )
         return self
+
+    @property
+    def compares(self) -> bool:
+        """Whether a method needs texts about pairs."""
+        return bool(READS_PAIRS & {*self.method})
 
     def seeds_of(self, method: Method) -> list[int | None]:
         """One for each model of a method; None for a method without random numbers."""
@@ -209,6 +235,14 @@ class Domain(Settings):
             return prompts.load(self.describer.prompts)
         except ModelError as error:
             raise PydanticCustomError("prompts", "`describer.prompts`: {why}", {"why": str(error)}) from error
+
+    def of_pairs(self) -> Domain:
+        """This domain with whoever writes the texts about pairs as its describer."""
+        own = self.pairs.describer or self.describer
+        writer = own if isinstance(own, LanguageModelSettings) else WordsSettings()
+        found = self.model_copy(update={"describer": writer})
+        found.__dict__.pop("prompt_pack", None)  # it was of the other describer
+        return found
 
     @staticmethod
     def prompt_name(name: str) -> str:
@@ -289,10 +323,12 @@ def _resolve(raw: dict[str, Any], folder: Path) -> None:
         (raw.get("clip"), "model", _is_path),
         (raw.get("describer"), "model", _is_path),
         (raw.get("describer"), "prompts", prompts.is_path),
+        (_below(raw, "pairs", "describer"), "model", _is_path),
+        (_below(raw, "pairs", "describer"), "prompts", prompts.is_path),
     ]:
         value = section.get(field) if isinstance(section, dict) else None
         if isinstance(value, str) and is_path(value):
-            section[field] = absolute(value)  # type: ignore[index]
+            section[field] = absolute(value)
     if isinstance(raw.get("classes"), str):
         file = Path(absolute(raw["classes"]))
         try:
@@ -306,6 +342,12 @@ def _resolve(raw: dict[str, Any], folder: Path) -> None:
             ) from error
 
 
+def _below(raw: Any, *names: str) -> Any:
+    for name in names:
+        raw = raw.get(name) if isinstance(raw, dict) else None
+    return raw
+
+
 def _is_path(model: str) -> bool:
     return model.startswith((".", "/", "~"))
 
@@ -313,7 +355,8 @@ def _is_path(model: str) -> bool:
 def _explain(error: Mapping[str, Any], raw: Any) -> str:
     """One line of the message: where, what, and a suggestion."""
     where = [part for part in error["loc"] if not str(part).startswith("function-")]
-    kind = where.pop(1) if len(where) > 1 and where[0] == "describer" else None
+    after = where.index("describer") + 1 if "describer" in where else len(where)
+    kind = where.pop(after) if after < len(where) else None
     field = ".".join(map(str, where))
     message = str(error["msg"])
     if error["type"] == "extra_forbidden":

@@ -140,7 +140,7 @@ def _followed(domain: Domain, artifacts: Mapping[str, Artifact], split: str, row
             truth = None if said["truth"] is None else classes[said["truth"]]
             methods = [name.removesuffix("_probability") for name in said if name.endswith("_probability")]
             predictions += [Guess(name, classes[said[name]], said[f"{name}_probability"]) for name in methods]
-    used = [f"shard {split}", f"embed {split}", "describe", "group", "screen", "tune", "evaluate"]
+    used = [f"shard {split}", f"embed {split}", "describe", "group", "screen", "pair", "tune", "evaluate"]
     removed = read_parquet(images.read("removed.parquet")).filter(pl.col("key") == key).height > 0
     duplicates = read_parquet(images.read("duplicates.parquet")).filter(pl.col("key") == key)
     return Lineage(

@@ -36,6 +36,7 @@ LABELS = {
     "zero_shot_centred": "domain-centred zero-shot",
     "latteclip": "LatteCLIP",
     "latteclip_plus": "LatteCLIP plus",
+    "pc_clip": "PC-CLIP",
     "transduction": "anchored transduction",
     "flyp": "FLYP",
     "wise_ft": "FLYP averaged with zero-shot",
@@ -66,10 +67,12 @@ def report(
     unseen: StageResult,
     unseen_features: StageResult,
     scores: StageResult,
+    paired: StageResult | None = None,
 ) -> StageResult:
     """Collect the artifacts of a run into ``report.html``."""
     store = open_store(domain)
-    stages = list(dict.fromkeys([images, unseen, features, unseen_features, texts, groups, screened, tuned, scores]))
+    every = [images, unseen, features, unseen_features, texts, groups, screened, paired, tuned, scores]
+    stages = [stage for stage in dict.fromkeys(every) if stage is not None]
     inputs = {"stages": {stage.label: stage.ref.digest for stage in stages}, "domain": domain.name}
 
     def body(writer: ArtifactWriter) -> Mapping[str, int]:
@@ -180,6 +183,8 @@ class _Findings:
     def _counts(self) -> page.Counts:
         shards = [self._train] if self._test is self._train else [self._train, self._test]
         kinds = {"image": self._open["describe"].counts["texts"], "group": self._open["group"].counts["texts"]}
+        if "pair" in self._open:
+            kinds["pair"] = self._open["pair"].counts["texts"]
         return page.Counts(
             images=sum(each.counts["images"] for each in shards),
             quarantined=sum(each.counts["quarantined"] for each in shards),
@@ -276,7 +281,7 @@ class _Findings:
 
     def _history(self) -> dict[str, list[float]]:
         records = read_history(self._open["tune"], self._adapted, self._domain.seeds[0])
-        names = ("loss", "agreement", "drift")
+        names = ("loss", "cosine", "agreement", "drift")
         return {name: [record[name] for record in records] for name in names if records and name in records[0]}
 
     def _examples(self) -> tuple[list[page.Example], list[page.Example], list[page.Example]]:

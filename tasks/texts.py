@@ -17,11 +17,18 @@ import numpy as np
 import polars as pl
 
 from models import clip
-from models.describers import Describer, Engine, EngineStopped, Item, Kind, Text
+from models.describers import Describer, Engine, EngineStopped, Item, Kind, Text, words
 from models.errors import ModelError
 from models.images import smaller, to_rgb
 from models.prompts import fill
-from models.settings import ClipSettings, LanguageModelSettings, OpenAISettings, SidecarSettings, VllmSettings
+from models.settings import (
+    ClipSettings,
+    LanguageModelSettings,
+    OpenAISettings,
+    SidecarSettings,
+    VllmSettings,
+    WordsSettings,
+)
 from storage.artifacts import Artifact
 from storage.captions import CAPTION_SCHEMA, CaptionStore, caption_key, describer_id
 from storage.errors import DataError, StorageError
@@ -54,11 +61,13 @@ class Question:
         members: keys of the images; none for a class.
         prompt: in words; empty for a describer that is not asked.
         index: which of several questions about the same images.
+        captions: what a text about a pair is written from; the images are not shown. The prompt has them in it.
     """
 
     members: tuple[str, ...]
     prompt: str = ""
     index: int = 0
+    captions: tuple[str, ...] = ()
 
 
 class Gallery:
@@ -104,12 +113,14 @@ class Gallery:
     def item(self, question: Question, seed: int) -> Item:
         """What a describer sees."""
         rows = [self._place[key] for key in question.members]
+        shown = [] if question.captions else rows
         return Item(
             paths=tuple(self.paths[row] for row in rows),
             features=lambda: self._features[[self._feature[key] for key in question.members]],
-            images=lambda: [self._opened(row).copy() for row in rows],
+            images=lambda: [self._opened(row).copy() for row in shown],
             prompt=question.prompt,
             seed=seed,
+            captions=question.captions,
         )
 
     def _open(self, row: int) -> Image:
@@ -258,6 +269,8 @@ def describer_identity(domain: Domain, embedded: StageResult, kind: Kind = "imag
     Texts about groups depend on how a group is shown to a model, those of the other kinds do not.
     """
     describer = domain.describer
+    if isinstance(describer, WordsSettings):
+        return {"model": "words", "revision": words.REVISION}
     if isinstance(describer, SidecarSettings):
         return {"model": "sidecar", "revision": digest_of_table(describer.texts)}
     if isinstance(describer, LanguageModelSettings):
@@ -277,7 +290,11 @@ def describer_identity(domain: Domain, embedded: StageResult, kind: Kind = "imag
 def questions_identity(domain: Domain, embedded: StageResult, kind: Kind) -> dict[str, Any]:
     """What is asked: the questions of the prompt pack, and the pseudo-labels if they stand in them."""
     pack = domain.prompt_pack
-    asked = () if pack is None else pack.image if kind == "image" else pack.group if kind == "group" else pack.classes
+    asked: tuple[str, ...] = ()
+    if pack is not None:
+        of_pairs = {"pair": pack.pair, "class_pair": pack.class_pair}
+        of_kind = {"image": pack.image, "group": pack.group, "class": pack.classes}
+        asked = (of_pairs[kind],) if kind in of_pairs else of_kind[kind]
     found: dict[str, Any] = {"prompts": list(asked)} if asked else {}
     if any("{class}" in question for question in asked):
         found["classes"] = domain.classes
@@ -307,6 +324,8 @@ def open_describer(domain: Domain, gallery: Gallery, *, proven: bool = False) ->
         ModelError: it cannot be opened.
     """
     describer = domain.describer
+    if isinstance(describer, WordsSettings):
+        return words.Words()
     if isinstance(describer, SidecarSettings):
         from models.describers.sidecar import Sidecar
 

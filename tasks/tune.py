@@ -15,8 +15,8 @@ import numpy as np
 import polars as pl
 
 from models import clip
-from models.settings import NOT_OF_THE_MODEL, OF_TEXTS, READS_TEXTS, SEEDLESS, Method
-from storage.artifacts import Artifact, ArtifactWriter
+from models.settings import NOT_OF_THE_MODEL, OF_TEXTS, READS_PAIRS, READS_TEXTS, SEEDLESS, Method, PcClipSettings
+from storage.artifacts import Artifact, ArtifactWriter, Part
 from storage.errors import DataError
 from storage.fingerprint import fingerprint
 from storage.shards import read_index, read_records
@@ -24,13 +24,14 @@ from storage.tables import read_safetensors, safetensors
 from tasks.decode import pixel_batches
 from tasks.domain import Domain
 from tasks.features import Features, centred, read_features
+from tasks.pair import read_class_pairs, read_pairs
 from tasks.pixels import PixelReader
 from tasks.screen import read_screened, read_text_features, usable
 from tasks.stage import StageResult, open_store, run_stage
 from tasks.training import Files, Progress, StoredCheckpoint, checkpoint, in_processes
 
-_Stages = tuple[StageResult, StageResult, StageResult]
-"""Shards, features and screened texts."""
+_Stages = tuple[StageResult, ...]
+"""Shards, features, screened texts and, where a method compares, texts about pairs."""
 
 if TYPE_CHECKING:
     from models.adaptation import TuneData
@@ -62,7 +63,13 @@ class Tuned:
     scale: float
 
 
-def tune(domain: Domain, shards: StageResult, embedded: StageResult, screened: StageResult) -> StageResult:
+def tune(
+    domain: Domain,
+    shards: StageResult,
+    embedded: StageResult,
+    screened: StageResult,
+    paired: StageResult | None = None,
+) -> StageResult:
     """Adapt to the domain's features and the texts that passed the screen: by each method, once for each seed.
 
     A text's weight says whether it is used, and which of several; in the mixer all that are used count as the paper
@@ -76,49 +83,76 @@ def tune(domain: Domain, shards: StageResult, embedded: StageResult, screened: S
     store = open_store(domain)
     inputs: dict[str, Any] = {"method": sorted(domain.method)}
     for method in sorted(domain.method, key=lambda each: each in READS_TEXTS):  # last those that read all of a section
-        inputs |= _made_from(domain, embedded, screened, method)
+        inputs |= _made_from(domain, embedded, screened, paired, method)
     if any(method not in SEEDLESS for method in domain.method):
         inputs["seeds"] = domain.seeds
 
-    stages = (shards, embedded, screened)
+    stages = tuple(stage for stage in (shards, embedded, screened, paired) if stage is not None)
 
     def body(writer: ArtifactWriter) -> Mapping[str, int]:
-        trainer: Trainer | None = None
-        for method, seed, own in _parts(domain, embedded, screened):
+        trainers: dict[str | None, Trainer] = {}
+        parts: dict[str, Part] = {}
+        for method, seed, own in _parts(domain, embedded, screened, paired, domain.method):
             name = _name(method, seed)
-            if writer.find(name, own) is None:
+            part = writer.find(name, own)
+            if part is None:
+                reader = _name("pc_clip", seed) if _reads_as_pc_clip(domain, method) else None
+                tower = None if reader is None else writer.read(parts[reader], f"{reader}.safetensors")
                 identity = fingerprint("tune", VERSION, {"part": name, **own})
                 key = f"{domain.name}/tune/checkpoints/{identity}.safetensors"
                 with checkpoint(store.objects, key) as kept:
                     if domain.training.processes > 1:
-                        files = in_processes(domain.training.processes, _train, domain, stages, method, seed, key)
+                        processes = domain.training.processes
+                        files = in_processes(processes, _train, domain, stages, method, seed, key, tower)
                     else:
-                        trainer = trainer or Trainer(domain, stages)
+                        trainer = trainers.get(reader) or Trainer(domain, stages, tower)
+                        trainers = {reader: trainer}
                         files = trainer.run(method, seed, kept)
-                writer.put(name, own, files)
+                part = writer.put(name, own, files)
+            parts[name] = part
         return {"models": sum(len(domain.seeds_of(method)) for method in domain.method)}
 
     return run_stage(store, domain, "tune", VERSION, inputs, body)
 
 
-def missing_models(domain: Domain, embedded: StageResult, screened: StageResult) -> int:
-    """How many models `tune` would have to train."""
+def missing_models(
+    domain: Domain, embedded: StageResult, screened: StageResult, paired: StageResult | None = None
+) -> int:
+    """How many models `tune` would have to train; without texts about pairs, all that need some."""
     writer = open_store(domain).writer(domain.name, "tune", VERSION, {})
-    found = [writer.find(_name(method, seed), own) for method, seed, own in _parts(domain, embedded, screened)]
-    return found.count(None)
+    waiting = [method for method in domain.method if paired is None and _reads_pairs(domain, method)]
+    others = [method for method in domain.method if method not in waiting]
+    parts = _parts(domain, embedded, screened, paired, others)
+    found = [writer.find(_name(method, seed), own) for method, seed, own in parts]
+    return found.count(None) + sum(len(domain.seeds_of(method)) for method in waiting)
 
 
 def _parts(
-    domain: Domain, embedded: StageResult, screened: StageResult
+    domain: Domain,
+    embedded: StageResult,
+    screened: StageResult,
+    paired: StageResult | None,
+    methods: Sequence[Method],
 ) -> Iterator[tuple[Method, int | None, dict[str, Any]]]:
-    """Method, seed and inputs of each model."""
-    for method in domain.method:
-        own = _made_from(domain, embedded, screened, method)
+    """Method, seed and inputs of each model; first those that others read."""
+    for method in sorted(methods, key=lambda each: each != "pc_clip"):
+        own = _made_from(domain, embedded, screened, paired, method)
         for seed in domain.seeds_of(method):
             yield method, seed, own if seed is None else {**own, "seed": seed}
 
 
-def _made_from(domain: Domain, embedded: StageResult, screened: StageResult, method: Method) -> dict[str, Any]:
+def _reads_as_pc_clip(domain: Domain, method: Method) -> bool:
+    """Whether the model's texts are read by the text tower that pc_clip tuned."""
+    return method in READS_TEXTS and domain.latteclip.texts_from == "pc_clip"
+
+
+def _reads_pairs(domain: Domain, method: Method) -> bool:
+    return method in READS_PAIRS or _reads_as_pc_clip(domain, method)
+
+
+def _made_from(
+    domain: Domain, embedded: StageResult, screened: StageResult, paired: StageResult | None, method: Method
+) -> dict[str, Any]:
     """What shapes the models of a method besides the seed, and nothing else."""
     own: dict[str, Any] = {
         "embed": embedded.ref.digest,
@@ -127,10 +161,14 @@ def _made_from(domain: Domain, embedded: StageResult, screened: StageResult, met
     }
     if method in READS_TEXTS:
         own["screen"] = screened.ref.digest
-    if method != "transduction":
+    if _reads_pairs(domain, method):
+        assert paired is not None
+        own |= {"pair": paired.ref.digest, "pc_clip": domain.pc_clip.model_dump(mode="json")}
+    if method not in SEEDLESS:
+        own["training"] = domain.training.model_dump(mode="json", exclude=NOT_OF_THE_MODEL)
+    if method not in SEEDLESS | READS_PAIRS:
         exclude = None if method in READS_TEXTS else OF_TEXTS
         own["latteclip"] = domain.latteclip.model_dump(mode="json", exclude=exclude)
-        own["training"] = domain.training.model_dump(mode="json", exclude=NOT_OF_THE_MODEL)
     if method in ("transduction", "latteclip_plus"):
         own["transduction"] = domain.transduction.model_dump(mode="json")
     return own
@@ -141,19 +179,25 @@ def _name(method: Method, seed: int | None) -> str:
     return method if seed is None or method in SEEDLESS else f"{method}.seed-{seed}"
 
 
-def _train(domain: Domain, stages: _Stages, method: Method, seed: int | None, key: str) -> Files:
+def _train(domain: Domain, stages: _Stages, method: Method, seed: int | None, key: str, tower: bytes | None) -> Files:
     """One model in one of several processes."""
-    return Trainer(domain, stages).run(method, seed, StoredCheckpoint(open_store(domain).objects, key))
+    return Trainer(domain, stages, tower).run(method, seed, StoredCheckpoint(open_store(domain).objects, key))
 
 
 class Trainer:
-    """What all models share: the CLIP, the features, and the texts' features, which are read when they are needed."""
+    """What all models share: the CLIP, the features, and the texts' features, which are read when they are needed.
 
-    def __init__(self, domain: Domain, stages: _Stages) -> None:
+    Args:
+        tower: an adapted model, as `run` gives it, whose text tower reads the texts; by default the untouched CLIP.
+    """
+
+    def __init__(self, domain: Domain, stages: _Stages, tower: bytes | None = None) -> None:
         store = open_store(domain)
-        self._images, embedded, self._screened = (store.open(each.ref) for each in stages)
+        self._images, embedded, self._screened, *paired = (store.open(each.ref) for each in stages)
+        self._paired = paired[0] if paired else None
+        self._is_tuned = tower is not None
         self._domain, self._settings = domain, domain.latteclip
-        self._clip = clip.load(domain.clip)
+        self._clip = clip.load(domain.clip) if tower is None else text_reader(domain, tuned_from(tower))
         self._found = read_features(embedded)
         self._centre = self._found.centre if clip.is_centred(domain.clip) else np.zeros_like(self._found.centre)
 
@@ -190,16 +234,68 @@ class Trainer:
         captions, groups = (usable(read_screened(self._screened, kind)) for kind in ("images", "groups"))
         texts = dict(zip(captions["member_keys"].list.first(), captions["text"], strict=True))
         ordered = [texts.get(key, "") for key in self._found.keys]
-        features = functools.partial(read_text_features, self._screened)
+
+        def features(kind: str) -> Callable[[Sequence[str]], np.ndarray]:
+            screened = functools.partial(read_text_features, self._screened, kind)
+            return self._clip.text_features if self._is_tuned else screened
+
         return replace(
             self._trained,
-            image_texts=self._read(ordered, functools.partial(features, "images")),
+            image_texts=self._read(ordered, features("images")),
             has_image_text=torch.tensor([text != "" for text in ordered]),
-            group_texts=self._read(groups["text"].to_list(), functools.partial(features, "groups"))
-            if groups.height
-            else None,
+            group_texts=self._read(groups["text"].to_list(), features("groups")) if groups.height else None,
             group_classes=torch.tensor(groups["label"].to_list()) if groups.height else None,
         )
+
+    @functools.cached_property
+    def _compared(self) -> TuneData:
+        """The images with texts about pairs of them."""
+        import torch
+
+        from models.adaptation import PairData
+
+        assert self._paired is not None
+
+        def read(texts: Sequence[str]) -> torch.Tensor:
+            if self._pc_clip.train == "projection":
+                return torch.from_numpy(self._clip.text_features(texts))
+            return self._clip.tokenizer(list(texts))
+
+        place = {key: row for row, key in enumerate(self._found.keys)}
+        table = read_pairs(self._paired).filter(
+            pl.col("status") == "kept", pl.col("first").is_in(list(place)), pl.col("second").is_in(list(place))
+        )
+        cut = self._clip.too_long(table["text"].to_list())
+        table = table.filter(~cut)
+        log.info("tune pc_clip pairs=%d left_out_as_too_long=%d", table.height, cut.sum())
+        if table.height < 2:
+            raise DataError(
+                f"{table.height} texts about pairs are left, {cut.sum()} are longer than the CLIP reads; pc_clip needs "
+                "2 at least: ask for shorter texts (`pair` of the prompt pack)"
+            )
+        first, second = (torch.tensor([place[key] for key in table[name]]) for name in ("first", "second"))
+        about = read_class_pairs(self._paired) if "classes.parquet" in self._paired.files else None
+        class_texts = [text for prompts in self._domain.prompts() for text in prompts]
+        return replace(
+            self._plain,
+            class_texts=read(class_texts).unflatten(0, (len(self._domain.classes), -1)),
+            pairs=PairData(
+                first=first,
+                second=second,
+                texts=read(table["text"].to_list()),
+                class_pairs=None if about is None else about.select("label_a", "label_b").to_torch(),
+                class_texts=None if about is None else read(about["text"].to_list()),
+            ),
+        )
+
+    @functools.cached_property
+    def _pc_clip(self) -> PcClipSettings:
+        """With what is trained written out."""
+        from models.embedded import EmbeddedClip
+
+        own = self._domain.pc_clip
+        default = "projection" if isinstance(self._clip.model, EmbeddedClip) else "blocks"
+        return own.model_copy(update={"train": own.train or default})
 
     def _read(self, texts: Sequence[str], features: Callable[[Sequence[str]], np.ndarray]) -> Any:
         """Tokens where the text tower trains, else features."""
@@ -211,6 +307,8 @@ class Trainer:
 
     def data(self, method: Method) -> TuneData:
         """What a method is given."""
+        if method in READS_PAIRS:
+            return self._compared
         return self._described if method in READS_TEXTS else self._plain if method in SEEDLESS else self._trained
 
     def run(self, method: Method, seed: int | None, kept: StoredCheckpoint) -> Files:
@@ -228,7 +326,8 @@ class Trainer:
             self._domain.transduction,
             self._domain.training,
             seed=seed or 0,
-            clip=self._clip.model if self._settings.trains_towers else None,
+            pc_clip=self._pc_clip,
+            clip=self._clip.model if self._trains_towers(method) else None,
             scale=self._clip.scale,
             checkpoint=kept,
             on_step=progress,
@@ -242,18 +341,29 @@ class Trainer:
         for attribute in ("image_map", "text_map", "assignments"):
             if (tensor := getattr(result, attribute)) is not None:
                 found[attribute] = tensor
-        if result.clip is not None:
-            before = self._clip.model.state_dict()
-            for key, tensor in result.clip.state_dict().items():
+        towers = result.clip or (self._clip.model if self._is_tuned else None)
+        if towers is not None:
+            before = clip.load(self._domain.clip).model.state_dict()
+            for key, tensor in towers.state_dict().items():
                 if not tensor.equal(before[key]):
                     found[f"tower.{key}"] = tensor
         model = safetensors(**{key: tensor.cpu().numpy() for key, tensor in found.items()})
         return {f"{name}.safetensors": model, f"{name}.history.json": json.dumps(result.history).encode()}
 
+    def _trains_towers(self, method: Method) -> bool:
+        if method in READS_PAIRS:
+            return self._pc_clip.train != "projection"
+        return self._settings.trains_towers
+
 
 def read_tuned(artifact: Artifact, method: Method, seed: int | None) -> Tuned:
     """One adapted model of a `tune` artifact."""
-    found = read_safetensors(artifact.read(f"{_name(method, seed)}.safetensors"))
+    return tuned_from(artifact.read(f"{_name(method, seed)}.safetensors"))
+
+
+def tuned_from(data: bytes) -> Tuned:
+    """An adapted model from the bytes of its file."""
+    found = read_safetensors(data)
     return Tuned(
         prototypes=found["prototypes"],
         centre=found["centre"],
@@ -275,10 +385,12 @@ def tuned_features(domain: Domain, tuned: Tuned, images: Artifact, found: Featur
     """Unit image features of the adapted model, ``(n, dim)``, in the order of ``found``.
 
     Args:
-        images: the shards that ``found`` was made of; read only where the towers themselves were trained.
+        images: the shards that ``found`` was made of; read only where the image tower itself was trained.
     """
+    from models.towers import IMAGE_TOWERS
+
     embeds = found.embeds
-    if tuned.towers:
+    if any(name.startswith(IMAGE_TOWERS) for name in tuned.towers):
         model = tuned_clip(domain, tuned)
         index = read_index(images).filter(pl.col("key").is_in(found.keys))
         records = read_records(images, index)
@@ -301,6 +413,39 @@ def tuned_clip(domain: Domain, tuned: Tuned) -> clip.Clip:
     return replace(model, model=own)
 
 
+def chosen_model(domain: Domain, tuned: StageResult, seed: int | None, method: str | None) -> tuple[Method, Tuned]:
+    """The adapted model that somebody means, and its method.
+
+    Args:
+        seed, method: which; by default the domain's first.
+
+    Raises:
+        DataError: the domain has no such model.
+    """
+    chosen = next((each for each in domain.method if method in (None, each)), None)
+    if chosen is None:
+        raise DataError(f"there is no model by {method!r}; `method` is {', '.join(domain.method)}")
+    seeds = domain.seeds_of(chosen)
+    if seed not in (None, *seeds):
+        have = f"`seeds` are {', '.join(map(str, seeds))}" if None not in seeds else f"{chosen} has one model, no seeds"
+        raise DataError(f"there is no model with seed {seed}; {have}")
+    return chosen, read_tuned(open_store(domain).open(tuned.ref), chosen, seeds[0] if seed is None else seed)
+
+
+def text_reader(domain: Domain, tuned: Tuned) -> clip.Clip:
+    """The domain's CLIP with the text tower of the adapted model, text map and all."""
+    import torch
+
+    from models.export import TEXT_PROJECTIONS, fold
+
+    found = tuned_clip(domain, tuned)
+    if tuned.text_map is None:
+        return found
+    model = copy.deepcopy(found.model)
+    fold(model, TEXT_PROJECTIONS, torch.from_numpy(tuned.text_map).to(found.device))
+    return replace(found, model=model)
+
+
 def export_tuned(
     domain: Domain, tuned: StageResult, seed: int | None, folder: Path, *, method: str | None = None
 ) -> None:
@@ -316,14 +461,7 @@ def export_tuned(
 
     from models.export import export
 
-    chosen = next((each for each in domain.method if method in (None, each)), None)
-    if chosen is None:
-        raise DataError(f"there is no model by {method!r}; `method` is {', '.join(domain.method)}")
-    seeds = domain.seeds_of(chosen)
-    if seed not in (None, *seeds):
-        have = f"`seeds` are {', '.join(map(str, seeds))}" if None not in seeds else f"{chosen} has one model, no seeds"
-        raise DataError(f"there is no model with seed {seed}; {have}")
-    found = read_tuned(open_store(domain).open(tuned.ref), chosen, seeds[0] if seed is None else seed)
+    _, found = chosen_model(domain, tuned, seed, method)
     maps = {name: getattr(found, name) for name in ("image_map", "text_map")}
     export(
         tuned_clip(domain, found),

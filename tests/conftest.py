@@ -25,7 +25,7 @@ def make_tiny_clip(folder: Path) -> None:
     config = {
         "embed_dim": 32,
         "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
-        "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+        "text_cfg": {"context_length": 40, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
     }
     torch.manual_seed(0)
     model = open_clip.CLIP(**config)

@@ -20,8 +20,9 @@ _UNSEEN = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Kind = Literal["image", "group", "class"]
-"""A text about one image, about what the images of a group have in common, or about a class name."""
+Kind = Literal["image", "group", "class", "pair", "class_pair"]
+"""A text about one image, about what the images of a group have in common, about a class name, or about how one image
+or class differs from another."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Item:
         images: decodes the images; called in a thread, ahead of the engine.
         prompt: the question to a language model.
         seed: fixes a model's draws; from the caption's key, so that a text does not depend on its neighbours.
+        captions: what stands for the images, which are then not shown: of a pair the two descriptions or names.
     """
 
     paths: tuple[str, ...]
@@ -41,6 +43,7 @@ class Item:
     images: Callable[[], list[Image]]
     prompt: str
     seed: int
+    captions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,20 @@ from models.settings import Settings, one_or_many
 _VARIABLE = re.compile(r"\{(\w*)\}")
 _KNOWN = {
     "class": "the name of the class that the untouched CLIP sees in the image, or that the question is about",
+    "first": "the description of the first image of a pair, or the name of its first class",
+    "second": "the same of the second",
 }
+_PAIRED = {"first", "second"}
+PAIR = (
+    'What is the visual difference between an image with a description of "{first}" and an image with a description '
+    'of "{second}"? Answer in one sentence of at most 40 words that speaks of the first image first, as "the first '
+    'image", and only of what can be seen.'
+)
+"""PC-CLIP's question (3.2), and a line for models that follow instructions."""
+CLASS_PAIR = (
+    "How does a picture of a {first} differ to the eye from a picture of a {second}? Answer in one sentence of at most "
+    "40 words: first what the {first} is or has, then what the {second} is or has."
+)
 
 
 Question = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
@@ -43,12 +56,18 @@ class PromptPack(Settings):
     """About what the images of a group have in common."""
     classes: Questions = ()
     """About a class name, without an image."""
+    pair: Question = PAIR
+    """About how one image differs from another; the model is told the two descriptions and sees no image."""
+    class_pair: Question = CLASS_PAIR
+    """About how one class differs from another."""
 
     @model_validator(mode="after")
     def _questions_can_be_asked(self) -> PromptPack:
         if not (self.image and self.group):
             raise ValueError("`image` and `group` need at least one question each")
-        used = {name for question in (*self.image, *self.group, *self.classes) for name in _VARIABLE.findall(question)}
+        own = [getattr(self, name) for name in ("pair", "class_pair") if name in self.model_fields_set]
+        asked = (*self.image, *self.group, *self.classes, *own)
+        used = {name for question in asked for name in _VARIABLE.findall(question)}
         if unknown := sorted((used | set(self.variables)) - _KNOWN.keys()):
             raise ValueError(f"{{{unknown[0]}}} is no variable; known: {', '.join(f'{{{name}}}' for name in _KNOWN)}")
         if missing := sorted(used - set(self.variables)):
@@ -59,6 +78,10 @@ class PromptPack(Settings):
             raise ValueError(f"`variables` declares {idle[0]!r}, which no question uses")
         if any("{class}" not in question for question in self.classes):
             raise ValueError("each question under `classes` needs {class}, or all classes get the same text")
+        if any(set(_VARIABLE.findall(question)) != _PAIRED for question in own):
+            raise ValueError("`pair` and `class_pair` need {first} and {second}, and have no other variable")
+        if any(_PAIRED & {*_VARIABLE.findall(question)} for question in (*self.image, *self.group, *self.classes)):
+            raise ValueError("{first} and {second} are for `pair` and `class_pair`")
         return self
 
     @property

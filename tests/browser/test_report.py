@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tasks.page import html, render
 from tasks.preview import Answered, Row
+from tasks.rank import Place, Ranked
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(
@@ -35,7 +37,16 @@ def hostile_preview() -> str:
     return html("preview.html.j2", domain=harm, rows=rows, describer=harm, pack=harm)
 
 
-PREVIEW = "hostile preview"
+def hostile_ranking() -> str:
+    """A page of `rank` whose every text means harm."""
+    harm = f"{data.SCRIPT}</script></style>{data.ATTRIBUTE} \u202egpj.exe\u200b {'wide' * 2500}"
+    pixel = "data:image/png;base64," + base64.b64encode(data.picture(random.Random(0))).decode()
+    places = [Place(number, harm, -0.5, pixel) for number in range(1, 30)]
+    ranked = Ranked(harm, harm, [harm], [harm], np.zeros(1))
+    return html("rank.html.j2", domain=harm, ranked=ranked, rows={"Most": places, "Least": places}, count=29)
+
+
+PREVIEW, RANKING = "hostile preview", "hostile ranking"
 REPORTS = {
     "labelled": lambda: data.make_report(),
     "unlabelled": lambda: data.make_report(n_test=0),
@@ -47,7 +58,8 @@ REPORTS = {
 @pytest.fixture(scope="module")
 def urls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("reports")
-    pages = {name: render(make()) for name, make in REPORTS.items()} | {PREVIEW: hostile_preview()}
+    pages = {name: render(make()) for name, make in REPORTS.items()}
+    pages |= {PREVIEW: hostile_preview(), RANKING: hostile_ranking()}
     for name, page in pages.items():
         (folder / f"{name}.html").write_text(page, encoding="utf-8")
     return {name: (folder / f"{name}.html").as_uri() for name in pages}
@@ -101,7 +113,7 @@ def background(page: Any) -> str:
     return str(page.evaluate("getComputedStyle(document.body).backgroundColor"))
 
 
-@pytest.mark.parametrize("name", [*REPORTS, PREVIEW])
+@pytest.mark.parametrize("name", [*REPORTS, PREVIEW, RANKING])
 def test_opens_without_a_request_or_a_complaint(open_tab: Any, urls: dict[str, str], name: str) -> None:
     tab = open_tab(urls[name])
     tab.page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
@@ -126,6 +138,17 @@ def test_a_hostile_preview_is_read_not_run(open_tab: Any, urls: dict[str, str]) 
     assert page.locator("script").count() == 1 and page.locator("img[onerror]").count() == 0
     said = page.locator("dd .text").first.inner_text()
     assert data.SCRIPT in said and "[U+202E]gpj.exe[U+200B]" in said
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_hostile_ranking_is_read_not_run_and_fits(open_tab: Any, urls: dict[str, str], width: int) -> None:
+    page = open_tab(urls[RANKING], viewport={"width": width, "height": 800}).page
+    assert page.evaluate("window.pwned") is None
+    assert page.locator("script").count() == 1 and page.locator("img[onerror]").count() == 0
+    assert "[U+202E]gpj.exe[U+200B]" in page.locator("h1").inner_text()
+    assert page.locator(".ranked img").count() == 58
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert page.locator(".ranked p").first.inner_text().startswith("1 · −0.500")
 
 
 def test_policy_stops_a_script_that_got_in(open_tab: Any, urls: dict[str, str]) -> None:

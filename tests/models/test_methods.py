@@ -7,14 +7,15 @@ from typing import get_args
 import pytest
 import torch
 
-from models.adaptation import TuneData
+from models.adaptation import PairData, TuneData
 from models.latteclip import classify
 from models.losses import unit
 from models.methods import adapt
-from models.settings import SEEDLESS, LatteClipSettings, Method, TransductionSettings
+from models.settings import SEEDLESS, LatteClipSettings, Method, PcClipSettings, TransductionSettings
 from models.transduction import transduce
 
 CFG, ANCHORED = LatteClipSettings(epochs=3, batch_size=8, lr=1e-3), TransductionSettings(anchor=5)
+COMPARED = PcClipSettings(epochs=2, batch_size=8, lr=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +27,23 @@ def data() -> TuneData:
     embeds = classes[truth] + 0.35 * torch.randn(48, 8, generator=generator)
     described = unit(classes[truth] + 0.2 * torch.randn(48, 8, generator=generator))
     z = classify(unit(embeds - embeds.mean(0)), texts).argmax(1)
+    first = torch.arange(48)
+    pairs = PairData(first=first, second=(first + 1) % 48, texts=torch.randn(48, 8, generator=generator))
     return TuneData(
-        pseudo_labels=z, class_texts=texts, image_texts=described, image_embeds=embeds, centre=embeds.mean(0)
+        pairs=pairs,
+        pseudo_labels=z,
+        class_texts=texts,
+        image_texts=described,
+        image_embeds=embeds,
+        centre=embeds.mean(0),
     )
 
 
 @pytest.mark.parametrize("method", get_args(Method))
 def test_a_seed_decides_unless_there_is_nothing_random(data: TuneData, method: Method) -> None:
-    first, again, other = (adapt(method, data, CFG, ANCHORED, seed=seed, scale=20.0) for seed in (0, 0, 1))
+    first, again, other = (
+        adapt(method, data, CFG, ANCHORED, pc_clip=COMPARED, seed=seed, scale=20.0) for seed in (0, 0, 1)
+    )
     for name in ("prototypes", "image_map"):
         a, b = getattr(first, name), getattr(again, name)
         assert (a is None and b is None) or a.equal(b)
@@ -46,7 +56,7 @@ def test_a_seed_decides_unless_there_is_nothing_random(data: TuneData, method: M
 def test_no_two_methods_are_the_same(data: TuneData) -> None:
     scores = []
     for method in get_args(Method):
-        found = adapt(method, data, CFG, ANCHORED, scale=20.0)
+        found = adapt(method, data, CFG, ANCHORED, pc_clip=COMPARED, scale=20.0)
         moved = data.image_embeds - data.centre
         scores.append(unit(moved if found.image_map is None else moved @ found.image_map) @ found.prototypes.T)
     assert not any(a.allclose(b) for i, a in enumerate(scores) for b in scores[:i])

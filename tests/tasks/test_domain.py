@@ -51,8 +51,8 @@ group: {size: 1}
         "line 2: `sorce` unknown key; did you mean `source`?",
         "line 5: `clip.modle` unknown key; did you mean `model`?",
         "line 6: `clip.resize` 'padd' is none of 'crop' or 'pad'; did you mean pad?",
-        "line 7: `method.0` 'lattecllip' is none of 'latteclip', 'latteclip_plus', 'transduction', 'flyp' or "
-        "'self_training'; did you mean latteclip?",
+        "line 7: `method.0` 'lattecllip' is none of 'latteclip', ",
+        "; did you mean latteclip?",
         "line 8: `group.size` Input should be greater than or equal to 2 (found 1)",
         "`source` is missing",
     ):

@@ -48,11 +48,14 @@ def test_a_change_trains_only_what_it_shapes(domain: Domain) -> None:
     assert tuned(domain).counts["models"] == 2
     steps: list[tuple[dict[str, Any], int]] = [
         ({"method": ["latteclip", "transduction"]}, 1),
-        ({"method": ALL}, 8),  # two seeds of latteclip_plus, flyp, wise_ft and self_training
-        ({"seeds": [0, 1, 2]}, 5),  # transduction has no seed
+        ({"method": ALL}, 10),  # two seeds of latteclip_plus, pc_clip, flyp, wise_ft and self_training
+        ({"seeds": [0, 1, 2]}, 6),  # transduction has no seed
         ({"latteclip__alpha": 0.2}, 6),  # the baselines have no texts
         ({"transduction__anchor": 5.0}, 4),
         ({"latteclip__epochs": 3}, 15),
+        ({"pc_clip__epochs": 1}, 3),
+        ({"latteclip__texts_from": "pc_clip"}, 6),
+        ({"pairs__budget": 50}, 9),
     ]
     for changes, models in steps:
         domain = told(domain, **changes)
@@ -75,9 +78,9 @@ def test_every_method_is_scored_and_shown(domain: Domain) -> None:
     table = read_parquet(store.open(results["evaluate"].ref).read("predictions.parquet"))
     assert {f"{name}_probability" for name in domain.method} < set(table.columns)
     page = (folder / "report.html").read_text()
-    for label in ("LatteCLIP plus", "anchored transduction", "FLYP", "self-training"):
+    for label in ("LatteCLIP plus", "anchored transduction", "FLYP", "self-training", "PC-CLIP"):
         assert f"<bdi>{label}</bdi>" in page
-    assert scores(metrics).row_count == 8  # type: ignore[union-attr]
+    assert scores(metrics).row_count == 9  # type: ignore[union-attr]
     files = store.open(results["tune"].ref)
     assert read_history(files, "transduction", None) == [] and len(read_history(files, "flyp", 1)) == 2
     with pytest.raises(DataError, match="transduction has one model, no seeds"):
