@@ -13,7 +13,7 @@ from torch import Tensor
 from models.clamp.losses import contrastive, distillation
 from models.clamp.masks import positions, read_only_mask
 from models.clamp.tower import ClampTower
-from models.clamp.wrapper import Tokens, Wrapper, normal
+from models.clamp.wrapper import WRAPPERS, Tokens, Wrapper, normal
 from models.errors import ModelError
 from models.latteclip import unit
 from models.settings import ClampSettings
@@ -147,20 +147,20 @@ def test_the_papers_sentence_around_a_name():
     assert [normal(x) for x in ("ForestRoad", " A red  iPhone. ", "x_ y")] == ["Forest Road", "A red iPhone", "x y"]
 
 
-@pytest.mark.parametrize(("name", "max_tokens", "context", "kept"), [
-    ("attributes", 5, 512, "abcde"), ("attributes", 48, 90, "abcde"), ("single", 48, 60, "abcdefghi"),
-])  # fmt: skip
-def test_what_is_too_long_is_cut_in_the_text_and_counted(name, max_tokens, context, kept):
-    wrap = Wrapper(name, tinylm.tokenizer(), max_tokens, context)
-    tokens = wrap(["abcdefghijklm", "abc", kept])
-    assert tokens.n_cut == 1 and tokens.ids.shape[1] <= context
-    assert told(tokens) == "<s>" + wrap.sentence.replace("{}", kept)
+@pytest.mark.parametrize(("name", "max_tokens", "room"), [("attributes", 5, 400), ("attributes", 48, 11), ("single", 48, 5)])
+def test_what_is_too_long_is_cut_in_the_text_and_counted(name, max_tokens, room):
+    fixed = len("<" + WRAPPERS[name].replace("{}", ""))  # a token for each letter, and the beginning
+    wrap = Wrapper(name, tinylm.tokenizer(), max_tokens, fixed + room)
+    tokens = wrap(["abcdefghijklm", "abc", "abcde"])
+    assert tokens.n_cut == 1 and tokens.ids.shape[1] <= fixed + room
+    assert told(tokens) == told(tokens, 2) == "<s>" + wrap.sentence.replace("{}", "abcde")
     assert told(tokens, 1) == "<s>" + wrap.sentence.replace("{}", "abc")
 
 
 # --- learning ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @FAMILIES
 @pytest.mark.parametrize(("lora", "most"), [(0, 0.4), (4, 0.05)])
 def test_fifty_random_pairs_are_learned_and_the_language_model_is_not(family, lora, most):
@@ -169,8 +169,7 @@ def test_fifty_random_pairs_are_learned_and_the_language_model_is_not(family, lo
     before = digest(clamp.lm)
     generator = torch.Generator().manual_seed(0)
     images = unit(torch.randn(50, 32, generator=generator))
-    letters = torch.randint(97, 123, (50, 6), generator=generator)
-    tokens = clamp.wrapper(["".join(map(chr, row)) for row in letters.tolist()])
+    tokens = Tokens(torch.randint(2, 258, (50, 6), generator=generator), torch.ones(50, 6, dtype=torch.bool))
     states = None if lora else clamp.read(tokens)
     optimizer = torch.optim.AdamW([p for p in clamp.parameters() if p.requires_grad], lr=5e-3)
     losses = []
@@ -192,8 +191,6 @@ def test_fifty_random_pairs_are_learned_and_the_language_model_is_not(family, lo
 
 def test_one_pair_has_nothing_to_tell_apart():
     one = unit(torch.randn(1, 4))
-    for loss in (contrastive(one, one, 1.0) if False else None,):
-        assert loss is None
     with pytest.raises(ValueError, match=r"n >= 2, got \(1, 4\)"):
         contrastive(one, one, 1.0)
     with pytest.raises(ValueError, match="learned from the others of its batch"):
