@@ -19,7 +19,7 @@ from models.clamp.masks import positions, read_only_mask
 from models.clamp.pooling import AttentionPool
 from models.clamp.wrapper import Tokens, Wrapper
 from models.errors import ModelError
-from models.latteclip import unit
+from models.losses import unit
 from models.settings import ClampSettings
 
 FIRST_SCALE, MAX_SCALE = 1 / 0.07, 100.0

@@ -13,7 +13,7 @@ from models.clamp.losses import contrastive, distillation
 from models.clamp.masks import positions, read_only_mask
 from models.clamp.pooling import AttentionPool, attend
 from models.gptscore import score
-from models.latteclip import unit
+from models.losses import unit
 from models.schedule import warmup_cosine
 
 F64 = torch.float64
@@ -187,7 +187,9 @@ def test_g5_length_normalised_likelihood():
 # --- G6: LoRA and schedule --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("alpha", "matrix", "moved"), [(1, [[1.5, -1], [1, -1]], [-0.5, -1]), (2, [[2, -2], [2, -3]], None)])
+@pytest.mark.parametrize(
+    ("alpha", "matrix", "moved"), [(1, [[1.5, -1], [1, -1]], [-0.5, -1]), (2, [[2, -2], [2, -3]], None)]
+)
 def test_g6_lora(alpha, matrix, moved):
     from peft import LoraConfig, inject_adapter_in_model
 

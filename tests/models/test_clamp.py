@@ -15,7 +15,7 @@ from models.clamp.masks import positions, read_only_mask
 from models.clamp.tower import ClampTower
 from models.clamp.wrapper import WRAPPERS, Tokens, Wrapper, normal
 from models.errors import ModelError
-from models.latteclip import unit
+from models.losses import unit
 from models.settings import ClampSettings
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -147,7 +147,9 @@ def test_the_papers_sentence_around_a_name():
     assert [normal(x) for x in ("ForestRoad", " A red  iPhone. ", "x_ y")] == ["Forest Road", "A red iPhone", "x y"]
 
 
-@pytest.mark.parametrize(("name", "max_tokens", "room"), [("attributes", 5, 400), ("attributes", 48, 11), ("single", 48, 5)])
+@pytest.mark.parametrize(
+    ("name", "max_tokens", "room"), [("attributes", 5, 400), ("attributes", 48, 11), ("single", 48, 5)]
+)
 def test_what_is_too_long_is_cut_in_the_text_and_counted(name, max_tokens, room):
     fixed = len("<" + WRAPPERS[name].replace("{}", ""))  # a token for each letter, and the beginning
     wrap = Wrapper(name, tinylm.tokenizer(), max_tokens, fixed + room)
@@ -202,7 +204,10 @@ def test_one_pair_has_nothing_to_tell_apart():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lora_rank": 2, "lora_targets": ["q_proj", "qkv"]}, "qkv match.* no matrix of LlamaForCausalLM; it has down_proj"),
+        (
+            {"lora_rank": 2, "lora_targets": ["q_proj", "qkv"]},
+            "qkv match.* no matrix of LlamaForCausalLM; it has down_proj",
+        ),
         ({"pool_heads": 5}, "pool_heads 5 does not divide the CLIP's width 32"),
         ({"prompts": 200}, "leaves none for a text"),
     ],
