@@ -1,4 +1,4 @@
-"""GPTScore: a multimodal model classifies an image by how likely it finds "A photo of CLASS" (CLAMP's baseline, 6.3)."""
+"""GPTScore: a multimodal model classifies an image by how likely it finds "A photo of CLASS" (6.3)."""
 
 from __future__ import annotations
 

@@ -338,7 +338,7 @@ class ClampSettings(Settings):
     lora_rank: int = Field(default=0, ge=0)
     """Rank of the updates of the language model's attention; the paper has 16. 0: the language model stays as it is,
     its reading of each text is kept, and training is several times faster."""
-    lora_alpha: float = Field(default=16.0, gt=0)
+    lora_alpha: int = Field(default=16, ge=1)
     """The updates count `alpha / rank` times."""
     lora_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of an update's inputs that a step of training leaves out."""
@@ -347,7 +347,7 @@ class ClampSettings(Settings):
     distill: float = Field(default=1.0, ge=0)
     """Weight of the distillation from the CLIP's own text tower; the contrastive loss has 1."""
     distill_scale: Literal["teacher", "native"] = "teacher"
-    """On the student's similarities in the distillation: the teacher's logit scale, or, as open_clip has it, its own."""
+    """On the student's similarities in the distillation: the teacher's logit scale, or its own, as in open_clip."""
     reduction: Literal["mean", "sum"] = "mean"
     """Losses as means over the batch and the two directions, or sums as the paper writes them."""
     group_share: float = Field(default=0.3, ge=0, le=1)

@@ -45,7 +45,7 @@ def contrastive(
     if text_ids is not None:
         same = (text_ids[:, None] == text_ids[None, :]).fill_diagonal_(False)
         logits = logits.masked_fill(same, -torch.inf)
-    return _both(*(F.cross_entropy(x, diagonal, reduction=reduction) for x in (logits, logits.T)), reduction)
+    return _both([F.cross_entropy(x, diagonal, reduction=reduction) for x in (logits, logits.T)], reduction)
 
 
 def distillation(
@@ -71,15 +71,16 @@ def distillation(
     student = student_scale * at_least_float32(images) @ at_least_float32(texts).T
     wanted = teacher_scale * at_least_float32(teacher.detach())
     kind = "batchmean" if reduction == "mean" else "sum"
-    terms = (
+    terms = [
         F.kl_div(s.log_softmax(1), w.log_softmax(1), reduction=kind, log_target=True)
         for s, w in ((student, wanted), (student.T, wanted.T))
-    )
-    return _both(*terms, reduction)
+    ]
+    return _both(terms, reduction)
 
 
-def _both(rows: Tensor, columns: Tensor, reduction: Reduction) -> Tensor:
-    return (rows + columns) / 2 if reduction == "mean" else rows + columns
+def _both(directions: list[Tensor], reduction: Reduction) -> Tensor:
+    together = torch.stack(directions)
+    return together.mean() if reduction == "mean" else together.sum()
 
 
 def _check(images: Tensor, texts: Tensor) -> None:

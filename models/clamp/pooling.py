@@ -22,7 +22,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
     n, _, width = keys.shape
     split = (n, -1, heads, width // heads)
     q = query.expand(n, 1, width)
-    return F.scaled_dot_product_attention(*(x.reshape(split).transpose(1, 2) for x in (q, keys, values))).flatten(1)
+    q, k, v = (x.reshape(split).transpose(1, 2) for x in (q, keys, values))
+    return F.scaled_dot_product_attention(q, k, v).flatten(1)
 
 
 class AttentionPool(nn.Module):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from models.clamp.losses import contrastive, distillation
 from models.clamp.tower import MAX_SCALE, ClampTower, States
 from models.schedule import warmup_cosine
-from models.settings import ClampSettings
 from models.training import Batch, Trainable
 
 

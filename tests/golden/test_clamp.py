@@ -156,7 +156,7 @@ def test_g4b_distillation():
     close(distilled(), 0.342643)
     close(distilled(student_scale=TAU), 0.284041)  # native
     # The cross-entropy form is larger by the teacher's entropy; the student first would be another number.
-    teacher, student = (TAU_D * x for x in (TV @ TT.T, V @ T.T))
+    teacher = TAU_D * TV @ TT.T
     entropies = [-(x.softmax(1) * x.log_softmax(1)).sum(1).mean() for x in (teacher, teacher.T)]
     close(distilled() + sum(entropies) / 2, 0.488401)
     close(distillation(TV, TT, V @ T.T, teacher_scale=TAU_D, student_scale=TAU_D), 0.514511)
@@ -222,7 +222,7 @@ def test_g6_schedule(step, lr, tolerance):
     assert 59317 * 8192 == 485_924_864
 
 
-# --- G7: the paper's tables, and how often a class is spoken of ---------------------------------------------------------
+# --- G7: the paper's tables, and how often a class is spoken of -------------------------------------------------------
 
 COLUMNS = ("LLaVA", "MiniGPT-4", "LiT", "CLAMP", "CLIP")
 HIGH = """
