@@ -13,12 +13,12 @@ from models.schedule import steps_per_epoch
 
 DEFAULT_STEPS = 640
 
-Method = Literal["latteclip", "latteclip_plus", "transduction", "flyp", "wise_ft", "self_training"]
+Method = Literal["latteclip", "latteclip_plus", "transduction", "clamp", "flyp", "wise_ft", "self_training"]
 """Ways to adapt: docs/methods.md."""
 SEEDLESS: frozenset[Method] = frozenset({"transduction"})
 """Methods without random numbers."""
 READS_TEXTS: frozenset[Method] = frozenset({"latteclip", "latteclip_plus"})
-"""Methods that use the texts of images and groups."""
+"""Methods that use features of the texts of images and groups."""
 
 
 class Settings(BaseModel):

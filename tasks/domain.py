@@ -19,6 +19,7 @@ from models import prompts
 from models.errors import ModelError
 from models.settings import (
     SEEDLESS,
+    ClampSettings,
     ClipSettings,
     DescriberSettings,
     LanguageModelSettings,
@@ -131,6 +132,7 @@ class Domain(Settings):
     """Of latteclip and latteclip_plus; flyp and self_training take from it what is not about texts."""
     transduction: TransductionSettings = TransductionSettings()
     """Of transduction and latteclip_plus."""
+    clamp: ClampSettings = ClampSettings()
     training: TrainingSettings = TrainingSettings()
     """Of every method that trains."""
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
@@ -187,6 +189,12 @@ class Domain(Settings):
         twice = [name for name, count in Counter(self.method).items() if count > 1]
         if twice:
             raise PydanticCustomError("method", f"`method`: {twice[0]} is named more than once")
+        if "clamp" in self.method and self.clamp.lm is None:
+            raise PydanticCustomError(
+                "method",
+                "`method`: clamp needs a language model: `clamp: {lm: NAME}` with a causal one from the model hub, a "
+                "folder, or `embedded`",
+            )
         frozen = [name for name in self.method if name in ("latteclip_plus", "self_training")]
         if frozen and self.latteclip.trains_towers:
             raise PydanticCustomError(
@@ -289,6 +297,7 @@ def _resolve(raw: dict[str, Any], folder: Path) -> None:
         (raw.get("clip"), "model", _is_path),
         (raw.get("describer"), "model", _is_path),
         (raw.get("describer"), "prompts", prompts.is_path),
+        (raw.get("clamp"), "lm", _is_path),
     ]:
         value = section.get(field) if isinstance(section, dict) else None
         if isinstance(value, str) and is_path(value):

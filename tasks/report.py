@@ -37,6 +37,7 @@ LABELS = {
     "latteclip": "LatteCLIP",
     "latteclip_plus": "LatteCLIP plus",
     "transduction": "anchored transduction",
+    "clamp": "CLAMP",
     "flyp": "FLYP",
     "wise_ft": "FLYP averaged with zero-shot",
     "self_training": "self-training",

@@ -13,11 +13,14 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from models.clip import cache_folder, digest_of_file
 from models.errors import ModelError
 from models.settings import ClampSettings
+
+if TYPE_CHECKING:
+    import torch
 
 EMBEDDED_REVISION = "1"
 """Raised whenever the embedded model's weights change."""
@@ -46,20 +49,20 @@ def identity(settings: ClampSettings) -> dict[str, Any]:
     return {"lm": "folder", "revision": hashlib.sha256(json.dumps(digests).encode()).hexdigest()}
 
 
-def load(settings: ClampSettings) -> tuple[Any, Any]:
-    """The language model, on the GPU if there is one, and its tokenizer. A new one each time: LoRA goes into it.
+def load(settings: ClampSettings, device: torch.device | str = "cpu") -> tuple[Any, Any]:
+    """The language model and its tokenizer. A new one each time: LoRA goes into it.
 
     Raises:
         ModelError: a name or package is missing, or the weights are not in safetensors.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     identity(settings)
-    source = str(build_embedded(cache_folder()) if settings.lm == "embedded" else _folder(settings.lm) or settings.lm)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if settings.dtype == "float16" and device.type == "cpu":
-        raise ModelError("clamp.dtype float16 overflows and is slow on a CPU; use float32 or bfloat16")
+    disable_progress_bar()
+    name = str(settings.lm)
+    source = str(build_embedded(cache_folder()) if name == "embedded" else _folder(name) or name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=settings.revision)
         lm = AutoModelForCausalLM.from_pretrained(
@@ -70,7 +73,8 @@ def load(settings: ClampSettings) -> tuple[Any, Any]:
             f"clamp.lm {settings.lm!r} with revision {settings.revision!r} cannot be loaded ({error}); check the name "
             "and the connection, or give a folder with safetensors weights"
         ) from error
-    return lm.to(device), tokenizer
+    model: Any = lm
+    return model.to(device), tokenizer
 
 
 def build_embedded(cache: Path) -> Path:
@@ -117,7 +121,8 @@ def _convert(scratch: Path, out: Path) -> None:
     found = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=name, dtype=torch.bfloat16)
     # What came from a GGUF does not let itself be saved; a model of the same shape does.
     shape = {key: value for key, value in found.config.to_dict().items() if key != "quantization_config"}
-    plain = type(found)(type(found.config)(**shape)).to(torch.bfloat16)
+    plain: Any = type(found)(type(found.config)(**shape))
+    plain.to(torch.bfloat16)
     plain.load_state_dict(found.state_dict())
     plain.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -48,10 +48,10 @@ class ClampTower(nn.Module):
         super().__init__()
         self.settings = settings
         self.lm = lm.requires_grad_(False).eval()
+        if lm.dtype == torch.float16 and lm.device.type == "cpu":
+            raise ModelError("clamp.dtype float16 overflows and is slow on a CPU; use float32 or bfloat16")
         self.wrapper = Wrapper(settings.wrapper, tokenizer, settings.max_tokens, _context(lm) - settings.prompts)
         table = lm.get_input_embeddings()
-        if lm.dtype == torch.float16 and table.weight.device.type == "cpu":
-            raise ModelError("clamp.dtype float16 overflows and is slow on a CPU; use float32 or bfloat16")
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)
             # The rule of RPO: near the end of text, whose embedding the model knows.

@@ -6,10 +6,10 @@ import hashlib
 from typing import Any
 
 import pytest
-import tinylm
 import torch
 from torch import Tensor
 
+import tinylm
 from models.clamp.losses import contrastive, distillation
 from models.clamp.masks import positions, read_only_mask
 from models.clamp.tower import ClampTower

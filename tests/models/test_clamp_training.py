@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tinylm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+import tinylm
 from models.clamp.tower import ClampTower
 from models.clamp.training import Clamp, ClampData
 from models.losses import unit
