@@ -71,8 +71,9 @@ def tune(domain: Domain, shards: StageResult, embedded: StageResult, screened: S
 
     Files: ``<method>.seed-<n>.safetensors`` (prototypes, centre, scale, maps, assignments; tensors of trained towers
     under ``tower.``) and ``<method>.seed-<n>.history.json`` (one record for each epoch); ``transduction.safetensors``
-    and so on for a method without random numbers; ``clamp.seed-<n>.adapter.safetensors`` beside the others of CLAMP. Each is a part, made from only what its method reads. The one under
-    way is kept in ``checkpoints/``, from where a killed run goes on.
+    and so on for a method without random numbers; beside those of CLAMP ``clamp.seed-<n>.adapter.safetensors``. Each is
+    a part, made from only what its method reads. The one under way is kept in ``checkpoints/``, from where a killed run
+    goes on.
     """
     store = open_store(domain)
     inputs: dict[str, Any] = {"method": sorted(domain.method)}
