@@ -196,3 +196,19 @@ def test_two_processes_equal_one(tmp_path: Path):
     one = trained(lora_rank=2, lora_dropout=0.0, class_share=0.9)[0]
     for rank in (0, 1):
         same(one, torch.load(tmp_path / f"{rank}.pt", weights_only=True))
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_half_precision_learns_about_the_same(lora: int) -> None:
+    full = trained(steps=10, lora_rank=lora, lora_dropout=0.0)[1][-1]["loss"]
+    autocast = trained(TrainingSettings(precision="bfloat16"), steps=10, lora_rank=lora, lora_dropout=0.0)[1][-1][
+        "loss"
+    ]
+    tower = ClampTower(
+        tinylm.language_model().bfloat16(),
+        tinylm.tokenizer(),
+        method(steps=10, lora_rank=lora, lora_dropout=0.0).cfg,
+        DIM,
+    )
+    stored = train(Clamp(tower, data()))[-1]["loss"]
+    assert [autocast, stored] == pytest.approx([full, full], rel=0.05)
