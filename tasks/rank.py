@@ -101,7 +101,7 @@ def rank(
         features = centred(found.embeds, middle)
     else:
         preferred = "pc_clip" if method is None and "pc_clip" in domain.method else method
-        name, model = chosen_model(domain, tuned, seed, preferred)
+        name, _, model = chosen_model(domain, tuned, seed, preferred)
         reader, features = text_reader(domain, model), tuned_features(domain, model, images, found)
     if reader.too_long([text])[0]:
         raise DataError(f"the attribute {text[:60]!r}... is longer than the CLIP reads; use fewer words")
