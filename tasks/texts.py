@@ -9,6 +9,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ from storage.fingerprint import canonical_json, sha256
 from storage.images import open_image
 from storage.objects import ObjectStore
 from storage.shards import read_image, read_index
+from storage.tables import read_parquet
 from tasks.domain import Domain
 from tasks.features import read_features
 from tasks.stage import StageResult, anew
@@ -48,9 +50,20 @@ if TYPE_CHECKING:
 
 _DECODED = 64
 """Images kept decoded: the groups of a class share members with those next to them."""
+_collecting: ContextVar[bool] = ContextVar("collecting", default=False)
 _model = threading.Lock()
 """`describe` and `group` may run side by side. A model serves one of them at a time: vLLM has one reader, and the
 `concurrency` of a server is for both."""
+
+
+@contextlib.contextmanager
+def collecting() -> Iterator[None]:
+    """Inside, no describer is opened: others were asked for all texts, and what they could not answer stays so."""
+    token = _collecting.set(True)
+    try:
+        yield
+    finally:
+        _collecting.reset(token)
 
 
 @dataclass(frozen=True)
@@ -74,16 +87,27 @@ class Gallery:
     """The live images of a split with all that a describer may look at, by key."""
 
     def __init__(self, domain: Domain, images: Artifact, embedded: Artifact) -> None:
-        found = read_features(embedded)
-        self._domain, self._images = domain, images
-        self.index = read_index(images).filter(pl.col("key").is_in(found.keys))
+        labels = read_parquet(embedded.read("zero_shot.parquet")).select("key", "label")
+        self._domain, self._images, self._embedded = domain, images, embedded
+        self.index = read_index(images).filter(pl.col("key").is_in(labels["key"].implode()))
         self._place = {key: row for row, key in enumerate(self.index["key"])}
-        self._feature = {key: row for row, key in enumerate(found.keys)}
-        self._features = found.features
-        self.mean_feature = found.features.mean(axis=0)
-        self.labels = dict(zip(found.keys, found.zero_shot.tolist(), strict=True))
+        self.labels = dict(labels.iter_rows())
         self._digests, self.paths = self.index["sha256"].to_list(), self.index["path"].to_list()
         self._opened = functools.lru_cache(_DECODED)(self._open)
+
+    @functools.cached_property
+    def _features(self) -> tuple[dict[str, int], np.ndarray]:
+        # Most describers never look at them, and a worker of many has no room for those of ten million images.
+        found = read_features(self._embedded)
+        return {key: row for row, key in enumerate(found.keys)}, found.features
+
+    @functools.cached_property
+    def mean_feature(self) -> np.ndarray:
+        return np.asarray(self._features[1].mean(axis=0))
+
+    def _features_of(self, keys: Sequence[str]) -> np.ndarray:
+        place, features = self._features
+        return np.asarray(features[[place[key] for key in keys]])
 
     def digest(self, key: str) -> str:
         """Content digest of the image."""
@@ -116,7 +140,7 @@ class Gallery:
         shown = [] if question.captions else rows
         return Item(
             paths=tuple(self.paths[row] for row in rows),
-            features=lambda: self._features[[self._feature[key] for key in question.members]],
+            features=lambda: self._features_of(question.members),
             images=lambda: [self._opened(row).copy() for row in shown],
             prompt=question.prompt,
             seed=seed,
@@ -173,14 +197,17 @@ class Texts:
         """
         # The same content may be wanted more than once; it is asked about once.
         wanted = {self._key(each): each for questions in parts.values() for each in questions}
-        known = set() if anew() else self._captions.known(self._who, wanted)
+        known = set() if anew() else self._captions.known(self._who, wanted, failed=_collecting.get())
         left = {name: {self._key(each) for each in questions} - known for name, questions in parts.items()}
         owners = defaultdict(list)
         for name, keys in left.items():
             for key in keys:
                 owners[key].append(name)
         yield from ((name, self._table(parts[name])) for name, keys in left.items() if not keys)
-        if missing := [key for key in wanted if key not in known]:
+        missing = [key for key in wanted if key not in known]
+        if missing and _collecting.get():
+            raise EngineStopped(f"{len(missing)} texts of kind {self._kind} were not written by the workers; run again")
+        if missing:
             for describer, batch in self._written([wanted[key] for key in missing]):
                 done = {missing[place]: text for place, text in batch.items()}
                 rows = [self._row(key, wanted[key], text, describer.engine) for key, text in done.items()]
@@ -191,6 +218,12 @@ class Texts:
                 yield from ((name, self._table(parts[name])) for name in touched if not left[name])
         if lost := [name for name, keys in left.items() if keys]:
             raise EngineStopped(f"the describer left out texts of {', '.join(lost[:3])}; run again to ask for them")
+
+    def missing(self, parts: Sequence[Sequence[Question]]) -> list[int]:
+        """Of each part, how many texts the describer would be asked for."""
+        keys = [{self._key(each) for each in questions} for questions in parts]
+        known = self._captions.known(self._who, set().union(*keys))
+        return [len(each - known) for each in keys]
 
     def _written(self, questions: Sequence[Question]) -> Iterator[tuple[Describer, Mapping[int, Text]]]:
         is_model = isinstance(self._domain.describer, LanguageModelSettings)
