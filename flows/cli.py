@@ -22,6 +22,7 @@ from storage.errors import DataError, StorageError
 from storage.upkeep import Loose
 from tasks.domain import ConfigError, Domain
 from tasks.history import History
+from tasks.select import read_selection
 from tasks.stage import open_store
 
 app = typer.Typer(
@@ -85,6 +86,8 @@ def run(
     if results[-1].label == "report":
         folder = Path(settings.output) / settings.name
         out.print(console.scores(json.loads((folder / "metrics.json").read_text())))
+        found = {result.label: result for result in results}
+        out.print(f"kept     {read_selection(open_store(settings).open(found['select'].ref)).told}")
         out.print(f"report   {folder / 'report.html'}\nmetrics  {folder / 'metrics.json'}")
 
 
@@ -251,11 +254,14 @@ def export(
     served: Annotated[
         bool, typer.Option("--champion", help="The model that is served, instead of the newest.")
     ] = False,
-    method: Annotated[str | None, typer.Option(help="Adapted by this one of the domain's; default: the first.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Which of its models; default: the first seed.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="Adapted by this one of the domain's; zero_shot: not adapted. Default: what `run` kept."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Which of its models; default: what `run` kept.")] = None,
 ) -> None:
-    """Write the adapted model as a folder that open_clip loads."""
-    from tasks.tune import export_tuned
+    """Write a model as a folder that open_clip loads: what `run` kept, which may be zero-shot."""
+    from tasks.tune import export_tuned, export_zero_shot
 
     settings = Domain.load(domain)
     if served:
@@ -266,7 +272,14 @@ def export(
         export_tuned(settings, taken(found.tuned), found.seed, folder, method=found.method)
     else:
         results = {result.label: result for result in repaired(run_plainly, settings)}
-        export_tuned(settings, results["tune"], seed, folder, method=method)
+        if method is seed is None:
+            selection = read_selection(open_store(settings).open(results["select"].ref))
+            method, seed = (selection.best.method, selection.best.seed) if selection.best else ("zero_shot", None)
+            out.print(f"kept     {selection.told}")
+        if method == "zero_shot":
+            export_zero_shot(settings, results["embed train"], folder)
+        else:
+            export_tuned(settings, results["tune"], seed, folder, method=method)
     out.print(f"model    {folder}")
 
 

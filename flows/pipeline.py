@@ -18,6 +18,7 @@ from tasks.history import SPLIT_STAGES, History
 from tasks.pair import pair
 from tasks.report import publish, report
 from tasks.screen import screen
+from tasks.select import select
 from tasks.shard import Split, shard
 from tasks.stage import NotMade, StageResult, open_store, rules, seconds_taken
 from tasks.tune import tune
@@ -28,7 +29,7 @@ log = logging.getLogger("latteflow.flows")
 Run = Callable[..., Any]
 """How a stage is called: here and now, as a Prefect task, or not at all, to see the graph."""
 
-STAGES = ("shard", "embed", "describe", "group", "screen", "pair", "tune", "evaluate", "report")
+STAGES = ("shard", "embed", "describe", "group", "screen", "pair", "tune", "select", "evaluate", "report")
 TUNING = ("shard", "embed", "describe", "group", "screen", "pair", "tune")
 """Those that the models come from."""
 
@@ -42,16 +43,16 @@ def pipeline(domain: Domain, run: Run) -> list[Any]:
     screened = run(screen, domain, images, features, texts, groups)
     pairs = [run(pair, domain, images, features, screened)] if domain.compares else []
     tuned = run(tune, domain, images, features, screened, *pairs)
+    selected = run(select, domain, images, features, tuned)
 
     unseen, unseen_features = images, features
     if domain.evaluation and domain.evaluation.source:
         unseen = run(shard, domain, "test")
         unseen_features = run(embed, domain, unseen)
     scores = run(evaluate, domain, unseen, unseen_features, features, tuned)
-    page = run(
-        report, domain, images, features, texts, groups, screened, tuned, unseen, unseen_features, scores, *pairs
-    )
-    return [images, unseen, features, unseen_features, texts, groups, screened, *pairs, tuned, scores, page]
+    made = [images, unseen, features, unseen_features, texts, groups, screened, *pairs, tuned, selected, scores]
+    page = run(report, domain, *made)
+    return [*made, page]
 
 
 @dataclass(frozen=True, eq=False)

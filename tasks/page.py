@@ -230,6 +230,8 @@ class Report:
     counts: Counts
     label_free: LabelFree
     gain_interval: Interval | None = None
+    selection: str = ""
+    """What was kept without labels, and why, as the end of a sentence."""
     per_class: Sequence[ClassRow] = ()
     confusion_before: Sequence[Sequence[int]] = ()
     confusion_after: Sequence[Sequence[int]] = ()

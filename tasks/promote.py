@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
-
-from models import clip, metrics
+from models import clip
 from models.settings import Method
 from storage.artifacts import Artifact, ArtifactRef, ArtifactStore, ArtifactWriter
 from storage.errors import DataError, NotFound
@@ -19,14 +17,10 @@ from storage.fingerprint import canonical_json, sha256
 from storage.register import Register
 from storage.shards import read_index
 from tasks.domain import Domain
-from tasks.features import Features, centred, read_features
+from tasks.select import Views, read_selection, select
 from tasks.stage import StageResult, open_store, run_stage
-from tasks.tune import read_tuned, tuned_features
 
 VERSION = 1
-NEIGHBOURS = 10
-MOST_IMAGES = 20_000
-"""Scores are over at most so many images; which ones depends on their keys alone, which are digests."""
 _REMEMBERED = 50
 log = logging.getLogger("latteflow.tasks")
 
@@ -37,7 +31,7 @@ class Champion:
 
     Attributes:
         tuned, images: the `tune` artifact it lies in, and the `shard` artifact it was tuned on.
-        score, zero_shot: of the day it was chosen, see :func:`scores`.
+        score: of the day it was chosen, see :class:`tasks.select.Judged`.
         about: digest of the classes and the CLIP; models that differ here cannot be compared.
         at: when, ISO 8601 in UTC.
         previous: version that it took the place of; 0 if none.
@@ -49,7 +43,6 @@ class Champion:
     method: Method
     seed: int | None
     score: float
-    zero_shot: float
     about: str
     at: str
     reason: str
@@ -81,35 +74,8 @@ class Decision:
     method: Method
     seed: int | None
     score: float
-    zero_shot: float
     champion: float | None = None
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Of a model on a domain's own images, without labels.
-
-    Attributes:
-        consistency: how much more often images have the class of their nearest neighbours than chance would have it,
-            (agreement - chance) / (1 - chance), as Cohen's kappa; 0 for a model that says one class of everything.
-        classes: effective number of classes it tells apart, exp of the entropy of its predictions.
-    """
-
-    consistency: float
-    classes: float
-
-
-def better(challenger: Scores, zero_shot: Scores, champion: Scores | None) -> tuple[bool, str]:
-    """Whether a challenger is to be served, and why; a simple rule until `models.selection` has its own."""
-    said = f"consistency {challenger.consistency:.4f}"
-    if challenger.classes < zero_shot.classes / 2:
-        return False, f"collapsed: tells {challenger.classes:.1f} classes apart, zero-shot {zero_shot.classes:.1f}"
-    if challenger.consistency <= zero_shot.consistency:
-        return False, f"{said} is not above zero-shot's {zero_shot.consistency:.4f}"
-    if champion is not None and challenger.consistency < champion.consistency:
-        return False, f"{said} is below the champion's {champion.consistency:.4f}"
-    against = f", champion {champion.consistency:.4f}" if champion is not None else ""
-    return True, f"{said}, zero-shot {zero_shot.consistency:.4f}{against}"
+    """Its duel with the champion; None where they did not meet."""
 
 
 def read_champion(domain: Domain) -> Champion | None:
@@ -150,7 +116,7 @@ def promote(domain: Domain, images: StageResult, features: StageResult, tuned: S
         if not decision.promote:
             return decision
         new = Champion(
-            tuned.ref, images.ref, decision.method, decision.seed, decision.score, decision.zero_shot, _about(domain),
+            tuned.ref, images.ref, decision.method, decision.seed, decision.score, _about(domain),
             datetime.now(UTC).isoformat(timespec="seconds"), decision.reason,
             now.version if now else 0, now.rejected if now else (),
         )  # fmt: skip
@@ -184,29 +150,34 @@ def rollback(domain: Domain) -> Champion:
 def decide(
     domain: Domain, images: StageResult, features: StageResult, tuned: StageResult, now: Champion | None
 ) -> Decision:
-    """The best model of the domain's first method, one of several seeds, against zero-shot and the champion.
+    """The best of the models that :func:`tasks.select.select` accepts, against the champion.
 
-    Scored are the images that the champion was tuned on, as far as they are still there: new images do not vote about
-    the model that was tuned on them. The decision is an artifact, so that nothing is scored twice.
+    The two meet on the images that the champion was tuned on, as far as they are still there: new images do not vote
+    about the model that was tuned on them. The decision is an artifact, so that nobody meets twice.
 
     Files: ``decision.json``.
     """
     store = open_store(domain)
-    method = domain.method[0]
-    seeds = domain.seeds_of(method)
-    if now is not None and now.name in (_name(tuned.ref, method, seed) for seed in seeds):
-        return Decision(False, "it is the champion already", method, now.seed, now.score, now.zero_shot)
-    rival = now if now is not None and now.about == _about(domain) else None
-    allowed = [seed for seed in seeds if now is None or _name(tuned.ref, method, seed) not in now.rejected]
-    if not allowed:
-        return Decision(False, "it was rolled back from", method, seeds[0], 0.0, 0.0)
-    inputs = {
-        "shards": images.ref.digest, "embed": features.ref.digest, "tune": tuned.ref.digest, "method": method,
-        "seeds": allowed, "champion": rival.name if rival else None,
-    }  # fmt: skip
+    selected = select(domain, images, features, tuned)
+    selection = read_selection(store.open(selected.ref))
+    if selection.best is None:
+        first = max(selection.models, key=lambda each: each.score)
+        return Decision(False, f"{first.method}: {first.reason}", first.method, first.seed, first.score)
+    best = selection.best
+    said = Decision(True, best.reason, best.method, best.seed, best.score)
+    name = _name(tuned.ref, best.method, best.seed)
+    if now is None:
+        return said
+    if now.name == name:
+        return replace(said, promote=False, reason="it is the champion already")
+    if name in now.rejected:
+        return replace(said, promote=False, reason="it was rolled back from")
+    if now.about != _about(domain):
+        return replace(said, reason=f"{best.reason}; the champion has other classes or another CLIP")
+    inputs = {"select": selected.ref.digest, "champion": now.name, "images": now.images.digest}
 
     def body(writer: ArtifactWriter) -> Mapping[str, int]:
-        found = _decided(domain, store, images.ref, features.ref, tuned.ref, allowed, rival)
+        found = _met(domain, store, (images, features, tuned), now, said)
         writer.put("decision", inputs, {"decision.json": json.dumps(asdict(found), indent=2).encode()})
         return {"promote": int(found.promote)}
 
@@ -214,74 +185,27 @@ def decide(
     return Decision(**json.loads(store.open(result.ref).read("decision.json")))
 
 
-def _decided(
-    domain: Domain,
-    store: ArtifactStore,
-    images: ArtifactRef,
-    features: ArtifactRef,
-    tuned: ArtifactRef,
-    seeds: list[int | None],
-    now: Champion | None,
+def _met(
+    domain: Domain, store: ArtifactStore, stages: Sequence[StageResult], now: Champion, said: Decision
 ) -> Decision:
-    shards, found, models = store.open(images), read_features(store.open(features)), store.open(tuned)
-    rival = _opened(store, now.tuned) if now else None
-    own = _opened(store, now.images) if now else None
-    scorer = _Scorer(domain, shards, found, own)
-    zero_shot = scorer.zero_shot()
-    method = domain.method[0]
-    scored = [(scorer.of(models, method, seed), seed) for seed in seeds]
-    best, seed = max(scored, key=lambda each: each[0].consistency)
-    against = scorer.of(rival, now.method, now.seed) if now and rival else None
-    yes, why = better(best, zero_shot, against)
-    return Decision(
-        yes, why, method, seed, best.consistency, zero_shot.consistency, against.consistency if against else None
+    """What comes of it when a challenger meets the champion."""
+    import torch
+
+    from models.selection import duel
+
+    images, features, tuned = (store.open(each.ref) for each in stages)
+    rival, own = _opened(store, now.tuned), _opened(store, now.images)
+    if rival is None:
+        return replace(said, reason=f"{said.reason}; the champion is gone")
+    views = Views(domain, images, features, set(read_index(own)["key"]) if own else None)
+    challenger, champion = (
+        torch.from_numpy(views.labels(*each))
+        for each in ((tuned, said.method, said.seed), (rival, now.method, now.seed))
     )
-
-
-class _Scorer:
-    """Scores of models on the same images."""
-
-    def __init__(self, domain: Domain, images: Artifact, found: Features, only: Artifact | None) -> None:
-        import torch
-
-        from models.transduction import nearest
-
-        self._domain, self._images, self._found = domain, images, found
-        wanted = set(read_index(only)["key"]) if only is not None else set(found.keys)
-        rows = [row for _, row in sorted((key, row) for row, key in enumerate(found.keys) if key in wanted)]
-        self._rows = np.array((rows or list(range(len(found.keys))))[:MOST_IMAGES])
-        features = centred(found.embeds, found.centre)[self._rows]
-        k = min(NEIGHBOURS, len(self._rows) - 1)
-        self._near = nearest(torch.from_numpy(features), k)[0].numpy() if k > 0 else np.zeros((len(self._rows), 0), int)
-
-    def zero_shot(self) -> Scores:
-        """The better of plain and centred zero-shot."""
-        found = self._found
-        spaces = (found.features, centred(found.embeds, found.centre))
-        return max((self._score(each, found.class_features) for each in spaces), key=lambda each: each.consistency)
-
-    def of(self, models: Artifact, method: Method, seed: int | None) -> Scores:
-        """A model of a `tune` artifact."""
-        tuned = read_tuned(models, method, seed)
-        return self._score(tuned_features(self._domain, tuned, self._images, self._found), tuned.prototypes)
-
-    def _score(self, features: np.ndarray, weights: np.ndarray) -> Scores:
-        return scores(metrics.predict(features[self._rows], weights, 1.0).labels, self._near, len(weights))
-
-
-def scores(predicted: np.ndarray, near: np.ndarray, n_classes: int) -> Scores:
-    """Of predictions.
-
-    Args:
-        predicted: class of each image, ``(n,)``.
-        near: rows of its nearest neighbours, by features that no adapted model has, ``(n, k)``.
-    """
-    shares = np.bincount(predicted, minlength=n_classes) / len(predicted)
-    chance = float((shares**2).sum())
-    agreement = float((predicted[near] == predicted[:, None]).mean()) if near.size else chance
-    some = shares[shares > 0]
-    consistency = (agreement - chance) / (1 - chance) if chance < 1 else 0.0
-    return Scores(consistency, float(np.exp(-(some * np.log(some)).sum())))
+    score = duel(torch.from_numpy(views.features), challenger, champion)
+    if score < 0:
+        return replace(said, promote=False, champion=score, reason=f"duel with the champion {score:+.3f}")
+    return replace(said, champion=score, reason=f"{said.reason}, duel with the champion {score:+.3f}")
 
 
 def _register(domain: Domain) -> Register:

@@ -23,6 +23,7 @@ from tasks import page
 from tasks.domain import Domain
 from tasks.features import Features, read_features
 from tasks.screen import read_screened, usable
+from tasks.select import read_selection
 from tasks.stage import StageResult, open_store, run_stage, statistic
 from tasks.texts import describer_identity
 from tasks.tune import read_history
@@ -57,23 +58,10 @@ DESCRIBER_NOTES = {
 }
 
 
-def report(
-    domain: Domain,
-    images: StageResult,
-    features: StageResult,
-    texts: StageResult,
-    groups: StageResult,
-    screened: StageResult,
-    tuned: StageResult,
-    unseen: StageResult,
-    unseen_features: StageResult,
-    scores: StageResult,
-    paired: StageResult | None = None,
-) -> StageResult:
-    """Collect the artifacts of a run into ``report.html``."""
+def report(domain: Domain, *stages: StageResult) -> StageResult:
+    """Collect the artifacts of a run, all of its stages, into ``report.html``."""
     store = open_store(domain)
-    every = [images, unseen, features, unseen_features, texts, groups, screened, paired, tuned, scores]
-    stages = [stage for stage in dict.fromkeys(every) if stage is not None]
+    stages = tuple(dict.fromkeys(stages))
     inputs = {"stages": {stage.label: stage.ref.digest for stage in stages}, "domain": domain.name}
 
     def body(writer: ArtifactWriter) -> Mapping[str, int]:
@@ -126,6 +114,7 @@ class _Findings:
             methods=self._methods(),
             adapted=self._adapted,
             best_baseline=self._better,
+            selection=read_selection(self._open["select"]).told,
             counts=self._counts(),
             label_free=page.LabelFree(**found["label_free"]),
             gain_interval=tuple(found["methods"][self._adapted]["gain_interval"]) if found["n_test"] else None,

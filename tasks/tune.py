@@ -459,6 +459,13 @@ def text_reader(domain: Domain, tuned: Tuned) -> clip.Clip:
     return replace(found, model=model)
 
 
+def export_zero_shot(domain: Domain, embedded: StageResult, folder: Path) -> None:
+    """Write the untouched model, with the classes as its classifier, as a folder of its own."""
+    found, model = read_features(open_store(domain).open(embedded.ref)), clip.load(domain.clip)
+    centre = found.centre if clip.is_centred(domain.clip) else np.zeros_like(found.centre)
+    _export(domain, Tuned(found.class_features, centre, None, None, None, {}, model.scale), folder)
+
+
 def export_tuned(
     domain: Domain, tuned: StageResult, seed: int | None, folder: Path, *, method: str | None = None
 ) -> None:
@@ -470,11 +477,18 @@ def export_tuned(
     Raises:
         DataError: the domain has no such model.
     """
+    chosen, number, found = chosen_model(domain, tuned, seed, method)
+    _export(domain, found, folder)
+    if chosen == "clamp":
+        data = open_store(domain).open(tuned.ref).read(f"{_name(chosen, number)}.adapter.safetensors")
+        (folder / "clamp.safetensors").write_bytes(data)
+
+
+def _export(domain: Domain, found: Tuned, folder: Path) -> None:
     import torch
 
     from models.export import export
 
-    chosen, number, found = chosen_model(domain, tuned, seed, method)
     maps = {name: getattr(found, name) for name in ("image_map", "text_map")}
     export(
         tuned_clip(domain, found),
@@ -485,6 +499,3 @@ def export_tuned(
         scale=found.scale,
         **{name: None if change is None else torch.from_numpy(change) for name, change in maps.items()},
     )
-    if chosen == "clamp":
-        data = open_store(domain).open(tuned.ref).read(f"{_name(chosen, number)}.adapter.safetensors")
-        (folder / "clamp.safetensors").write_bytes(data)

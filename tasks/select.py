@@ -1,0 +1,133 @@
+"""select: which of the adapted models to trust, without a label. Nothing that zero-shot does better is shipped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from models import metrics
+from models.settings import Method
+from storage.artifacts import Artifact, ArtifactWriter
+from tasks.domain import Domain
+from tasks.features import Features, centred, read_features
+from tasks.stage import StageResult, open_store, run_stage
+from tasks.tune import read_tuned, tuned_features
+
+VERSION = 1
+MOST_IMAGES = 20_000
+"""Models are compared on at most so many images; which ones depends on their keys alone, which are digests."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What is thought of one adapted model; see :class:`models.selection.Verdict`."""
+
+    method: Method
+    seed: int | None
+    accepted: bool
+    reason: str
+    score: float
+    """The worse of the duels with plain and domain-centred zero-shot."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a `select` artifact says.
+
+    Attributes:
+        models: all that were judged, in the order of the domain's methods and seeds.
+        chosen: place of the one to trust among them; None where zero-shot is.
+    """
+
+    models: tuple[Judged, ...]
+    chosen: int | None
+
+    @property
+    def best(self) -> Judged | None:
+        """The model to trust; None: zero-shot."""
+        return None if self.chosen is None else self.models[self.chosen]
+
+    @property
+    def told(self) -> str:
+        """For people, in a sentence."""
+        if self.best is None:
+            return "without labels, no model is preferred to zero-shot, which is kept"
+        seed = "" if self.best.seed is None else f" of seed {self.best.seed}"
+        return f"without labels, {self.best.method}{seed} is preferred: {self.best.reason}"
+
+
+def select(domain: Domain, images: StageResult, features: StageResult, tuned: StageResult) -> StageResult:
+    """Judge every model on the images it was adapted to, by features that none has shaped.
+
+    Files: ``selection.json``.
+    """
+    store = open_store(domain)
+    inputs = {"shards": images.ref.digest, "embed": features.ref.digest, "tune": tuned.ref.digest}
+
+    def body(writer: ArtifactWriter) -> Mapping[str, int]:
+        found = _selected(domain, store.open(images.ref), store.open(features.ref), store.open(tuned.ref))
+        record = {"chosen": found.chosen, "models": [asdict(each) for each in found.models]}
+        writer.put("selection", inputs, {"selection.json": json.dumps(record, indent=2).encode()})
+        return {"models": len(found.models), "accepted": sum(each.accepted for each in found.models)}
+
+    return run_stage(store, domain, "select", VERSION, inputs, body)
+
+
+def read_selection(artifact: Artifact) -> Selection:
+    """What a `select` artifact says."""
+    record = json.loads(artifact.read("selection.json"))
+    return Selection(tuple(Judged(**each) for each in record["models"]), record["chosen"])
+
+
+class Views:
+    """What models say of the same images.
+
+    Args:
+        images, embedded: the artifacts of the images.
+        only: image keys; others are left out as long as some of these are there.
+    """
+
+    def __init__(self, domain: Domain, images: Artifact, embedded: Artifact, only: set[str] | None = None) -> None:
+        self._domain, self._images = domain, images
+        self._found: Features = read_features(embedded)
+        keys = self._found.keys
+        rows = [row for _, row in sorted((key, row) for row, key in enumerate(keys) if only is None or key in only)]
+        self.rows = np.array((rows or list(range(len(keys))))[:MOST_IMAGES])
+        self.features = self._found.features[self.rows]
+
+    def zero_shots(self) -> dict[str, np.ndarray]:
+        """Classes by plain and domain-centred zero-shot, ``(n,)`` each."""
+        found = self._found
+        spaces = {"plain zero-shot": found.features, "centred zero-shot": centred(found.embeds, found.centre)}
+        return {name: self._labels(space, found.class_features) for name, space in spaces.items()}
+
+    def labels(self, models: Artifact, method: Method, seed: int | None) -> np.ndarray:
+        """Classes by a model of a `tune` artifact, ``(n,)``."""
+        tuned = read_tuned(models, method, seed)
+        return self._labels(tuned_features(self._domain, tuned, self._images, self._found), tuned.prototypes)
+
+    def _labels(self, features: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        return metrics.predict(features[self.rows], weights, 1.0).labels
+
+
+def _selected(domain: Domain, images: Artifact, embedded: Artifact, models: Artifact) -> Selection:
+    import torch
+
+    from models.selection import best, judge
+
+    views = Views(domain, images, embedded)
+    features = torch.from_numpy(views.features)
+    zero_shots = {name: torch.from_numpy(labels) for name, labels in views.zero_shots().items()}
+    judged: list[Judged] = []
+    accepted: dict[str, torch.Tensor] = {}
+    for method in domain.method:
+        for seed in domain.seeds_of(method):
+            labels = torch.from_numpy(views.labels(models, method, seed))
+            verdict = judge(features, labels, zero_shots, len(domain.classes))
+            if verdict.accepted:
+                accepted[str(len(judged))] = labels
+            judged.append(Judged(method, seed, verdict.accepted, verdict.reason, min(verdict.duels.values())))
+    return Selection(tuple(judged), int(best(features, accepted)) if accepted else None)
