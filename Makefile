@@ -47,7 +47,7 @@ test: lint
 	$(BIN)/pytest tests/faults
 
 test-vllm: install .venv-vllm/.installed
-	.venv-vllm/bin/python -m pytest tests/engines/test_vllm.py
+	.venv-vllm/bin/python -m pytest tests/engines/test_vllm.py tests/engines/test_gptscore.py
 	$(BIN)/pytest tests/engines/test_pool.py
 
 .venv-vllm/.installed: tests/engines/install_vllm.py

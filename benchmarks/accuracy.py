@@ -131,7 +131,7 @@ def adapted(method: Method, *, texts: bool = True) -> Predict:
 METHODS: Mapping[str, Predict] = {
     "zero_shot_plain": zero_shot(centred=False),
     "zero_shot_centred": zero_shot(centred=True),
-    **{method: adapted(method) for method in get_args(Method)},
+    **{method: adapted(method) for method in get_args(Method) if method != "clamp"},
     "latteclip_no_texts": adapted("latteclip", texts=False),
     "latteclip_plus_no_texts": adapted("latteclip_plus", texts=False),
 }

@@ -30,7 +30,8 @@ def adapt(
 ) -> Adapted:
     """Adapt by one of the methods; arguments as for :func:`models.latteclip.tune`.
 
-    Transduction has no randomness and does not look at ``seed``, nor, as nothing is trained, at ``latteclip``.
+    Transduction has no randomness and does not look at ``seed``, nor, as nothing is trained, at ``latteclip``. CLAMP
+    reads texts, not their features, and is not one of these: see :mod:`models.clamp`.
     """
     if method == "transduction":
         found = transduce(transduction, data.image_features, data.class_features, scale)

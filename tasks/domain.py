@@ -21,6 +21,7 @@ from models.settings import (
     READS_PAIRS,
     READS_TEXTS,
     SEEDLESS,
+    ClampSettings,
     ClipSettings,
     DescriberSettings,
     LanguageModelSettings,
@@ -136,6 +137,7 @@ class Domain(Settings):
     """Of latteclip and latteclip_plus; flyp and self_training take from it what is not about texts."""
     transduction: TransductionSettings = TransductionSettings()
     """Of transduction and latteclip_plus."""
+    clamp: ClampSettings = ClampSettings()
     training: TrainingSettings = TrainingSettings()
     """Of every method that trains."""
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
@@ -207,6 +209,12 @@ class Domain(Settings):
         if self.latteclip.texts_from == "pc_clip" and "pc_clip" not in self.method:
             raise PydanticCustomError(
                 "method", "`latteclip.texts_from: pc_clip`: add pc_clip to `method`, so that there is such a text tower"
+            )
+        if "clamp" in self.method and self.clamp.lm is None:
+            raise PydanticCustomError(
+                "method",
+                "`method`: clamp needs a language model: `clamp: {lm: NAME}` with a causal one from the model hub, a "
+                "folder, or `embedded`",
             )
         frozen = [name for name in self.method if name in ("latteclip_plus", "self_training")]
         if frozen and self.latteclip.trains_towers:
@@ -325,6 +333,7 @@ def _resolve(raw: dict[str, Any], folder: Path) -> None:
         (raw.get("describer"), "prompts", prompts.is_path),
         (_below(raw, "pairs", "describer"), "model", _is_path),
         (_below(raw, "pairs", "describer"), "prompts", prompts.is_path),
+        (raw.get("clamp"), "lm", _is_path),
     ]:
         value = section.get(field) if isinstance(section, dict) else None
         if isinstance(value, str) and is_path(value):

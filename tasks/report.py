@@ -38,6 +38,7 @@ LABELS = {
     "latteclip_plus": "LatteCLIP plus",
     "pc_clip": "PC-CLIP",
     "transduction": "anchored transduction",
+    "clamp": "CLAMP",
     "flyp": "FLYP",
     "wise_ft": "FLYP averaged with zero-shot",
     "self_training": "self-training",

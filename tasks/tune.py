@@ -21,6 +21,7 @@ from storage.errors import DataError
 from storage.fingerprint import fingerprint
 from storage.shards import read_index, read_records
 from storage.tables import read_safetensors, safetensors
+from tasks import clamp
 from tasks.decode import pixel_batches
 from tasks.domain import Domain
 from tasks.features import Features, centred, read_features
@@ -77,8 +78,9 @@ def tune(
 
     Files: ``<method>.seed-<n>.safetensors`` (prototypes, centre, scale, maps, assignments; tensors of trained towers
     under ``tower.``) and ``<method>.seed-<n>.history.json`` (one record for each epoch); ``transduction.safetensors``
-    and so on for a method without random numbers. Each is a part, made from only what its method reads. The one under
-    way is kept in ``checkpoints/``, from where a killed run goes on.
+    and so on for a method without random numbers; beside those of CLAMP ``clamp.seed-<n>.adapter.safetensors``. Each is
+    a part, made from only what its method reads. The one under way is kept in ``checkpoints/``, from where a killed run
+    goes on.
     """
     store = open_store(domain)
     inputs: dict[str, Any] = {"method": sorted(domain.method)}
@@ -159,6 +161,8 @@ def _made_from(
         "clip": clip.identity(domain.clip),
         "centred": clip.is_centred(domain.clip),
     }
+    if method == "clamp":
+        return own | clamp.made_from(domain, screened)
     if method in READS_TEXTS:
         own["screen"] = screened.ref.digest
     if _reads_pairs(domain, method):
@@ -319,6 +323,12 @@ class Trainer:
 
         name, folder = _name(method, seed), Path(self._domain.output) / self._domain.name / "tensorboard"
         progress = Progress(name, folder / name if self._domain.training.tensorboard else None)
+        if method == "clamp":
+            files = clamp.train(
+                self._domain, self._clip, self._found, self._centre, self._screened, name, seed or 0, kept, progress
+            )
+            progress.close()
+            return files
         result = adapt(
             method,
             self.data(method).to(self._clip.device),
@@ -461,7 +471,7 @@ def export_tuned(
 
     from models.export import export
 
-    _, found = chosen_model(domain, tuned, seed, method)
+    chosen, found = chosen_model(domain, tuned, seed, method)
     maps = {name: getattr(found, name) for name in ("image_map", "text_map")}
     export(
         tuned_clip(domain, found),
@@ -472,3 +482,7 @@ def export_tuned(
         scale=found.scale,
         **{name: None if change is None else torch.from_numpy(change) for name, change in maps.items()},
     )
+    if chosen == "clamp":
+        name = _name(chosen, domain.seeds[0] if seed is None else seed)
+        data = open_store(domain).open(tuned.ref).read(f"{name}.adapter.safetensors")
+        (folder / "clamp.safetensors").write_bytes(data)

@@ -93,6 +93,11 @@ class VllmEngine:
         self._cores = [process for process in multiprocessing.active_children() if process not in others]
         self._steps = _Steps(self._llm.llm_engine.step)
 
+    @property
+    def llm(self) -> Any:
+        """vLLM's own object, for what is not describing."""
+        return self._llm
+
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Text]]:
         """See :meth:`models.describers.Engine.generate`."""
         begin, self._waited_s = time.perf_counter(), 0.0

@@ -14,6 +14,7 @@ from models.methods import adapt
 from models.settings import SEEDLESS, LatteClipSettings, Method, PcClipSettings, TransductionSettings
 from models.transduction import transduce
 
+ON_FEATURES = [method for method in get_args(Method) if method != "clamp"]
 CFG, ANCHORED = LatteClipSettings(epochs=3, batch_size=8, lr=1e-3), TransductionSettings(anchor=5)
 COMPARED = PcClipSettings(epochs=2, batch_size=8, lr=1e-3)
 
@@ -39,7 +40,7 @@ def data() -> TuneData:
     )
 
 
-@pytest.mark.parametrize("method", get_args(Method))
+@pytest.mark.parametrize("method", ON_FEATURES)
 def test_a_seed_decides_unless_there_is_nothing_random(data: TuneData, method: Method) -> None:
     first, again, other = (
         adapt(method, data, CFG, ANCHORED, pc_clip=COMPARED, seed=seed, scale=20.0) for seed in (0, 0, 1)
@@ -55,7 +56,7 @@ def test_a_seed_decides_unless_there_is_nothing_random(data: TuneData, method: M
 
 def test_no_two_methods_are_the_same(data: TuneData) -> None:
     scores = []
-    for method in get_args(Method):
+    for method in ON_FEATURES:
         found = adapt(method, data, CFG, ANCHORED, pc_clip=COMPARED, scale=20.0)
         moved = data.image_embeds - data.centre
         scores.append(unit(moved if found.image_map is None else moved @ found.image_map) @ found.prototypes.T)

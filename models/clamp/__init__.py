@@ -1,0 +1,1 @@
+"""CLAMP: a language model as the text tower of a CLIP (docs/methods.md)."""

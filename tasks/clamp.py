@@ -1,0 +1,120 @@
+"""CLAMP inside `tune`: what it is given of a domain, its files, and how they are read again."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from models.clip import Clip
+from models.settings import NOT_OF_THE_MODEL
+from storage.artifacts import Artifact
+from storage.tables import safetensors
+from tasks.domain import Domain
+from tasks.features import Features, centred
+from tasks.screen import read_screened, read_text_features, usable
+from tasks.stage import StageResult
+from tasks.training import Files, Progress, StoredCheckpoint
+
+if TYPE_CHECKING:
+    from models.clamp.tower import ClampTower
+    from models.clamp.training import ClampData
+
+log = logging.getLogger("latteflow.tasks")
+_NOT_OF_THE_MODEL = {"lm", "revision", "cache_gb"}
+"""Settings that a model does not depend on, or that are in the language model's identity."""
+
+
+def made_from(domain: Domain, screened: StageResult) -> dict[str, Any]:
+    """What shapes a CLAMP model besides the features and the seed."""
+    from models.clamp import lm
+
+    return {
+        "screen": screened.ref.digest,
+        "language_model": lm.identity(domain.clamp),
+        "clamp": domain.clamp.model_dump(mode="json", exclude=_NOT_OF_THE_MODEL),
+        "training": domain.training.model_dump(mode="json", exclude=NOT_OF_THE_MODEL),
+    }
+
+
+def train(
+    domain: Domain,
+    clip: Clip,
+    found: Features,
+    centre: np.ndarray,
+    screened: Artifact,
+    name: str,
+    seed: int,
+    kept: StoredCheckpoint,
+    progress: Progress,
+) -> Files:
+    """Train a tower, or go on with it: the files of the part.
+
+    Files: as of any method, and ``<name>.adapter.safetensors`` (see :mod:`models.clamp.adapter`).
+    """
+    from models import training
+    from models.clamp import lm
+    from models.clamp.adapter import pack
+    from models.clamp.tower import ClampTower
+    from models.clamp.training import Clamp
+
+    data = clamp_data(domain, clip, found, centre, screened)
+    model, tokenizer = lm.load(domain.clamp, clip.device)
+    method = Clamp(ClampTower(model, tokenizer, domain.clamp, clip.dim, seed=seed), data, seed=seed)
+    log.info("tune %s texts=%d cut=%d", name, len(data.texts), method.tokens.n_cut)
+    history = training.train(method, domain.training, seed=seed, checkpoint=kept, on_step=progress)
+    tower = method.tower.eval()
+    classes = tower.text_features([domain.prompt_name(each) for each in domain.classes])
+    return {
+        f"{name}.safetensors": safetensors(
+            prototypes=classes.cpu().numpy(), centre=centre, scale=np.array([clip.scale], np.float32)
+        ),
+        f"{name}.adapter.safetensors": pack(tower),
+        f"{name}.history.json": json.dumps(history).encode(),
+    }
+
+
+def clamp_data(domain: Domain, clip: Clip, found: Features, centre: np.ndarray, screened: Artifact) -> ClampData:
+    """Images with the texts that passed the screen, and the CLIP's own reading of all texts."""
+    import torch
+
+    from models.clamp.training import ClampData
+
+    captions, groups = (usable(read_screened(screened, kind)) for kind in ("images", "groups"))
+    own = dict(zip(captions["member_keys"].list.first(), captions["text"], strict=True))
+    sentences = domain.prompts()
+    kinds: list[tuple[Sequence[str], Any]] = [
+        (captions["text"].to_list(), lambda texts: read_text_features(screened, "images", texts)),
+        (groups["text"].to_list(), lambda texts: read_text_features(screened, "groups", texts)),
+        ([text for prompts in sentences for text in prompts], clip.text_features),
+    ]
+    number: dict[str, int] = {}
+    teacher = []
+    for texts, features in kinds:
+        new = [text for text in dict.fromkeys(texts) if text not in number]
+        number |= {text: len(number) + place for place, text in enumerate(new)}
+        teacher.append(features(new))
+    of_image: dict[str, list[int]] = {}
+    for keys, text in zip(groups["member_keys"].to_list(), groups["text"], strict=True):
+        for key in keys:
+            of_image.setdefault(key, []).append(number[text])
+    return ClampData(
+        image_features=torch.from_numpy(centred(found.embeds, centre)),
+        texts=list(number),
+        teacher=torch.from_numpy(np.concatenate(teacher)),
+        teacher_scale=clip.scale,
+        image_texts=torch.tensor([number[own[key]] if key in own else -1 for key in found.keys]),
+        group_texts=[of_image.get(key, []) for key in found.keys],
+        class_texts=[[number[text] for text in prompts] for prompts in sentences],
+        pseudo_labels=torch.from_numpy(found.zero_shot.copy()),
+    )
+
+
+def read_tower(domain: Domain, artifact: Artifact, name: str) -> ClampTower:
+    """The trained tower of a part of a `tune` artifact."""
+    from models.clamp.adapter import unpack
+
+    return unpack(artifact.read(f"{name}.adapter.safetensors"), domain.clamp.lm)
