@@ -1,16 +1,19 @@
-"""CLAMP without LoRA: what keeping the language model's reading of texts saves, and the memory of a large batch.
+"""CLAMP: what keeping the language model's reading of texts saves, memory of a large batch, what LoRA does to writing.
 
     python -m benchmarks.clamp --lm embedded --words 25
     python -m benchmarks.clamp --lm embedded --words 25 --memory 256 --micro-batch 16
+    python -m benchmarks.clamp --lm embedded --words 5 --generate --steps 20
 
 The first prints steps per second of the same training three ways: keys and values of texts kept; read anew at each
 step; and text and prompts in one pass under the whole mask, as the method is written down. The second trains one step
-on a batch and prints the peak memory of the process.
+on a batch and prints the peak memory of the process. The third trains with LoRA of rank 16 and compares what the model
+writes after fixed prompts, and its perplexity on a fixed text, with LoRA off and on, to the model as it came.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import random
 import resource
@@ -30,6 +33,15 @@ from models.training import train
 
 WIDTH = 512
 WORDS = "a red blue small large round wooden metal plate chair on under the table near window with two three dark light"
+
+PROMPTS = [
+    "The capital of France is", "A sneaker is a kind of", "Water boils at", "1, 2, 3, 4,", "The opposite of hot is",
+    "Once upon a time there was a", "My favourite animal is the", "To make a cup of tea, first",
+]  # fmt: skip
+PROSE = (
+    "The library opens at nine in the morning and closes at six. Visitors may borrow up to ten books for four weeks. "
+    "Those who bring a book back late pay a small fee, which the library spends on new chairs and lamps."
+)
 
 
 class OnePass(Clamp):
@@ -68,7 +80,13 @@ def data(n: int, words: int) -> ClampData:
 def method(kind: type[Clamp], parts: tuple[Any, Any], options: argparse.Namespace, n: int, **settings: Any) -> Clamp:
     """A fresh run over n pairs, all of them in each batch."""
     cfg = ClampSettings(
-        prompts=options.prompts, wrapper=options.wrapper, batch_size=n, steps=options.steps, class_share=0, **settings
+        prompts=options.prompts,
+        wrapper=options.wrapper,
+        batch_size=n,
+        steps=options.steps,
+        class_share=0,
+        lora_lr=options.lora_lr,
+        **settings,
     )
     return kind(ClampTower(*parts, cfg, WIDTH), data(n, options.words))
 
@@ -111,6 +129,32 @@ def memory(options: argparse.Namespace, parts: tuple[Any, Any]) -> None:
     )
 
 
+def generation(options: argparse.Namespace, parts: tuple[Any, Any]) -> None:
+    """What a model with trained LoRA writes."""
+    run = method(Clamp, parts, options, options.batch, lora_rank=16)
+    tower = run.tower
+
+    def told(*, lora: bool) -> tuple[list[str], float]:
+        ids = torch.tensor([parts[1](PROSE)["input_ids"]])
+        tower.eval()
+        with contextlib.nullcontext() if lora else tower.without_lora(), torch.no_grad():
+            perplexity = float(tower.lm(input_ids=ids, labels=ids).loss.exp())
+        return [tower.generate(prompt, tokens=16, lora=lora) for prompt in PROMPTS], perplexity
+
+    before, perplexity = told(lora=False)
+    run.tower.train()
+    history = train(run)
+    sys.stdout.write(f"{run.n_steps} steps, loss {history[0]['loss']:.3f} to {history[-1]['loss']:.3f}\n")
+    for name, lora in (("off", False), ("on", True)):
+        after, found = told(lora=lora)
+        same = sum(a == b for a, b in zip(before, after, strict=True))
+        sys.stdout.write(
+            f"LoRA {name}: {same} of {len(PROMPTS)} texts as before, perplexity {found:.4f} ({perplexity:.4f} before)\n"
+        )
+    for prompt, was, now in zip(PROMPTS, before, after, strict=True):
+        sys.stdout.write(f"{prompt!r}\n  before {was!r}\n  on     {now!r}\n")
+
+
 def main() -> None:
     """Parse and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -123,9 +167,11 @@ def main() -> None:
     parser.add_argument("--memory", type=int, help="measure the memory of a batch of so many instead")
     parser.add_argument("--micro-batch", type=int)
     parser.add_argument("--cache-gb", type=float, default=2.0)
+    parser.add_argument("--generate", action="store_true", help="train with LoRA and compare what is written instead")
+    parser.add_argument("--lora-lr", type=float, default=1e-4)
     options = parser.parse_args()
     parts = lm.load(ClampSettings(lm=options.lm))
-    (memory if options.memory else speed)(options, parts)
+    (memory if options.memory else generation if options.generate else speed)(options, parts)
 
 
 if __name__ == "__main__":

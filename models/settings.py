@@ -18,9 +18,7 @@ PairPolicy = Literal["uniform", "within_group", "mixed"]
 FilterMode = Literal["compat", "recommended"]
 """Rules for texts about pairs: those of PC-CLIP's released code, or some for any language model."""
 
-Method = Literal[
-    "latteclip", "latteclip_plus", "pc_clip", "clamp", "transduction", "flyp", "wise_ft", "self_training"
-]  # fmt: skip
+Method = Literal["latteclip", "latteclip_plus", "pc_clip", "transduction", "clamp", "flyp", "wise_ft", "self_training"]
 """Ways to adapt: docs/methods.md."""
 SEEDLESS: frozenset[Method] = frozenset({"transduction"})
 """Methods without random numbers."""
@@ -432,6 +430,9 @@ class ClampSettings(Settings):
     """Pairs in a step; a pair is learned from the others of its batch."""
     steps: int = Field(default=1000, ge=1)
     """Steps of a run."""
+    pool_steps: int = Field(default=0, ge=0)
+    """Steps before these in which the pool alone learns, from states at the first prompts: each text goes through the
+    language model once, so they cost next to nothing. The paper has none."""
     lr: float = Field(default=5e-4, ge=0)
     """Highest learning rate of prompts and pool."""
     lora_lr: float = Field(default=1e-4, ge=0)

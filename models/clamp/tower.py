@@ -93,7 +93,16 @@ class ClampTower(nn.Module):
         return [(layer.keys, layer.values) for layer in found.past_key_values.layers]
 
     def encode(self, valid: Tensor, states: States) -> Tensor:
-        """Unit features `(n, width)` float32 of texts that were read.
+        """Unit features `(n, width)` float32 of texts that were read; arguments as for :meth:`ask`."""
+        return self.pooled(self.ask(valid, states))
+
+    def pooled(self, asked: Tensor) -> Tensor:
+        """Unit features `(n, width)` of what :meth:`ask` gave."""
+        with torch.autocast(self.device.type, enabled=False):  # half precision loses small differences of similarity
+            return unit(self.pool(asked.float()))
+
+    def ask(self, valid: Tensor, states: States) -> Tensor:
+        """Last hidden states at the prompts, `(n, prompts, width of the language model)`.
 
         Args:
             valid: False where a text is padded, `(n, length)` bool.
@@ -105,7 +114,7 @@ class ClampTower(nn.Module):
         count = len(self.prompts)
         dtype = self.lm.dtype
         mask = read_only_mask(valid.to(self.device), count, self.settings.prompt_mask)[:, None, length:]
-        found = self.lm.base_model(
+        last: Tensor = self.lm.base_model(
             inputs_embeds=self.prompts.to(dtype).expand(n, -1, -1),
             attention_mask=torch.zeros(mask.shape, dtype=dtype, device=self.device).masked_fill(
                 ~mask, torch.finfo(dtype).min
@@ -113,9 +122,8 @@ class ClampTower(nn.Module):
             position_ids=positions(valid, count)[:, length:].to(self.device),
             past_key_values=DynamicCache(states),
             use_cache=True,
-        )
-        with torch.autocast(self.device.type, enabled=False):  # half precision loses small differences of similarity
-            return unit(self.pool(found.last_hidden_state.float()))
+        ).last_hidden_state
+        return last
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Unit features `(n, width)` of wrapped texts."""

@@ -75,10 +75,11 @@ class Clamp(Trainable):
         n = len(self.images)
         # A batch of one pair has no negatives, so the last ones are shared out.
         self.steps_per_epoch = max(1, min(math.ceil(n / cfg.batch_size), n // 2))
-        self.n_steps, self.clip_norm = cfg.steps, cfg.clip_norm
+        self.n_steps, self.clip_norm = cfg.pool_steps + cfg.steps, cfg.clip_norm
         self.tokens = tower.wrapper(data.texts)
         self.lengths = self.tokens.valid.sum(1)
         self.kept = KeptStates(tower, cfg.cache_gb)
+        self.asked: dict[int, Tensor] = {}
 
     def batches(self) -> Iterator[Batch]:
         """Each image once for each epoch, with a text of its own, of its groups, or of its pseudo-class (3, 9)."""
@@ -91,7 +92,8 @@ class Clamp(Trainable):
             texts = torch.tensor([self._text(i, *each) for i, each in zip(images.tolist(), chances, strict=True)])
             distinct, rows = texts.unique(return_inverse=True)
             order = self.lengths[distinct].argsort(stable=True)  # so that a micro-batch is nearly free of padding
-            yield Batch({"texts": distinct[order]}, _About(images, texts, order.argsort()[rows]))
+            kind = "asked" if step < self.cfg.pool_steps else "texts"
+            yield Batch({kind: distinct[order]}, _About(images, texts, order.argsort()[rows]))
 
     def _text(self, image: int, of_class: float, of_group: float, which: float) -> int:
         data, groups, own = self.data, self.data.group_texts[image], int(self.data.image_texts[image])
@@ -107,17 +109,30 @@ class Clamp(Trainable):
         """Unit features of texts by number; what the language model made of them is taken from memory, if it can be."""
         if not len(loaded):
             return self.images.new_zeros(0, self.images.shape[1])
+        if kind == "asked":
+            return self.tower.pooled(self._asked(loaded.tolist()))
+        self.asked.clear()  # the prompts are about to move
         tokens = self.tokens[loaded]
         if self.cfg.lora_rank:
             return self.tower(tokens)
         return self.tower.encode(tokens.valid, self.kept.states(loaded.tolist(), tokens))
+
+    def _asked(self, numbers: Sequence[int]) -> Tensor:
+        """States at prompts that do not learn yet: of each text once."""
+        new = [number for number in numbers if number not in self.asked]
+        if new:
+            with torch.no_grad():
+                tokens = self.tokens[torch.tensor(new)]
+                states = self.tower.read(tokens) if self.cfg.lora_rank else self.kept.states(new, tokens)
+                self.asked |= dict(zip(new, self.tower.ask(tokens.valid, states), strict=True))
+        return torch.stack([self.asked[number] for number in numbers])
 
     def losses(self, features: Mapping[str, Tensor], about: _About) -> dict[str, Tensor]:
         """Contrastive loss and distillation of the whole batch."""
         cfg, device = self.cfg, self.images.device
         images = self.images[about.images.to(device)]
         # index_select, as the gradient of plain indexing is summed in no fixed order.
-        texts = features["texts"].index_select(0, about.rows.to(device))
+        texts = next(iter(features.values())).index_select(0, about.rows.to(device))
         ids, scale = about.texts.to(device), self.tower.log_scale.exp()
         found = {"contrastive_loss": contrastive(images, texts, scale, text_ids=ids, reduction=cfg.reduction)}
         if cfg.distill:
@@ -147,8 +162,10 @@ class Clamp(Trainable):
         return torch.optim.AdamW(groups, lr=1.0, betas=cfg.betas, eps=cfg.eps, fused=True)
 
     def learning_rate(self, step: int) -> float:
-        """As a share of each group's own highest rate: warm-up, then a cosine (5)."""
-        return warmup_cosine(step, 1.0, round(self.cfg.warmup * self.n_steps), self.n_steps)
+        """As a share of each group's highest rate: warm-up and a cosine (5), for the pool alone and then for all."""
+        before = self.cfg.pool_steps
+        step, n_steps = (step, before) if step < before else (step - before, self.cfg.steps)
+        return warmup_cosine(step, 1.0, round(self.cfg.warmup * n_steps), n_steps)
 
     def after_step(self) -> Mapping[str, float]:
         """Holds the scale to at most 100."""

@@ -110,6 +110,25 @@ def test_both_losses_fall(settings):
     assert set(trained(steps=3, distill=0)[1][0]) == {"contrastive_loss", "loss", "scale", "epoch", "step", "lr"}
 
 
+def test_the_pool_may_learn_first_from_states_that_are_computed_once():
+    clamp = method(pool_steps=30, steps=1, lr=1e-3)
+    start, asks = clamp.tower.prompts.detach().clone(), 0
+    ask = clamp.tower.ask
+
+    def counted(valid: Tensor, states: Any) -> Tensor:
+        nonlocal asks
+        asks += len(valid)
+        return ask(valid, states)
+
+    clamp.tower.ask = counted  # type: ignore[method-assign]
+    seen: list[tuple[Tensor, int]] = []
+    history = train(clamp, on_step=lambda *_: seen.append((clamp.tower.prompts.detach().clone(), asks)))
+    assert all(prompts.equal(start) for prompts, _ in seen[:30]) and not seen[30][0].equal(start)
+    assert seen[29][1] <= len(clamp.data.texts) < seen[30][1]
+    assert history[9]["loss"] < history[0]["loss"] and not clamp.asked
+    assert [clamp.learning_rate(step) > clamp.learning_rate(step - 1) for step in (1, 29, 30)] == [False, False, True]
+
+
 def test_kept_states_change_no_number():
     everything, nothing, some = (trained(cache_gb=size)[0] for size in (1, 0, 1e-4))
     same(everything, nothing)
@@ -138,9 +157,9 @@ def test_dropout_of_lora_is_replayed():
     plain = clamp.encode
     clamp.encode = lambda kind, loaded: seen.append(plain(kind, loaded)) or seen[-1]  # type: ignore[method-assign]
     train(clamp, TrainingSettings(micro_batch=3))
-    parts = (len(seen) + 1) // 2  # all of the parts once, and those before the last again
-    assert parts >= 2
-    for first, second in zip(seen[: parts - 1], seen[parts:], strict=True):
+    half = len(seen) // 2
+    assert half >= 2
+    for first, second in zip(seen[:half], seen[half:], strict=True):
         assert first.equal(second.detach())
 
 
