@@ -75,7 +75,7 @@ def test_every_text_keeps_its_row_and_gets_flags_and_a_weight(domain: Domain, tm
     with_texts(
         domain,
         tmp_path,
-        {"000.png": "", "001.png": "I'm sorry, but I can't assist with that.", "002.png": "a hat and " * 9},
+        {"000.png": "", "001.png": "I'm sorry, but I can't assist with that.", "002.png": "a hat and " * 15},
     )
     stages = before(domain)
     result = screen(domain, *stages)
