@@ -224,7 +224,7 @@ class PcClipSettings(Settings):
     """Factor of the learning rate after each epoch."""
     lr: float | None = Field(default=None, ge=0)
     """Learning rate of the first epoch. Default: what moves a weight as far in all as the paper's run does, whatever
-    the number of pairs; for `projection` a hundred times as far, as there is one layer in place of twelve blocks."""
+    the number of pairs; for `projection` ten times as far, as there is one layer in place of twelve blocks."""
     averaging: float = Field(default=1.0, gt=0, le=1)
     """Share of the tuned weights in the result; the rest are those of the untouched CLIP. 1: all of it is tuned."""
 

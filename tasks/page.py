@@ -158,6 +158,35 @@ class Screening:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RuleRow:
+    """How many texts about pairs a rule rejected, and what it says."""
+
+    name: str
+    texts: int
+    meaning: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """A pair with its text; ``rule`` is why the text is not used, empty where it is. ``images`` are two thumbnails."""
+
+    images: tuple[bytes, bytes]
+    paths: tuple[str, str]
+    text: str
+    rule: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """What became of the texts about pairs, and some of each kind to look at."""
+
+    texts: int
+    kept: int
+    rules: Sequence[RuleRow]
+    shown: Sequence[Compared]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Counts:
     images: int
     quarantined: int = 0
@@ -239,6 +268,7 @@ class Report:
     examples_worse: Sequence[Example] = ()
     examples_changed: Sequence[Example] = ()
     screening: Screening | None = None
+    pairs: Pairs | None = None
     quarantine: Sequence[QuarantineRow] = ()
     stages: Sequence[StageRow] = ()
     history: Mapping[str, Sequence[float]] = field(default_factory=dict)

@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 
 from models import clip
+from models.differences import RULES
 from models.screening import FLAGS, FLOOR_WEIGHT
 from models.settings import SEEDLESS
 from storage.artifacts import ArtifactStore, ArtifactWriter
@@ -22,6 +23,7 @@ from storage.tables import read_parquet
 from tasks import page
 from tasks.domain import Domain
 from tasks.features import Features, read_features
+from tasks.pair import read_pairs
 from tasks.screen import read_screened, usable
 from tasks.select import read_selection
 from tasks.stage import StageResult, open_store, run_stage, statistic
@@ -49,6 +51,8 @@ CAPTIONED_DROPPED = {"images": 90, "groups": 30}
 CAPTIONED_OTHERS = {"images": 45, "groups": 15}
 CAPTIONED_OF_A_FLAG = 5
 """Of each flag at least so many are shown, if there are."""
+PAIRS_KEPT, PAIRS_OF_A_RULE = 8, 4
+"""Texts about pairs that the page shows."""
 MEMBERS = 4
 """Pictures of a group."""
 CAPTION_THUMBNAIL = 96
@@ -125,6 +129,7 @@ class _Findings:
             examples_worse=worse,
             examples_changed=changed,
             screening=self._screening(),
+            pairs=self._pairs() if "pair" in self._open else None,
             quarantine=self._quarantine(),
             stages=[self._stage(stage) for stage in self._stages],
             history=self._history(),
@@ -231,13 +236,7 @@ class _Findings:
 
     def _captioned(self, entries: pl.DataFrame) -> list[page.Captioned]:
         members = [keys.split() for keys in entries["members"]]
-        wanted = {key for keys in members for key in keys[:MEMBERS]}
-        index = read_index(self._train).filter(pl.col("key").is_in(list(wanted)))
-        paths = dict(index.select("key", "path").iter_rows())
-        pictures = {
-            record.key: page.thumbnail(open_image(record.data), CAPTION_THUMBNAIL)
-            for record in read_records(self._train, index)
-        }
+        paths, pictures = self._thumbnails([key for keys in members for key in keys[:MEMBERS]])
         return [
             page.Captioned(
                 images=[pictures[key] for key in keys[:MEMBERS]],
@@ -248,6 +247,40 @@ class _Findings:
             )
             for keys, label, texts in zip(members, entries["label"], entries["texts"], strict=True)
         ]
+
+    def _pairs(self) -> page.Pairs:
+        """Numbers over all texts about pairs, and some that were kept or rejected by each rule."""
+        table = read_pairs(self._open["pair"]).sort("pair_id")
+        rules = table.drop_nulls("rule").group_by("rule").len().sort("len", "rule", descending=[True, False])
+        turn = pl.int_range(pl.len()).over("rule") < pl.when(pl.col("rule").is_null()).then(PAIRS_KEPT).otherwise(
+            PAIRS_OF_A_RULE
+        )
+        chosen = table.filter(turn).sort(pl.col("rule").is_not_null(), "rule", "pair_id")
+        wanted = chosen["first"].to_list() + chosen["second"].to_list()
+        paths, pictures = self._thumbnails(wanted)
+        return page.Pairs(
+            texts=table.height,
+            kept=table["rule"].null_count(),
+            rules=[page.RuleRow(name=rule, texts=n, meaning=RULES.get(rule, "")) for rule, n in rules.iter_rows()],
+            shown=[
+                page.Compared(
+                    images=(pictures[row["first"]], pictures[row["second"]]),
+                    paths=(paths[row["first"]], paths[row["second"]]),
+                    text=row["text"] if row["rule"] is None else row["raw"] or row["detail"] or "",
+                    rule=row["rule"] or "",
+                )
+                for row in chosen.iter_rows(named=True)
+            ],
+        )
+
+    def _thumbnails(self, keys: Sequence[str]) -> tuple[dict[str, str], dict[str, bytes]]:
+        """Paths and small pictures of training images, by key."""
+        index = read_index(self._train).filter(pl.col("key").is_in(list(set(keys))))
+        pictures = {
+            record.key: page.thumbnail(open_image(record.data), CAPTION_THUMBNAIL)
+            for record in read_records(self._train, index)
+        }
+        return dict(index.select("key", "path").iter_rows()), pictures
 
     def _quarantine(self) -> list[page.QuarantineRow]:
         shards = [self._train] if self._test is self._train else [self._train, self._test]

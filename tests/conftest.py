@@ -25,12 +25,15 @@ def make_tiny_clip(folder: Path) -> None:
     config = {
         "embed_dim": 32,
         "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
-        "text_cfg": {"context_length": 40, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+        "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
     }
     torch.manual_seed(0)
     model = open_clip.CLIP(**config)
+    # Room for texts about two pictures; what it makes of shorter ones stays the same.
+    state, config["text_cfg"]["context_length"] = model.state_dict(), 40
+    state["positional_embedding"] = torch.cat([state["positional_embedding"], 0.01 * torch.randn(16, 32)])
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {"size": 32}}))
 
 

@@ -127,3 +127,33 @@ def test_a_class_name_is_filled_in_as_it_is(name: str) -> None:
 def test_fill_puts_the_name_between_the_pieces_and_changes_nothing_else(pieces: list[str], name: str) -> None:
     pieces = [piece.replace("{", "(").replace("}", ")") for piece in pieces]
     assert fill("{class}".join(pieces), **{"class": name}) == name.join(pieces)
+
+
+PAIRED = GOOD.replace("[class]", "[class, first, second]")
+
+
+def test_questions_about_pairs_are_there_and_can_be_replaced(tmp_path: Path) -> None:
+    for name in shipped():
+        assert {"{first}", "{second}"} == {
+            word for word in ("{class}", "{first}", "{second}") if word in load(name).pair
+        }
+    pack = load(own(tmp_path, PAIRED + 'pair: "{first} or {second}?"\n'))
+    assert fill(pack.pair, first="a {second} dog", second="x") == "a {second} dog or x?"
+    assert "{first}" in pack.class_pair
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "pair: What about {first}?\nclass_pair: '{first} {second}'",
+            "`pair` and `class_pair` need {first} and {second}",
+        ),
+        ("class_pair: '{class} {first} {second}'", "`pair` and `class_pair` need {first} and {second}"),
+        ("classes: 'A {class} {first}?'\npair: '{first} {second}'", "{first} and {second} are for `pair`"),
+    ],
+)
+def test_mistakes_in_questions_about_pairs(tmp_path: Path, line: str, message: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        load(own(tmp_path, PAIRED + line + "\n"))
+    assert message in str(caught.value)

@@ -19,14 +19,17 @@ from tasks.page import (
     Caption,
     Captioned,
     ClassRow,
+    Compared,
     Component,
     Counts,
     Example,
     FlagRow,
     LabelFree,
     Method,
+    Pairs,
     QuarantineRow,
     Report,
+    RuleRow,
     Screening,
     StageRow,
     Text,
@@ -91,6 +94,19 @@ def make_screening(classes: Sequence[str], seed: int = 2) -> Screening:
         FlagRow(name="cut", images=3, groups=0, meaning="stopped at the longest output", effect="weight × 0.8"),
     ]
     return Screening(texts=2493, dropped=10, kept_by_floor=1, flags=flags, with_dropped=10, others=2483, shown=shown)
+
+
+def make_pairs(seed: int = 3) -> Pairs:
+    """Six texts about pairs, two of them rejected."""
+    rng = random.Random(seed)
+    shown = [
+        Compared(
+            images=(picture(rng, 48), picture(rng, 48)), paths=(f"a/{i}.png", f"b/{i}.png"), text=f"the first is {i}",
+            rule="refusal" if i > 3 else "",
+        )
+        for i in range(6)
+    ]  # fmt: skip
+    return Pairs(texts=1200, kept=1100, rules=[RuleRow(name="refusal", texts=100, meaning="it declines")], shown=shown)
 
 
 def make_report(n_classes: int = 10, n_test: int = 1000, skill: float = 0.09, seed: int = 1, **changes: Any) -> Report:
@@ -196,6 +212,7 @@ def make_report(n_classes: int = 10, n_test: int = 1000, skill: float = 0.09, se
         examples_worse=[example("worse") for _ in range(3)] if n_test else [],
         examples_changed=[] if n_test else [example("changed") for _ in range(9)],
         screening=make_screening(classes),
+        pairs=make_pairs(),
         quarantine=[
             QuarantineRow(path=f"incoming/2031-04/broken-{i}.jpg", reason=reason, detail=detail)
             for i, (reason, detail) in enumerate(
@@ -251,6 +268,13 @@ def hostile_report(n_test: int = 1000) -> Report:
         screening=replace(
             report.screening, shown=[captioned(c) for c in report.screening.shown[:9]],
             flags=[FlagRow(name=text, images=1, groups=1, meaning=text, effect=text) for text in HOSTILE],
+        ),
+        pairs=Pairs(
+            texts=1, kept=1, rules=[RuleRow(name=text, texts=1, meaning=text) for text in HOSTILE],
+            shown=[
+                Compared(images=(picture(random.Random(0), 48),) * 2, paths=(text, text), text=text, rule=text)
+                for text in HOSTILE
+            ],
         ),
         counts=replace(report.counts, texts_by_kind={text: 1 for text in HOSTILE}),
         quarantine=[QuarantineRow(path=text, reason=text, detail=text) for text in HOSTILE],
@@ -542,7 +566,17 @@ def test_small_and_fast_enough() -> None:
 
 def test_nothing_but_the_necessary() -> None:
     bare = make_report(
-        2, 10, quarantine=[], screening=None, stages=[], history={}, lineage={}, versions={}, seeds=(), per_class=[]
+        2,
+        10,
+        quarantine=[],
+        screening=None,
+        pairs=None,
+        stages=[],
+        history={},
+        lineage={},
+        versions={},
+        seeds=(),
+        per_class=[],
     )
     bare = replace(
         bare, confusion_before=[], confusion_after=[], examples_better=[], examples_worse=[], counts=Counts(images=10)

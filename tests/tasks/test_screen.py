@@ -75,7 +75,7 @@ def test_every_text_keeps_its_row_and_gets_flags_and_a_weight(domain: Domain, tm
     with_texts(
         domain,
         tmp_path,
-        {"000.png": "", "001.png": "I'm sorry, but I can't assist with that.", "002.png": "a hat and " * 9},
+        {"000.png": "", "001.png": "I'm sorry, but I can't assist with that.", "002.png": "a hat and " * 15},
     )
     stages = before(domain)
     result = screen(domain, *stages)
@@ -141,7 +141,7 @@ def test_too_long_is_what_the_clips_own_tokenizer_cuts(domain: Domain) -> None:
 
     from models import clip
 
-    texts = ["", "a " * 10, "a " * 21, "a " * 22, "a " * 60, "猫" * 30]  # 24 tokens, two of them begin and end
+    texts = ["", "a " * 10, "a " * 37, "a " * 38, "a " * 60, "猫" * 30]  # 40 tokens, two of them begin and end
     assert clip.load(domain.clip).too_long(texts).tolist() == [False, False, False, True, True, True]
 
     def to_the_longest(texts: list[str]) -> torch.Tensor:
@@ -199,7 +199,7 @@ def test_dropped_texts_do_not_reach_training(domain: Domain, tmp_path: Path) -> 
     images, features, *texts = before(domain)
     screened = screen(domain, images, features, *texts)
     store = open_store(domain)
-    data = Trainer(domain, *(store.open(each.ref) for each in (images, features, screened))).data("latteclip")
+    data = Trainer(domain, (images, features, screened)).data("latteclip")
     assert data.image_texts is not None and data.has_image_text is not None and data.group_texts is not None
     rows = {
         keys[0]: (text, weight)
