@@ -6,9 +6,11 @@ images to a class that zero-shot never gave near them finds no neighbours to vou
 errors of zero-shot finds many. Consistency among neighbours alone would prefer any clean clustering, also one with the
 wrong names; agreement with zero-shot alone would prefer zero-shot.
 
-What it cannot see: a class that is given up as a whole, to one that zero-shot also gave there now and then, has nobody
-left to speak for it. The rule is fixed, has two constants and was chosen once for all domains; docs/methods.md has the
-table of what it lets pass and what it refuses, broken models among them.
+A model that gives up a class leaves nobody who could speak for it, so such disputes count half against the model. What
+the duel cannot see is a class that goes to another as a whole, while far away a few images keep it.
+
+The rule is fixed, and its constants were chosen once for all domains; docs/methods.md has the table of what it lets
+pass and what it refuses, broken models among them.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from models.losses import at_least_float32
 NEIGHBOURS = 10
 LEAST_AGREEMENT = 0.2
 """Of a model with one of the zero-shots, as Cohen's kappa: without it, a model has learnt other names."""
+WITNESSES = 3
+"""Images that both models must give a class, for it to count as kept."""
 _ROWS = 2048
 
 
@@ -56,8 +60,8 @@ def duel(features: Tensor, one: Tensor, other: Tensor) -> float:
 
     Returns:
         -1 to 1: how much larger a share of the neighbours has the class that `one` gave than that `other` gave, mean
-        over the disputed images; positive speaks for `one`. 0 where nothing is disputed, or fewer than NEIGHBOURS
-        images are not.
+        over the disputed images; positive speaks for `one`. A dispute about a class that `one` gave up (fewer than
+        WITNESSES images keep it) counts -1/2. 0 where nothing is disputed, or fewer than NEIGHBOURS images are not.
 
     Raises:
         ValueError: the lengths differ.
@@ -69,10 +73,12 @@ def duel(features: Tensor, one: Tensor, other: Tensor) -> float:
         return 0.0
     features = at_least_float32(features)
     vouched, known, total = one[agreed], features[agreed].T, 0.0
+    kept = torch.bincount(vouched, minlength=int(other.max()) + 1) >= WITNESSES
     for rows in disputed.split(_ROWS):
         near = vouched[(features[rows] @ known).topk(NEIGHBOURS, dim=1).indices]
-        total += float((near == one[rows, None]).double().sum() - (near == other[rows, None]).double().sum())
-    return total / len(disputed) / NEIGHBOURS
+        votes = (near == one[rows, None]).double().mean(1) - (near == other[rows, None]).double().mean(1)
+        total += float(torch.where(kept[other[rows]], votes, -0.5).sum())
+    return total / len(disputed)
 
 
 def kappa(one: Tensor, other: Tensor, n_classes: int) -> float:

@@ -499,7 +499,3 @@ def _export(domain: Domain, found: Tuned, folder: Path) -> None:
         scale=found.scale,
         **{name: None if change is None else torch.from_numpy(change) for name, change in maps.items()},
     )
-    if chosen == "clamp":
-        name = _name(chosen, domain.seeds[0] if seed is None else seed)
-        data = open_store(domain).open(tuned.ref).read(f"{name}.adapter.safetensors")
-        (folder / "clamp.safetensors").write_bytes(data)

@@ -30,6 +30,7 @@ def test_by_hand() -> None:
     one, other = both.clone(), both.clone()
     one[0], other[0] = 0, 1  # its neighbours are all 0
     assert duel(features, one, other) == 1 and duel(features, other, one) == -1
+    assert duel(features, torch.zeros_like(both), both) == -0.5  # nobody is left who says 1
     one[0], other[0] = 2, 1  # nobody near it is either
     assert duel(features, one, other) == 0
     assert duel(features, both, both) == 0 and duel(features[:3], one[:3], other[:3]) == 0
@@ -63,7 +64,7 @@ def test_the_truth_is_accepted_and_what_is_broken_refused() -> None:
 
 
 def test_what_it_cannot_see() -> None:
-    """A class went as a whole to another that zero-shot gave there now and then: nobody is left to say otherwise."""
+    """A class went to another that zero-shot gave there now and then; only errors far away still have its name."""
     features, truth, zero_shot = world()
     assert judge(features, torch.where(truth == 2, 3, zero_shot), {"zero_shot": zero_shot}, K).accepted
 
