@@ -9,28 +9,77 @@ from prefect import Task, flow
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
-from flows.pipeline import pipeline
+from flows import shown
+from flows.fanout import cancel_workers, train_on_pool, write_on_pool
+from flows.parameters import DomainOrFile
+from flows.pipeline import pipeline, repaired
+from storage.lease import lease
+from tasks.describe import describe
 from tasks.domain import Domain
+from tasks.group import group
 from tasks.report import publish
-from tasks.stage import StageResult
+from tasks.stage import StageResult, open_store
+from tasks.texts import collecting
+from tasks.tune import tune
 
 
-@flow(name="adapt", flow_run_name="adapt-{domain.name}")
-def adapt(domain: Domain) -> list[StageResult]:
-    """All stages as Prefect tasks; those that do not wait for each other run side by side."""
-    results = [future.result() for future in pipeline(domain, _submit)]
+@flow(name="adapt", flow_run_name="adapt-{domain.name}", on_cancellation=[cancel_workers])
+def adapt(domain: DomainOrFile) -> list[StageResult]:
+    """Adapt a CLIP model to one image domain, without labels; finished work is taken from the store.
+
+    One run for each domain at a time: another waits until this one has ended.
+    """
+    with lease(open_store(domain).objects, f"{domain.name}/lock", wait=True):
+        return repaired(stages, domain)
+
+
+def stages(domain: Domain) -> list[StageResult]:
+    """All stages as tasks of the flow that is running; those that do not wait for each other run side by side."""
+    results = [future.result() for future in pipeline(domain, _Submit())]
     publish(domain, scores=results[-2], page=results[-1])
-    return list(dict.fromkeys(results))
+    found = list(dict.fromkeys(results))
+    shown.stages(domain, found)
+    return found
 
 
-def _submit(stage: Callable[..., StageResult], *args: Any) -> Any:
-    # Our store decides what is cached; Prefect's own cache keys cover neither helpers nor models.
-    def skin(*inputs: Any) -> Any:
-        result = stage(*inputs)
+class _Submit:
+    """How a stage is called under Prefect: as a task, after what other pools do for it."""
+
+    def __init__(self) -> None:
+        self._elsewhere: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, stage: Callable[..., StageResult], domain: Domain, *args: Any) -> Any:
+        before = None
+        if domain.workers and stage in (describe, group):
+            before = self._first(write_on_pool, "write-on-pool", domain, *args)
+        elif domain.workers and domain.workers.train and stage is tune:
+            before = self._first(train_on_pool, "train-on-pool", domain, *args)
+        split = f"-{args[0]}" if isinstance(args[0], str) else ""
+        return _task(_skin(stage), f"{stage.__name__}{split}", stage.__name__).submit(
+            domain, *args, wait_for=[before] if before is not None else None
+        )
+
+    def _first(self, work: Callable[..., Any], name: str, domain: Domain, *args: Any) -> Any:
+        """The task that does ``work``, once for all stages that wait for it."""
+        if (work, *args) not in self._elsewhere:
+            self._elsewhere[work, *args] = _task(work, name, name).submit(domain, *args)
+        return self._elsewhere[work, *args]
+
+
+def _skin(stage: Callable[..., StageResult]) -> Callable[..., Any]:
+    def skin(domain: Domain, *inputs: Any) -> Any:
+        if domain.workers:
+            with collecting():
+                result = stage(domain, *inputs)
+        else:
+            result = stage(domain, *inputs)
         if result.cached:
             return Completed(name="Cached", message=result.ref.fingerprint, data=result)
         return result
 
-    split = f"-{args[1]}" if isinstance(args[1], str) else ""
-    thin = Task(skin, name=stage.__name__, task_run_name=f"{stage.__name__}{split}", cache_policy=NO_CACHE)
-    return thin.submit(*args)
+    return skin
+
+
+def _task(work: Callable[..., Any], run_name: str, name: str) -> Task[..., Any]:
+    # Our store decides what is cached; Prefect's own cache keys cover neither helpers nor models.
+    return Task(work, name=name, task_run_name=run_name, cache_policy=NO_CACHE)

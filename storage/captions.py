@@ -85,10 +85,14 @@ class CaptionStore:
         """
         return visible(self._find(describer, keys).lazy()).select(*CAPTION_SCHEMA).collect()
 
-    def known(self, describer: str, keys: Iterable[str]) -> set[str]:
-        """Those of the keys that need not be asked again: a text was written, however it ended, and no error."""
+    def known(self, describer: str, keys: Iterable[str], *, failed: bool = False) -> set[str]:
+        """Those of the keys that need not be asked again: a text was written, however it ended, and no error.
+
+        Args:
+            failed: errors count as well.
+        """
         rows = self._find(describer, keys)
-        return set(rows.filter(pl.col("finish_reason").ne_missing(ERROR))["caption_key"])
+        return set(rows.filter(pl.lit(failed) | pl.col("finish_reason").ne_missing(ERROR))["caption_key"])
 
     def has_texts(self, describer: str) -> bool:
         """Whether this describer ever gave a text."""

@@ -1,8 +1,8 @@
 """A lease: one worker at a time, until it says that it is done or is not heard of any more.
 
-No two clocks are compared. The holder writes a new beat every few seconds; whoever wants the lease watches, and takes it
-over if no beat came for a minute of its own time. The take-over is a compare-and-set, so of many who wait one gets it.
-A holder that was only slow goes on without its lease: what it writes must stay harmless, as artifacts are.
+No two clocks are compared. The holder writes a new beat every few seconds; whoever wants the lease watches, and takes
+it over if no beat came for a minute of its own time. The take-over is a compare-and-set, so of many who wait one gets
+it. A holder that was only slow goes on without its lease: what it writes must stay harmless, as artifacts are.
 """
 
 from __future__ import annotations

@@ -65,20 +65,48 @@ def write_range(
     Returns:
         How many texts of each kind the range has.
     """
-    store = open_store(domain)
-    gallery = Gallery(domain, store.open(shards.ref), store.open(embedded.ref))
-    keys = {key for part in list(gallery.keys_by_shard().values())[first:last] for key in part}
-    groups = [group for group in look_alikes(gallery.labels, domain.group.size) if group.anchor in keys]
-    asked: dict[Kind, list[Question]] = {
-        "class": class_questions(domain, domain.classes) if first == 0 else [],
-        "image": [each for key in sorted(keys) for each in gallery.questions("image", [key])],
-        "group": [each for group in groups for each in gallery.questions("group", group.members)],
-    }
-    for kind, questions in asked.items():
-        identity = describer_identity(domain, embedded, kind)
-        for _ in Texts(domain, store.objects, kind, gallery, identity).write({"range": questions}):
+    asked = _Asked(domain, shards, embedded)
+    found = [asked.of(number) for number in range(len(asked.shards))[first:last]]
+    whole: dict[Kind, list[Question]] = {kind: [each for one in found for each in one[kind]] for kind in asked.texts}
+    for kind, texts in asked.texts.items():
+        for _ in texts.write({"range": whole[kind]}):
             pass  # tables are for the stages
-    return {kind: len(questions) for kind, questions in asked.items()}
+    return {kind: len(questions) for kind, questions in whole.items()}
+
+
+def missing_texts(domain: Domain, shards: StageResult, embedded: StageResult) -> list[int]:
+    """Of each shard, how many of its texts (those of :func:`write_range`) nobody has written yet."""
+    asked = _Asked(domain, shards, embedded)
+    every = [asked.of(number) for number in range(len(asked.shards))]
+    counts = [texts.missing([one[kind] for one in every]) for kind, texts in asked.texts.items()]
+    return [sum(of_shard) for of_shard in zip(*counts, strict=True)]
+
+
+class _Asked:
+    """What is asked about each shard: its images, the groups anchored at them, and, at the first, the classes."""
+
+    def __init__(self, domain: Domain, shards: StageResult, embedded: StageResult) -> None:
+        store = open_store(domain)
+        self._domain = domain
+        self._gallery = Gallery(domain, store.open(shards.ref), store.open(embedded.ref))
+        self._groups = {group.anchor: group for group in look_alikes(self._gallery.labels, domain.group.size)}
+        self.shards = list(self._gallery.keys_by_shard().values())
+        """Keys of the images of each."""
+        kinds: tuple[Kind, ...] = ("class", "image", "group")
+        self.texts = {
+            kind: Texts(domain, store.objects, kind, self._gallery, describer_identity(domain, embedded, kind))
+            for kind in kinds
+        }
+
+    def of(self, number: int) -> dict[Kind, list[Question]]:
+        """The questions about a shard."""
+        keys, ask = sorted(self.shards[number]), self._gallery.questions
+        groups = [self._groups[key] for key in keys]
+        return {
+            "class": class_questions(self._domain, self._domain.classes) if number == 0 else [],
+            "image": [each for key in keys for each in ask("image", [key])],
+            "group": [each for group in groups for each in ask("group", group.members)],
+        }
 
 
 def _classes(writer: ArtifactWriter, texts: Texts, domain: Domain) -> None:

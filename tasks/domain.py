@@ -45,7 +45,9 @@ class ConfigError(Exception):
     """The domain file is wrong; the message lists every mistake with its line."""
 
 
-OneOrMore = Annotated[list[str], Field(min_length=1), BeforeValidator(one_or_many)]
+OneOrMore = Annotated[
+    list[str], Field(min_length=1), BeforeValidator(one_or_many, json_schema_input_type=str | list[str])
+]
 
 
 class EvaluationSettings(Settings):
@@ -90,6 +92,20 @@ class EmbedSettings(Settings):
     """Images in one forward pass."""
 
 
+class WorkerSettings(Settings):
+    """Which work of a run under Prefect goes to other work pools. `latteflow run` does all of it itself."""
+
+    texts: int = Field(default=50_000, ge=1)
+    """Texts that one run on the pool `gpu` writes, about: it takes whole shards. Each run starts an engine, so give it
+    minutes of work."""
+    runs: int = Field(default=32, ge=1, le=200)
+    """Such runs that wait or work at once. How many really work is up to the workers of the pool."""
+    attempts: int = Field(default=3, ge=1)
+    """How often a range of shards is begun before the whole run fails."""
+    train: bool = False
+    """Whether models are trained on the pool `train`."""
+
+
 class PriceSettings(Settings):
     """What `plan` reckons with. Measured figures take the place of the estimates as soon as there are some."""
 
@@ -130,7 +146,9 @@ class Domain(Settings):
     """Labels for evaluation; nothing that trains ever sees them."""
     clip: ClipSettings = ClipSettings()
     describer: DescriberSettings = TagsSettings()
-    method: Annotated[list[Method], Field(min_length=1), BeforeValidator(one_or_many)] = Field(default=["latteclip"])
+    method: Annotated[
+        list[Method], Field(min_length=1), BeforeValidator(one_or_many, json_schema_input_type=Method | list[Method])
+    ] = Field(default=["latteclip"])
     """Ways to adapt, as the report lists them; it looks closely at the first, which is also what is exported."""
     latteclip: LatteClipSettings = LatteClipSettings()
     """Of latteclip and latteclip_plus; flyp and self_training take from it what is not about texts."""
@@ -148,6 +166,8 @@ class Domain(Settings):
     """Of pc_clip: what it learns from."""
     pc_clip: PcClipSettings = PcClipSettings()
     prices: PriceSettings = PriceSettings()
+    workers: WorkerSettings | None = None
+    """Of runs under Prefect: other machines that write the texts. Default: the run's own process does."""
     store: str = "runs/store"
     """Where artifacts live: a folder or any fsspec URL with atomic create (s3, gs, abfs)."""
     single_writer: bool = False

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,9 +49,20 @@ if TYPE_CHECKING:
 
 _DECODED = 64
 """Images kept decoded: the groups of a class share members with those next to them."""
+_collecting: ContextVar[bool] = ContextVar("collecting", default=False)
 _model = threading.Lock()
 """`describe` and `group` may run side by side. A model serves one of them at a time: vLLM has one reader, and the
 `concurrency` of a server is for both."""
+
+
+@contextlib.contextmanager
+def collecting() -> Iterator[None]:
+    """Inside, no describer is opened: others were asked for all texts, and what they could not answer stays so."""
+    token = _collecting.set(True)
+    try:
+        yield
+    finally:
+        _collecting.reset(token)
 
 
 @dataclass(frozen=True)
@@ -173,14 +185,17 @@ class Texts:
         """
         # The same content may be wanted more than once; it is asked about once.
         wanted = {self._key(each): each for questions in parts.values() for each in questions}
-        known = set() if anew() else self._captions.known(self._who, wanted)
+        known = set() if anew() else self._captions.known(self._who, wanted, failed=_collecting.get())
         left = {name: {self._key(each) for each in questions} - known for name, questions in parts.items()}
         owners = defaultdict(list)
         for name, keys in left.items():
             for key in keys:
                 owners[key].append(name)
         yield from ((name, self._table(parts[name])) for name, keys in left.items() if not keys)
-        if missing := [key for key in wanted if key not in known]:
+        missing = [key for key in wanted if key not in known]
+        if missing and _collecting.get():
+            raise EngineStopped(f"{len(missing)} texts of kind {self._kind} were not written by the workers; run again")
+        if missing:
             for describer, batch in self._written([wanted[key] for key in missing]):
                 done = {missing[place]: text for place, text in batch.items()}
                 rows = [self._row(key, wanted[key], text, describer.engine) for key, text in done.items()]
@@ -191,6 +206,12 @@ class Texts:
                 yield from ((name, self._table(parts[name])) for name in touched if not left[name])
         if lost := [name for name, keys in left.items() if keys]:
             raise EngineStopped(f"the describer left out texts of {', '.join(lost[:3])}; run again to ask for them")
+
+    def missing(self, parts: Sequence[Sequence[Question]]) -> list[int]:
+        """Of each part, how many texts the describer would be asked for."""
+        keys = [{self._key(each) for each in questions} for questions in parts]
+        known = self._captions.known(self._who, set().union(*keys))
+        return [len(each - known) for each in keys]
 
     def _written(self, questions: Sequence[Question]) -> Iterator[tuple[Describer, Mapping[int, Text]]]:
         is_model = isinstance(self._domain.describer, LanguageModelSettings)

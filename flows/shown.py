@@ -1,0 +1,51 @@
+"""What a run leaves in Prefect's UI: tables and pages beside its log. Nothing is decided by them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+
+from tasks.domain import Domain
+from tasks.stage import StageResult, open_store
+
+
+def key(domain: Domain, what: str) -> str:
+    """Of an artifact; Prefect takes letters, digits and dashes."""
+    return f"{domain.name.replace('_', '-')}-{what}"
+
+
+def stages(domain: Domain, results: Sequence[StageResult]) -> None:
+    """What became of each stage, the accuracies, and where the report lies."""
+    rows: list[dict[str, Any]] = [
+        {
+            "stage": each.label,
+            "": "cached" if each.cached else "done",
+            "seconds": round(each.seconds, 1),
+            "artifact": each.ref.fingerprint[:12],
+            "counts": ", ".join(f"{number} {name}" for name, number in sorted(each.counts.items())),
+        }
+        for each in results
+    ]
+    create_table_artifact(rows, key=key(domain, "stages"), description=f"Stages of {domain.name}")  # type: ignore[unused-coroutine]
+    page = next((each for each in results if each.label == "report"), None)
+    if page is not None:
+        text = _page(domain, page, json.loads((Path(domain.output) / domain.name / "metrics.json").read_text()))
+        create_markdown_artifact(text, key=key(domain, "report"), description=f"Report of {domain.name}")  # type: ignore[unused-coroutine]
+
+
+def _page(domain: Domain, page: StageResult, metrics: Mapping[str, Any]) -> str:
+    where = open_store(domain).open(page.ref).address("report.html")
+    lines = [f"# {domain.name}", "", f"Report: `{where}`", ""]
+    if metrics["n_test"]:
+        lines += ["| method | top-1 | gain over the better zero-shot |", "| --- | --- | --- |"]
+        lines += [
+            f"| {name.replace('_', ' ')} | {100 * score['top1']:.1f} | {100 * score['gain']:+.1f} |"
+            for name, score in metrics["methods"].items()
+        ]
+    else:
+        lines.append("No labels: accuracy is unknown.")
+    return "\n".join(lines)

@@ -1,0 +1,17 @@
+"""tune: the training of one domain, as a Prefect flow for a pool of machines that are made for it."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from flows.describe import taken
+from flows.parameters import DomainOrFile
+from storage.artifacts import ArtifactRef
+from tasks.stage import StageResult
+from tasks.tune import tune as tune_stage
+
+
+@flow(name="tune", flow_run_name="tune-{domain.name}")
+def tune(domain: DomainOrFile, images: ArtifactRef, features: ArtifactRef, screened: ArtifactRef) -> StageResult:
+    """The stage `tune` on these artifacts; the run that waits finds its models in the store."""
+    return tune_stage(domain, taken(images), taken(features), taken(screened))
