@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from flows import console
 from flows.console import fail, failures
-from flows.pipeline import graph, repaired, run_plainly
+from flows.pipeline import TUNING, graph, repaired, run_plainly
 from models.errors import ModelError
 from storage.artifacts import ArtifactStore
 from storage.captions import CaptionStore
@@ -248,6 +248,9 @@ def gc(
 def export(
     domain: DomainFile,
     folder: Annotated[Path, typer.Argument(help="Where to write the model.", show_default=False)],
+    served: Annotated[
+        bool, typer.Option("--champion", help="The model that is served, instead of the newest.")
+    ] = False,
     method: Annotated[str | None, typer.Option(help="Adapted by this one of the domain's; default: the first.")] = None,
     seed: Annotated[int | None, typer.Option(help="Which of its models; default: the first seed.")] = None,
 ) -> None:
@@ -255,8 +258,15 @@ def export(
     from tasks.tune import export_tuned
 
     settings = Domain.load(domain)
-    results = {result.label: result for result in repaired(run_plainly, settings)}
-    export_tuned(settings, results["tune"], seed, folder, method=method)
+    if served:
+        from flows.describe import taken
+        from tasks.promote import champion as read
+
+        found = read(settings)
+        export_tuned(settings, taken(found.tuned), found.seed, folder, method=found.method)
+    else:
+        results = {result.label: result for result in repaired(run_plainly, settings)}
+        export_tuned(settings, results["tune"], seed, folder, method=method)
     out.print(f"model    {folder}")
 
 
@@ -285,6 +295,44 @@ def rank(
     found = ranked(settings, *made_from, attribute, method=method, seed=seed)
     out.print(console.ranking(found.sentence, found.paths, found.values.tolist(), top))
     out.print(f"page     {write_page(settings, results['shard train'], found, top, page)}")
+
+
+@app.command()
+def champion(domain: DomainFile) -> None:
+    """Show the model that the domain serves, and those before it, newest first."""
+    from tasks.promote import champion as read
+    from tasks.promote import champions
+
+    settings = Domain.load(domain)
+    read(settings)
+    out.print(console.champions(champions(open_store(settings), settings.name)))
+
+
+@app.command()
+def promote(domain: DomainFile) -> None:
+    """Serve the newest model if, without labels, it is better than zero-shot and not worse than the one served now.
+
+    The exit code is 1 if it is not.
+    """
+    from flows.pipeline import as_they_are
+    from tasks.promote import promote as promoted
+
+    settings = Domain.load(domain)
+    found = {each.label: each for each in as_they_are(settings, *TUNING)}
+    decision = promoted(settings, found["shard train"], found["embed train"], found["tune"])
+    out.print(f"{'promoted' if decision.promote else 'not promoted'}: {decision.reason}")
+    if not decision.promote:
+        raise typer.Exit(1)
+
+
+@app.command()
+def rollback(domain: DomainFile) -> None:
+    """Serve the champion before this one again. The present one is never chosen again by itself."""
+    from tasks.promote import rollback as rolled_back
+
+    settings = Domain.load(domain)
+    rolled_back(settings)
+    champion(domain)
 
 
 def _compact(store: ArtifactStore) -> int:

@@ -22,6 +22,7 @@ from storage.upkeep import Loose
 from tasks.domain import Domain
 from tasks.history import History
 from tasks.lineage import Guess, Lineage, newest_artifacts
+from tasks.promote import Champion
 from tasks.stage import StageResult
 
 _PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
@@ -123,6 +124,17 @@ def totals(domain: Domain, planned: Sequence[Planned]) -> str:
     if models and any(each.work for each in texts):
         lines.append(_cost(domain, planned, texts))
     return "\n".join(lines)
+
+
+def champions(found: Sequence[Champion]) -> Table:
+    """The models that a domain served, newest first."""
+    table = _table("version>", "since", "model", "method", "seed>", "score>", "zero-shot>", "why")
+    for each in reversed(found):
+        seed = "" if each.seed is None else str(each.seed)
+        numbers = (f"{each.score:.4f}", f"{each.zero_shot:.4f}")
+        model = f"tune {each.tuned.fingerprint[:12]}"
+        table.add_row(str(each.version), each.at, model, each.method, seed, *numbers, Text(each.reason))
+    return table
 
 
 def _tokens(texts: Sequence[Planned]) -> str:

@@ -248,7 +248,7 @@ def _progress(domain: Domain, total: int) -> Iterator[Any]:
     def on_done(size: int) -> None:
         nonlocal done
         done += size
-        update_progress_artifact(artifact, min(100.0, 100.0 * done / max(total, 1)))  # type: ignore[unused-coroutine]
+        update_progress_artifact(artifact, min(100.0, 100.0 * done / max(total, 1)))
 
     yield on_done
-    update_progress_artifact(artifact, 100.0)  # type: ignore[unused-coroutine]
+    update_progress_artifact(artifact, 100.0)

@@ -29,6 +29,8 @@ Run = Callable[..., Any]
 """How a stage is called: here and now, as a Prefect task, or not at all, to see the graph."""
 
 STAGES = ("shard", "embed", "describe", "group", "screen", "pair", "tune", "evaluate", "report")
+TUNING = STAGES[: STAGES.index("tune") + 1]
+"""Those that the models come from."""
 
 
 def pipeline(domain: Domain, run: Run) -> list[Any]:

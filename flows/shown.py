@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from tasks.domain import Domain
 from tasks.stage import StageResult, open_store
+
+if TYPE_CHECKING:
+    from flows.retune import Night
 
 
 def key(domain: Domain, what: str) -> str:
@@ -30,11 +33,23 @@ def stages(domain: Domain, results: Sequence[StageResult]) -> None:
         }
         for each in results
     ]
-    create_table_artifact(rows, key=key(domain, "stages"), description=f"Stages of {domain.name}")  # type: ignore[unused-coroutine]
+    create_table_artifact(rows, key=key(domain, "stages"), description=f"Stages of {domain.name}")
     page = next((each for each in results if each.label == "report"), None)
     if page is not None:
         text = _page(domain, page, json.loads((Path(domain.output) / domain.name / "metrics.json").read_text()))
-        create_markdown_artifact(text, key=key(domain, "report"), description=f"Report of {domain.name}")  # type: ignore[unused-coroutine]
+        create_markdown_artifact(text, key=key(domain, "report"), description=f"Report of {domain.name}")
+
+
+def night(domain: Domain, found: Night) -> None:
+    """What a night came to."""
+    decision = found.decision
+    lines = [
+        f"# {domain.name}: {'a new champion' if decision.promote else 'the champion stays'}", "",
+        f"{decision.method} seed {decision.seed}: {decision.reason}", "",
+        f"- images: {found.new} new, {found.removed} removed ({found.retired} texts retired)",
+        f"- made: {', '.join(found.made) or 'nothing, all was cached'}",
+    ]  # fmt: skip
+    create_markdown_artifact("\n".join(lines), key=key(domain, "night"), description=f"Night of {domain.name}")
 
 
 def _page(domain: Domain, page: StageResult, metrics: Mapping[str, Any]) -> str:

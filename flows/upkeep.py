@@ -13,6 +13,7 @@ from storage.objects import ObjectStore
 from storage.upkeep import Loose, garbage
 from tasks.domain import ConfigError, Domain
 from tasks.history import History
+from tasks.promote import champions
 from tasks.stage import open_store
 
 
@@ -54,7 +55,19 @@ def loose(history: History, files: Sequence[Domain], older_than: float) -> list[
     if not newest:
         return "it has no complete run yet"
     own = [each for each in files if (each.store, each.name) == (history.store.objects.url, history.domain)]
-    return garbage(history.inventory, [*newest.values(), *(a for each in own for a in _current(each))], older_than)
+    roots = [*newest.values(), *_served(history), *(a for each in own for a in _current(each))]
+    return garbage(history.inventory, roots, older_than)
+
+
+def _served(history: History) -> list[Artifact]:
+    """The champion's models, and those that `rollback` would go back to."""
+    every = {each.version: each for each in champions(history.store, history.domain)}
+    if not every:
+        return []
+    newest = every[max(every)]
+    refs = [each.tuned for each in (newest, every.get(newest.previous)) if each]
+    found = (history.store.load(ref.domain, ref.stage, ref.fingerprint) for ref in refs)
+    return [artifact for artifact in found if artifact is not None]
 
 
 def _current(domain: Domain) -> list[Artifact]:

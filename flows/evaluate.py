@@ -1,0 +1,20 @@
+"""evaluate: the models as they are against labels that came or changed, and the report."""
+
+from __future__ import annotations
+
+import functools
+
+from prefect import flow
+
+from flows import shown
+from flows.parameters import DomainOrFile
+from flows.pipeline import repaired, run_plainly
+from tasks.stage import StageResult
+
+
+@flow(name="evaluate", flow_run_name="evaluate-{domain.name}")
+def evaluate(domain: DomainOrFile) -> list[StageResult]:
+    """Score the newest models again. Nothing is sharded, described or tuned; a stage that would have to is an error."""
+    results = repaired(functools.partial(run_plainly, start="evaluate"), domain)
+    shown.stages(domain, results)
+    return results
