@@ -1,0 +1,102 @@
+"""What the user types every day, with a real server and real workers: deployments, pools, dead workers, schedules."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from engines.tiny_vlm import ON_CPU
+from service.harness import Service, kill, until
+
+from conftest import draw_folder
+from flows.pipeline import run_plainly
+from storage.captions import CaptionStore
+from tasks.domain import Domain
+from tasks.stage import open_store
+
+pytestmark = pytest.mark.slow
+COUNT = 96
+
+
+def write_domain(folder: Path, tiny_clip: Path, describer: str, store: str, more: str = "") -> Path:
+    path = folder / f"{store}.yaml"
+    path.write_text(
+        f"name: shapes\nsource: train\nclasses: [red, green, blue]\nclip: {{model: {tiny_clip}, resize: pad}}\n"
+        f"describer: {{{describer}}}\nshard: {{images: 12}}\nseeds: [0]\nlatteclip: {{epochs: 2, batch_size: 8}}\n"
+        f"store: {store}\noutput: runs-{store}\n{more}"
+    )
+    return path
+
+
+def digests(domain: Domain) -> dict[str, str]:
+    """Content of the newest artifacts, but that of the report, which tells times."""
+    store = open_store(domain)
+    stages = ("shard", "embed", "describe", "group", "screen", "tune", "evaluate")
+    return {f"{stage} {each.fingerprint}": each.ref.digest for stage in stages for each in store.all("shapes", stage)}
+
+
+def texts(domain: Domain) -> int:
+    """Rows in the caption store, those that are there twice twice."""
+    captions = CaptionStore(open_store(domain).objects)
+    return sum(captions.sample(who, 10**6).height for who in captions.describers())
+
+
+def test_a_new_domain_on_two_pools_outlives_its_gpu_worker(
+    service: Service, tmp_path: Path, tiny_clip: Path, tiny_vlm: Path, vllm_python: str
+) -> None:
+    draw_folder(tmp_path / "train", COUNT)
+    describer = (
+        f"kind: vllm, model: {tiny_vlm}, dtype: float32, max_context: 512, max_batch: 2, max_tokens: 16, "
+        "extra: {enforce_eager: true}"
+    )
+    file = write_domain(tmp_path, tiny_clip, describer, "pooled", "workers: {texts: 120, runs: 2}\n")
+    domain = Domain.load(file)
+    worker = service.worker("gpu", vllm_python, **ON_CPU)
+    service.prefect("deployment", "run", "adapt/adapt", "--param", f"domain={file}")
+    captions = Path(domain.store) / "captions"
+    until(lambda: len(list(captions.glob("*/*.parquet"))) >= 1, "the first texts", every_s=0.01)
+    kill(worker)
+    before = texts(domain)
+    assert 0 < before < 2 * COUNT
+    service.worker("gpu", vllm_python, **ON_CPU)
+    run = service.ended("adapt")
+    assert run.state and run.state.is_completed(), service.logs(run)
+    crashed = service.runs("describe", "Crashed")
+    assert len(crashed) == 1 and "No beat for 90 s" in str(crashed[0].state and crashed[0].state.message)
+    assert run.name == "adapt-shapes" and crashed[0].name.startswith("describe-shapes-0-")
+
+    # No text was asked for twice, and everything is as the plain function makes it of the same texts.
+    assert texts(domain) == 2 * COUNT
+    plain = Domain.load(write_domain(tmp_path, tiny_clip, describer, "plain"))
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "captions").symlink_to(captions)
+    run_plainly(plain)
+    assert digests(plain) == digests(domain)
+    rows = {each.key: each for each in service.client.read_artifacts() if each.key}
+    assert rows["shapes-texts"].data == 100.0
+    assert "tune" in str(rows["shapes-stages"].data) and "report.html" in str(rows["shapes-report"].data)
+
+
+def test_a_schedule_becomes_a_run(service: Service) -> None:
+    found = until(lambda: service.runs("retune", "Scheduled"), "a scheduled run", 60)
+    assert found[0].parameters == {"domain": "domains/demo.yaml"}
+    assert found[0].expected_start_time.tzinfo is not None
+
+
+def test_mistakes_are_told_before_a_run_begins(service: Service) -> None:
+    for given, told in [
+        ({"name": "Bad", "source": "x", "classes": ["a", "b"]}, "domain.name"),
+        ({"name": "ok", "source": "x", "classes": ["a", "b"], "latteclp": {}}, "latteclp"),
+        (7, "not valid"),
+    ]:
+        said = service.prefect("deployment", "run", "adapt/adapt", "--param", f"domain={json.dumps(given)}", fails=True)
+        assert told in said
+
+
+def test_a_file_with_mistakes_fails_with_their_lines(service: Service, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("name: bad\nsource: train\nclasses: [a, b]\nepochs: 3\n")
+    begin = time.monotonic()
+    service.prefect("deployment", "run", "evaluate/evaluate", "--param", f"domain={tmp_path / 'bad.yaml'}")
+    run = service.ended("evaluate")
+    assert run.state and run.state.is_failed() and time.monotonic() - begin < 60
+    assert "line 4: `epochs` unknown key" in f"{run.state.message}\n{service.logs(run)}"
