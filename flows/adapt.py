@@ -35,7 +35,11 @@ def adapt(domain: DomainOrFile) -> list[StageResult]:
 
 def stages(domain: Domain) -> list[StageResult]:
     """All stages as tasks of the flow that is running; those that do not wait for each other run side by side."""
-    results = [future.result() for future in pipeline(domain, _Submit())]
+    submit = _Submit()
+    futures = pipeline(domain, submit)
+    for future in submit.futures:  # in order: what failed says why, what came after it only that it did not begin
+        future.result()
+    results = [future.result() for future in futures]
     publish(domain, scores=results[-2], page=results[-1])
     found = list(dict.fromkeys(results))
     shown.stages(domain, found)
@@ -46,6 +50,8 @@ class _Submit:
     """How a stage is called under Prefect: as a task, after what other pools do for it."""
 
     def __init__(self) -> None:
+        self.futures: list[Any] = []
+        """All that were submitted, none before those that it waits for."""
         self._elsewhere: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, stage: Callable[..., StageResult], domain: Domain, *args: Any) -> Any:
@@ -55,14 +61,15 @@ class _Submit:
         elif domain.workers and domain.workers.train and stage is tune:
             before = self._first(train_on_pool, "train-on-pool", domain, *args)
         split = f"-{args[0]}" if isinstance(args[0], str) else ""
-        return _task(_skin(stage), f"{stage.__name__}{split}", stage.__name__).submit(
-            domain, *args, wait_for=[before] if before is not None else None
-        )
+        task = _task(_skin(stage), f"{stage.__name__}{split}", stage.__name__)
+        self.futures.append(task.submit(domain, *args, wait_for=[before] if before is not None else None))
+        return self.futures[-1]
 
     def _first(self, work: Callable[..., Any], name: str, domain: Domain, *args: Any) -> Any:
         """The task that does ``work``, once for all stages that wait for it."""
         if (work, *args) not in self._elsewhere:
             self._elsewhere[work, *args] = _task(work, name, name).submit(domain, *args)
+            self.futures.append(self._elsewhere[work, *args])
         return self._elsewhere[work, *args]
 
 

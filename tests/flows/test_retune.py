@@ -1,0 +1,108 @@
+"""Nights: what is new is taken in, a better model is served, a worse one is not, and a quiet night makes nothing."""
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from prefect.testing.utilities import prefect_test_harness
+
+import storage.lease
+from conftest import draw_folder
+from flows.pipeline import run_plainly
+from flows.retune import Night, retune
+from storage.lease import lease
+from tasks.domain import Domain
+from tasks.promote import champions, promote, read_champion, rollback
+from tasks.stage import StageResult, open_store
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture
+def nightly(tmp_path: Path, tiny_clip: Path) -> Domain:
+    """A domain whose adapted model is better than zero-shot."""
+    draw_folder(tmp_path / "train", 48)
+    (tmp_path / "domain.yaml").write_text(
+        f"name: night_shapes\nsource: train\nclasses: [red, green, blue]\n"
+        f"clip: {{model: {tiny_clip}, resize: pad, centre: true}}\nmethod: transduction\nshard: {{images: 10}}\n"
+        f"store: store\noutput: runs\n"
+    )
+    return Domain.load(tmp_path / "domain.yaml")
+
+
+def noise(folder: Path, count: int) -> None:
+    for number in range(count):
+        pixels = random.Random(number).randbytes(40 * 32 * 3)
+        Image.frombytes("RGB", (40, 32), pixels).save(folder / f"poison{number:03d}.png")
+
+
+def night(domain: Domain) -> tuple[str, Night]:
+    state = retune(domain, return_state=True)
+    return state.name, state.result()
+
+
+def test_three_nights(server: None, nightly: Domain, tmp_path: Path) -> None:
+    name, first = night(nightly)
+    assert name == "Promoted" and first.new == 48 and first.decision.score > first.decision.zero_shot
+
+    draw_folder(tmp_path / "train", 6, first=48)
+    (tmp_path / "train" / "003.png").unlink()
+    name, grown = night(nightly)
+    assert name in ("Promoted", "Kept") and (grown.new, grown.removed, grown.retired) == (6, 1, 1)
+    assert grown.decision.champion is not None
+    store = open_store(nightly).objects
+    records = [store.read(key) for key in store.sizes("night_shapes/embed/parts")]
+    assert sum(b'"name":"shard-' in record for record in records) == 6  # five old shards and a new one, each once
+
+    served = read_champion(nightly)
+    begin = time.monotonic()
+    name, quiet = night(nightly)
+    assert time.monotonic() - begin < 30
+    assert name == "Unchanged" and quiet.made == () and (quiet.new, quiet.removed) == (0, 0)
+    assert read_champion(nightly) == served
+
+    noise(tmp_path / "train", 90)
+    name, poisoned = night(nightly)
+    assert name == "Kept" and poisoned.new == 90 and not poisoned.decision.promote
+    assert "collapsed" in poisoned.decision.reason
+    assert read_champion(nightly) == served
+
+
+def test_a_night_leaves_a_run_alone_and_does_not_pile_up(
+    server: None, nightly: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage.lease, "BEAT_S", 0.1)
+    with lease(open_store(nightly).objects, "night_shapes/lock", wait=False):
+        state = retune(nightly, return_state=True)
+    assert state.name == "Skipped" and "is at work on this" in state.message
+    assert read_champion(nightly) is None
+
+
+def test_a_rolled_back_model_is_not_chosen_again(nightly: Domain, tmp_path: Path) -> None:
+    def tuned() -> tuple[StageResult, StageResult, StageResult]:
+        found = {each.label: each for each in run_plainly(nightly)}
+        return found["shard train"], found["embed train"], found["tune"]
+
+    assert promote(nightly, *tuned()).promote
+    first = read_champion(nightly)
+    draw_folder(tmp_path / "train", 6, first=48)
+    decision = promote(nightly, *tuned())
+    assert decision.promote, decision.reason
+    assert first is not None and rollback(nightly).tuned == first.tuned
+    again = promote(nightly, *tuned())
+    assert not again.promote and again.reason == "it was rolled back from"
+    served = champions(open_store(nightly), nightly.name)
+    assert [each.tuned == first.tuned for each in served] == [True, False, True]
+    draw_folder(tmp_path / "train", 6, first=60)
+    decision = promote(nightly, *tuned())
+    assert decision.promote, decision.reason
+    assert rollback(nightly).tuned == first.tuned
