@@ -1,0 +1,133 @@
+"""What Prefect costs: the same shards through the flow, with ranges given to a pool, and by the plain function.
+
+    python -m benchmarks.service 250 500 1000 2000
+
+Shards of one tiny image each, texts from a file, a model of random weights: stages that take next to nothing, so that
+what is seen is orchestration and storage. Ranges are written by runs in the same process; that a worker takes each from
+its pool is left out, as that only adds waiting. Every measurement is a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from tasks.domain import Domain
+
+TEXTS_IN_A_RUN = 200
+
+
+def prepare(folder: Path, count: int) -> Path:
+    """Images, texts and a domain file."""
+    from PIL import Image
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from conftest import make_tiny_clip
+
+    make_tiny_clip(folder / "clip")
+    (folder / "images").mkdir()
+    rows = []
+    for number in range(count):
+        image = Image.new("RGB", (16, 16), (number % 256, number // 256, 90 * (number % 3)))
+        image.save(folder / "images" / f"{number:06d}.png")
+        rows.append(f"images/{number:06d}.png,picture number {number} of a shape\n")
+    (folder / "texts.csv").write_text("path,text\n" + "".join(rows))
+    (folder / "domain.yaml").write_text(
+        "name: many\nsource: images\nclasses: [red, green, blue]\nclip: {model: ./clip, centre: true}\n"
+        "describer: {kind: sidecar, texts: texts.csv}\nmethod: transduction\nshard: {images: 1}\n"
+    )
+    return folder / "domain.yaml"
+
+
+def measure(how: str, domain: Domain) -> dict[str, float]:
+    """One run, in this process: seconds, HTTP requests, and the most memory it ever had in MB."""
+    calls = _count_requests()
+    begin = time.perf_counter()
+    if how == "plain":
+        from flows.pipeline import run_plainly
+
+        run_plainly(domain)
+    else:
+        _write_here()
+        if how == "flow":
+            from flows.adapt import adapt
+
+            adapt(domain)
+        else:
+            from flows.retune import retune
+
+            retune(domain)
+    seconds = time.perf_counter() - begin
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"seconds": seconds, "requests": calls["http"], "peak_mb": peak}
+
+
+def _count_requests() -> dict[str, int]:
+    import httpx
+
+    calls = {"http": 0}
+    plain, plain_async = httpx.Client.send, httpx.AsyncClient.send
+
+    def send(self: Any, *args: Any, **named: Any) -> Any:
+        calls["http"] += 1
+        return plain(self, *args, **named)
+
+    async def send_async(self: Any, *args: Any, **named: Any) -> Any:
+        calls["http"] += 1
+        return await plain_async(self, *args, **named)
+
+    httpx.Client.send, httpx.AsyncClient.send = send, send_async  # type: ignore[method-assign]
+    return calls
+
+
+def _write_here() -> None:
+    """Runs on the pool are made in this process."""
+    from flows import fanout
+    from flows.describe import describe
+
+    def start(name: str, *, parameters: dict[str, Any], **_: Any) -> Any:
+        state: Any = describe(**parameters, return_state=True)
+        return SimpleNamespace(id=state.state_details.flow_run_id)
+
+    fanout.run_deployment = start  # type: ignore[assignment]
+    fanout._LOOK_S = (0.2, 1.0)  # type: ignore[misc]
+
+
+def main(sizes: list[int]) -> None:
+    print("shards  how      seconds  requests  peak MB")
+    for count in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            file = prepare(Path(folder), count)
+            for how in ("plain", "flow", "again", "night"):
+                done = subprocess.run(
+                    [sys.executable, "-m", "benchmarks.service", "--one", how, str(file)],
+                    check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "PREFECT_LOGGING_LEVEL": "ERROR"},
+                )  # fmt: skip
+                found = json.loads(done.stdout.splitlines()[-1])
+                print(f"{count:6}  {how:6}  {found['seconds']:8.1f}  {found['requests']:8}  {found['peak_mb']:7.0f}")
+                sys.stdout.flush()
+
+
+def one(how: str, file: Path) -> None:
+    domain = Domain.load(file)
+    stores = {"plain": "plain", "flow": "flow", "again": "flow", "night": "flow"}
+    update: dict[str, Any] = {"store": str(file.parent / stores[how]), "output": str(file.parent / "runs")}
+    if how == "flow":
+        update["workers"] = {"texts": TEXTS_IN_A_RUN}
+    domain = Domain.model_validate({**domain.model_dump(exclude_unset=True), **update})
+    print(json.dumps(measure("flow" if how == "again" else how, domain)))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        one(sys.argv[2], Path(sys.argv[3]))
+    else:
+        main([int(each) for each in sys.argv[1:]] or [250, 500, 1000, 2000])
