@@ -37,6 +37,7 @@ from storage.fingerprint import canonical_json, sha256
 from storage.images import open_image
 from storage.objects import ObjectStore
 from storage.shards import read_image, read_index
+from storage.tables import read_parquet
 from tasks.domain import Domain
 from tasks.features import read_features
 from tasks.stage import StageResult, anew
@@ -86,16 +87,27 @@ class Gallery:
     """The live images of a split with all that a describer may look at, by key."""
 
     def __init__(self, domain: Domain, images: Artifact, embedded: Artifact) -> None:
-        found = read_features(embedded)
-        self._domain, self._images = domain, images
-        self.index = read_index(images).filter(pl.col("key").is_in(found.keys))
+        labels = read_parquet(embedded.read("zero_shot.parquet")).select("key", "label")
+        self._domain, self._images, self._embedded = domain, images, embedded
+        self.index = read_index(images).filter(pl.col("key").is_in(labels["key"].implode()))
         self._place = {key: row for row, key in enumerate(self.index["key"])}
-        self._feature = {key: row for row, key in enumerate(found.keys)}
-        self._features = found.features
-        self.mean_feature = found.features.mean(axis=0)
-        self.labels = dict(zip(found.keys, found.zero_shot.tolist(), strict=True))
+        self.labels = dict(labels.iter_rows())
         self._digests, self.paths = self.index["sha256"].to_list(), self.index["path"].to_list()
         self._opened = functools.lru_cache(_DECODED)(self._open)
+
+    @functools.cached_property
+    def _features(self) -> tuple[dict[str, int], np.ndarray]:
+        # Most describers never look at them, and a worker of many has no room for those of ten million images.
+        found = read_features(self._embedded)
+        return {key: row for row, key in enumerate(found.keys)}, found.features
+
+    @functools.cached_property
+    def mean_feature(self) -> np.ndarray:
+        return np.asarray(self._features[1].mean(axis=0))
+
+    def _features_of(self, keys: Sequence[str]) -> np.ndarray:
+        place, features = self._features
+        return np.asarray(features[[place[key] for key in keys]])
 
     def digest(self, key: str) -> str:
         """Content digest of the image."""
@@ -128,7 +140,7 @@ class Gallery:
         shown = [] if question.captions else rows
         return Item(
             paths=tuple(self.paths[row] for row in rows),
-            features=lambda: self._features[[self._feature[key] for key in question.members]],
+            features=lambda: self._features_of(question.members),
             images=lambda: [self._opened(row).copy() for row in shown],
             prompt=question.prompt,
             seed=seed,
