@@ -1,9 +1,9 @@
 """Make vLLM's environment that of a GPU worker: run this with its interpreter, from the project's root.
 
 Prefect 3.8.8 asks for fastapi >= 0.139 and vLLM for < 0.137, so pip finds no set of versions that pleases both. Only
-Prefect's *server* needs that fastapi; a worker and its runs are clients, and were seen to work with vLLM's (0.136.3). So
-Prefect goes in without its requirements, then these, but for the two that vLLM holds down. `pip check` will complain of
-exactly those two. Never start a server from this environment.
+Prefect's *server* needs that fastapi; a worker and its runs are clients, and were seen to work with vLLM's (0.136.3).
+So Prefect goes in without its requirements, then these, but for the two that vLLM holds down. `pip check` will complain
+of those. Never start a server from this environment.
 """
 
 import subprocess
