@@ -102,7 +102,8 @@ def _write_here() -> None:
 
 
 def main(sizes: list[int]) -> None:
-    print("shards  how      seconds  requests  peak MB")
+    say = sys.stdout.write
+    say("shards  how      seconds  requests  peak MB\n")
     for count in sizes:
         with tempfile.TemporaryDirectory() as folder:
             file = prepare(Path(folder), count)
@@ -112,7 +113,7 @@ def main(sizes: list[int]) -> None:
                     check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "PREFECT_LOGGING_LEVEL": "ERROR"},
                 )  # fmt: skip
                 found = json.loads(done.stdout.splitlines()[-1])
-                print(f"{count:6}  {how:6}  {found['seconds']:8.1f}  {found['requests']:8}  {found['peak_mb']:7.0f}")
+                say(f"{count:6}  {how:6}  {found['seconds']:8.1f}  {found['requests']:8}  {found['peak_mb']:7.0f}\n")
                 sys.stdout.flush()
 
 
@@ -123,7 +124,7 @@ def one(how: str, file: Path) -> None:
     if how == "flow":
         update["workers"] = {"texts": TEXTS_IN_A_RUN}
     domain = Domain.model_validate({**domain.model_dump(exclude_unset=True), **update})
-    print(json.dumps(measure("flow" if how == "again" else how, domain)))
+    sys.stdout.write(json.dumps(measure("flow" if how == "again" else how, domain)) + "\n")
 
 
 if __name__ == "__main__":

@@ -128,12 +128,11 @@ def totals(domain: Domain, planned: Sequence[Planned]) -> str:
 
 def champions(found: Sequence[Champion]) -> Table:
     """The models that a domain served, newest first."""
-    table = _table("version>", "since", "model", "method", "seed>", "score>", "zero-shot>", "why")
+    table = _table("version>", "since", "model", "method", "seed>", "score>", "why")
     for each in reversed(found):
         seed = "" if each.seed is None else str(each.seed)
-        numbers = (f"{each.score:.4f}", f"{each.zero_shot:.4f}")
         model = f"tune {each.tuned.fingerprint[:12]}"
-        table.add_row(str(each.version), each.at, model, each.method, seed, *numbers, Text(each.reason))
+        table.add_row(str(each.version), each.at, model, each.method, seed, f"{each.score:+.3f}", Text(each.reason))
     return table
 
 

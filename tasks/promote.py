@@ -7,10 +7,9 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
 from models import clip, metrics
 from models.settings import Method
 from storage.artifacts import Artifact, ArtifactRef, ArtifactStore, ArtifactWriter
@@ -23,10 +22,12 @@ from tasks.features import Features, centred, read_features
 from tasks.stage import StageResult, open_store, run_stage
 from tasks.tune import read_tuned, tuned_features
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 VERSION = 1
-NEIGHBOURS = 10
 MOST_IMAGES = 20_000
-"""Scores are over at most so many images; which ones depends on their keys alone, which are digests."""
+"""At most so many images vote; which ones depends on their keys alone, which are digests."""
 _REMEMBERED = 50
 log = logging.getLogger("latteflow.tasks")
 
@@ -37,7 +38,7 @@ class Champion:
 
     Attributes:
         tuned, images: the `tune` artifact it lies in, and the `shard` artifact it was tuned on.
-        score, zero_shot: of the day it was chosen, see :func:`scores`.
+        score: how far neighbours vouch for it against zero-shot, -1 to 1, on the day it was chosen.
         about: digest of the classes and the CLIP; models that differ here cannot be compared.
         at: when, ISO 8601 in UTC.
         previous: version that it took the place of; 0 if none.
@@ -49,7 +50,6 @@ class Champion:
     method: Method
     seed: int | None
     score: float
-    zero_shot: float
     about: str
     at: str
     reason: str
@@ -80,36 +80,27 @@ class Decision:
     reason: str
     method: Method
     seed: int | None
-    score: float
-    zero_shot: float
-    champion: float | None = None
+    score: float = 0.0
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Of a model on a domain's own images, without labels.
+def better(
+    features: Tensor, challenger: Tensor, zero_shots: Mapping[str, Tensor], champion: Tensor | None, n_classes: int
+) -> tuple[bool, str]:
+    """Whether a challenger is to be served, and why. No label is read: see :mod:`models.selection`.
 
-    Attributes:
-        consistency: how much more often images have the class of their nearest neighbours than chance would have it,
-            (agreement - chance) / (1 - chance), as Cohen's kappa; 0 for a model that says one class of everything.
-        classes: effective number of classes it tells apart, exp of the entropy of its predictions.
+    Args:
+        features: unit image features that no adapted model has shaped, ``(n, dim)``.
+        challenger, champion: classes of the images, ``(n,)``; the same of each zero-shot.
     """
+    from models.selection import duel, judge
 
-    consistency: float
-    classes: float
-
-
-def better(challenger: Scores, zero_shot: Scores, champion: Scores | None) -> tuple[bool, str]:
-    """Whether a challenger is to be served, and why; a simple rule until `models.selection` has its own."""
-    said = f"consistency {challenger.consistency:.4f}"
-    if challenger.classes < zero_shot.classes / 2:
-        return False, f"collapsed: tells {challenger.classes:.1f} classes apart, zero-shot {zero_shot.classes:.1f}"
-    if challenger.consistency <= zero_shot.consistency:
-        return False, f"{said} is not above zero-shot's {zero_shot.consistency:.4f}"
-    if champion is not None and challenger.consistency < champion.consistency:
-        return False, f"{said} is below the champion's {champion.consistency:.4f}"
-    against = f", champion {champion.consistency:.4f}" if champion is not None else ""
-    return True, f"{said}, zero-shot {zero_shot.consistency:.4f}{against}"
+    verdict = judge(features, challenger, zero_shots, n_classes)
+    if not verdict.accepted or champion is None:
+        return verdict.accepted, verdict.reason
+    against = duel(features, challenger, champion)
+    if against < 0:
+        return False, f"neighbours vouch for the champion (duel with it {against:+.3f})"
+    return True, f"{verdict.reason}; duel with the champion {against:+.3f}"
 
 
 def read_champion(domain: Domain) -> Champion | None:
@@ -150,7 +141,7 @@ def promote(domain: Domain, images: StageResult, features: StageResult, tuned: S
         if not decision.promote:
             return decision
         new = Champion(
-            tuned.ref, images.ref, decision.method, decision.seed, decision.score, decision.zero_shot, _about(domain),
+            tuned.ref, images.ref, decision.method, decision.seed, decision.score, _about(domain),
             datetime.now(UTC).isoformat(timespec="seconds"), decision.reason,
             now.version if now else 0, now.rejected if now else (),
         )  # fmt: skip
@@ -186,8 +177,8 @@ def decide(
 ) -> Decision:
     """The best model of the domain's first method, one of several seeds, against zero-shot and the champion.
 
-    Scored are the images that the champion was tuned on, as far as they are still there: new images do not vote about
-    the model that was tuned on them. The decision is an artifact, so that nothing is scored twice.
+    The images that the champion was tuned on vote, as far as they are still there: new images have no say about the
+    model that was tuned on them. The decision is an artifact, so that nothing is decided twice.
 
     Files: ``decision.json``.
     """
@@ -195,11 +186,11 @@ def decide(
     method = domain.method[0]
     seeds = domain.seeds_of(method)
     if now is not None and now.name in (_name(tuned.ref, method, seed) for seed in seeds):
-        return Decision(False, "it is the champion already", method, now.seed, now.score, now.zero_shot)
+        return Decision(False, "it is the champion already", method, now.seed, now.score)
     rival = now if now is not None and now.about == _about(domain) else None
     allowed = [seed for seed in seeds if now is None or _name(tuned.ref, method, seed) not in now.rejected]
     if not allowed:
-        return Decision(False, "it was rolled back from", method, seeds[0], 0.0, 0.0)
+        return Decision(False, "it was rolled back from", method, seeds[0])
     inputs = {
         "shards": images.ref.digest, "embed": features.ref.digest, "tune": tuned.ref.digest, "method": method,
         "seeds": allowed, "champion": rival.name if rival else None,
@@ -223,65 +214,52 @@ def _decided(
     seeds: list[int | None],
     now: Champion | None,
 ) -> Decision:
-    shards, found, models = store.open(images), read_features(store.open(features)), store.open(tuned)
-    rival = _opened(store, now.tuned) if now else None
-    own = _opened(store, now.images) if now else None
-    scorer = _Scorer(domain, shards, found, own)
-    zero_shot = scorer.zero_shot()
-    method = domain.method[0]
-    scored = [(scorer.of(models, method, seed), seed) for seed in seeds]
-    best, seed = max(scored, key=lambda each: each[0].consistency)
-    against = scorer.of(rival, now.method, now.seed) if now and rival else None
-    yes, why = better(best, zero_shot, against)
-    return Decision(
-        yes, why, method, seed, best.consistency, zero_shot.consistency, against.consistency if against else None
+    from models.selection import best, duel
+
+    models, rival = store.open(tuned), _opened(store, now.tuned) if now else None
+    voters = _Voters(
+        domain, store.open(images), read_features(store.open(features)), _opened(store, now.images) if now else None
     )
+    method = domain.method[0]
+    said = {str(place): voters.of(models, method, seed) for place, seed in enumerate(seeds)}
+    place = best(voters.features, said)
+    zero_shots = voters.zero_shots()
+    champion = voters.of(rival, now.method, now.seed) if now and rival else None
+    yes, why = better(voters.features, said[place], zero_shots, champion, len(domain.classes))
+    score = min(duel(voters.features, said[place], each) for each in zero_shots.values())
+    return Decision(yes, why, method, seeds[int(place)], score)
 
 
-class _Scorer:
-    """Scores of models on the same images."""
+class _Voters:
+    """Images that vote, and what models say of them."""
 
     def __init__(self, domain: Domain, images: Artifact, found: Features, only: Artifact | None) -> None:
-        import torch
-
-        from models.transduction import nearest
-
         self._domain, self._images, self._found = domain, images, found
         wanted = set(read_index(only)["key"]) if only is not None else set(found.keys)
         rows = [row for _, row in sorted((key, row) for row, key in enumerate(found.keys) if key in wanted)]
         self._rows = np.array((rows or list(range(len(found.keys))))[:MOST_IMAGES])
-        features = centred(found.embeds, found.centre)[self._rows]
-        k = min(NEIGHBOURS, len(self._rows) - 1)
-        self._near = nearest(torch.from_numpy(features), k)[0].numpy() if k > 0 else np.zeros((len(self._rows), 0), int)
+        self._centred = centred(found.embeds, found.centre)
+        self.features = _tensor(self._centred[self._rows])
 
-    def zero_shot(self) -> Scores:
-        """The better of plain and centred zero-shot."""
+    def zero_shots(self) -> dict[str, Tensor]:
+        """Plain and centred."""
         found = self._found
-        spaces = (found.features, centred(found.embeds, found.centre))
-        return max((self._score(each, found.class_features) for each in spaces), key=lambda each: each.consistency)
+        spaces = {"plain zero-shot": found.features, "centred zero-shot": self._centred}
+        return {name: self._classes(each, found.class_features) for name, each in spaces.items()}
 
-    def of(self, models: Artifact, method: Method, seed: int | None) -> Scores:
-        """A model of a `tune` artifact."""
+    def of(self, models: Artifact, method: Method, seed: int | None) -> Tensor:
+        """Classes by a model of a `tune` artifact."""
         tuned = read_tuned(models, method, seed)
-        return self._score(tuned_features(self._domain, tuned, self._images, self._found), tuned.prototypes)
+        return self._classes(tuned_features(self._domain, tuned, self._images, self._found), tuned.prototypes)
 
-    def _score(self, features: np.ndarray, weights: np.ndarray) -> Scores:
-        return scores(metrics.predict(features[self._rows], weights, 1.0).labels, self._near, len(weights))
+    def _classes(self, features: np.ndarray, weights: np.ndarray) -> Tensor:
+        return _tensor(metrics.predict(features[self._rows], weights, 1.0).labels.copy())
 
 
-def scores(predicted: np.ndarray, near: np.ndarray, n_classes: int) -> Scores:
-    """Of predictions.
+def _tensor(array: np.ndarray) -> Tensor:
+    import torch
 
-    Args:
-        predicted: class of each image, ``(n,)``.
-        near: rows of its nearest neighbours, by features that no adapted model has, ``(n, k)``.
-    """
-    shares = np.bincount(predicted, minlength=n_classes) / len(predicted)
-    chance = float((shares**2).sum())
-    agreement = float((predicted[near] == predicted[:, None]).mean()) if near.size else chance
-    some = shares[shares > 0]
-    consistency = (agreement - chance) / (1 - chance) if chance < 1 else 0.0
-    return Scores(consistency, float(np.exp(-(some * np.log(some)).sum())))
+    return torch.from_numpy(array)
 
 
 def _register(domain: Domain) -> Register:
