@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from models import clip, metrics
 from models.settings import Method
 from storage.artifacts import Artifact, ArtifactRef, ArtifactStore, ArtifactWriter
