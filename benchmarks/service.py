@@ -102,7 +102,8 @@ def _write_here() -> None:
 
 
 def main(sizes: list[int]) -> None:
-    sys.stdout.write("shards  how      seconds  requests  peak MB\n")
+    say = sys.stdout.write
+    say("shards  how      seconds  requests  peak MB\n")
     for count in sizes:
         with tempfile.TemporaryDirectory() as folder:
             file = prepare(Path(folder), count)
@@ -112,8 +113,7 @@ def main(sizes: list[int]) -> None:
                     check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "PREFECT_LOGGING_LEVEL": "ERROR"},
                 )  # fmt: skip
                 found = json.loads(done.stdout.splitlines()[-1])
-                row = f"{count:6}  {how:6}  {found['seconds']:8.1f}  {found['requests']:8}  {found['peak_mb']:7.0f}"
-                sys.stdout.write(row + "\n")
+                say(f"{count:6}  {how:6}  {found['seconds']:8.1f}  {found['requests']:8}  {found['peak_mb']:7.0f}\n")
                 sys.stdout.flush()
 
 

@@ -10,13 +10,15 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
 from flows import shown
-from flows.fanout import cancel_workers, train_on_pool, write_on_pool
+from flows.fanout import cancel_workers, pairs_on_pool, train_on_pool, write_on_pool
 from flows.parameters import DomainOrFile
 from flows.pipeline import pipeline, repaired
+from models.settings import LanguageModelSettings, SidecarSettings
 from storage.lease import lease
 from tasks.describe import describe
 from tasks.domain import Domain
 from tasks.group import group
+from tasks.pair import pair
 from tasks.report import publish
 from tasks.stage import StageResult, open_store
 from tasks.texts import collecting
@@ -56,8 +58,9 @@ class _Submit:
 
     def __call__(self, stage: Callable[..., StageResult], domain: Domain, *args: Any) -> Any:
         before = None
-        if domain.workers and stage in (describe, group):
-            before = self._first(write_on_pool, "write-on-pool", domain, *args)
+        if _is_written_elsewhere(stage, domain):
+            work = pairs_on_pool if stage is pair else write_on_pool
+            before = self._first(work, work.__name__.replace("_", "-"), domain, *args)
         elif domain.workers and domain.workers.train and stage is tune:
             before = self._first(train_on_pool, "train-on-pool", domain, *args)
         split = f"-{args[0]}" if isinstance(args[0], str) else ""
@@ -73,9 +76,17 @@ class _Submit:
         return self._elsewhere[work, *args]
 
 
+def _is_written_elsewhere(stage: Callable[..., StageResult], domain: Domain) -> bool:
+    """Whether the texts of a stage are for the pool `gpu`: not those that come from the CLIP or from rules."""
+    if stage not in (describe, group, pair) or not domain.workers:
+        return False
+    describer = domain.of_pairs().describer if stage is pair else domain.describer
+    return isinstance(describer, LanguageModelSettings | SidecarSettings)
+
+
 def _skin(stage: Callable[..., StageResult]) -> Callable[..., Any]:
     def skin(domain: Domain, *inputs: Any) -> Any:
-        if domain.workers:
+        if _is_written_elsewhere(stage, domain):
             with collecting():
                 result = stage(domain, *inputs)
         else:

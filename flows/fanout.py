@@ -29,7 +29,7 @@ from tasks.domain import Domain, WorkerSettings
 from tasks.group import group
 from tasks.stage import NotMade, StageResult, rules
 
-DESCRIBE, TUNE = "describe/describe", "tune/tune"
+DESCRIBE, PAIR, TUNE = "describe/describe", "pair/pair", "tune/tune"
 """Deployments, see prefect.yaml."""
 _LOOK_S = (1.0, 15.0)
 """Between two looks at the runs; at first and at last."""
@@ -79,18 +79,33 @@ def write_on_pool(domain: Domain, images: StageResult, features: StageResult) ->
     return {"texts": total, "runs": runs}
 
 
-def train_on_pool(domain: Domain, images: StageResult, features: StageResult, screened: StageResult) -> None:
-    """Have the models trained on the pool `train`, where the stage `tune` then finds them.
+def pairs_on_pool(domain: Domain, images: StageResult, features: StageResult, screened: StageResult) -> None:
+    """Have the texts about pairs written by the pool `gpu`, in one run; the stage `pair` then finds its artifact.
 
     Raises:
         WorkersFailed: that failed.
     """
-    refs = {"images": asdict(images.ref), "features": asdict(features.ref), "screened": asdict(screened.ref)}
+    _stage_on_pool(PAIR, domain, images=images, features=features, screened=screened)
+
+
+def train_on_pool(
+    domain: Domain, images: StageResult, features: StageResult, screened: StageResult, paired: StageResult | None = None
+) -> None:
+    """Have the models trained by the pool `train`; the stage `tune` then finds them.
+
+    Raises:
+        WorkersFailed: that failed.
+    """
+    more = {"paired": paired} if paired else {}
+    _stage_on_pool(TUNE, domain, images=images, features=features, screened=screened, **more)
+
+
+def _stage_on_pool(deployment: str, domain: Domain, **inputs: StageResult) -> None:
+    given = {"domain": _as_given(domain), **{name: asdict(each.ref) for name, each in inputs.items()}}
     with get_client(sync_client=True) as client:
-        pool = _Pool(client, domain, TUNE, domain.workers or WorkerSettings())
-        given = {"domain": _as_given(domain), **refs}
+        pool = _Pool(client, domain, deployment, domain.workers or WorkerSettings())
         if not pool.adopt(given):
-            pool.add(Attempt(f"tune-{domain.name}", given))
+            pool.add(Attempt(f"{deployment.split('/')[0]}-{domain.name}", given))
         pool.wait(lambda done: None)
 
 

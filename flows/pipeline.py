@@ -30,7 +30,7 @@ Run = Callable[..., Any]
 """How a stage is called: here and now, as a Prefect task, or not at all, to see the graph."""
 
 STAGES = ("shard", "embed", "describe", "group", "screen", "pair", "tune", "select", "evaluate", "report")
-TUNING = ("shard", "embed", "describe", "group", "screen", "pair", "tune")
+TUNING = STAGES[: STAGES.index("tune") + 1]
 """Those that the models come from."""
 
 

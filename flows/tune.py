@@ -12,6 +12,12 @@ from tasks.tune import tune as tune_stage
 
 
 @flow(name="tune", flow_run_name="tune-{domain.name}")
-def tune(domain: DomainOrFile, images: ArtifactRef, features: ArtifactRef, screened: ArtifactRef) -> StageResult:
+def tune(
+    domain: DomainOrFile,
+    images: ArtifactRef,
+    features: ArtifactRef,
+    screened: ArtifactRef,
+    paired: ArtifactRef | None = None,
+) -> StageResult:
     """The stage `tune` on these artifacts; the run that waits finds its models in the store."""
-    return tune_stage(domain, taken(images), taken(features), taken(screened))
+    return tune_stage(domain, taken(images), taken(features), taken(screened), taken(paired) if paired else None)

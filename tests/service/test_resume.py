@@ -40,8 +40,9 @@ def test_killed_in_each_stage_and_run_again(service: Service, tmp_path: Path, ti
         assert run.state and run.state.is_crashed() and switch.read_text() == "", (stage, service.logs(run))
         killed += 1
     assert killed >= len(STAGES) - 1
-    service.prefect("flow-run", "retry", str(run.id))
-    run = until(lambda: next(iter(service.runs("adapt", "Completed")[-1:]), None), "the retried run", every_s=1)
+    service.prefect("deployment", "run", "adapt/mortal", "--param", f"domain={file}")
+    run = service.ended("adapt", runs + killed)
+    assert run.state and run.state.is_completed(), service.logs(run)
     kill(worker)
     domain = Domain.load(file)
     assert "cached" in service.logs(run)
