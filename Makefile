@@ -41,8 +41,9 @@ lint: install
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/pytest -m "not network" -n auto --maxprocesses 4 --ignore tests/faults --ignore tests/engines
+	$(BIN)/pytest -m "not network" -n auto --maxprocesses 4 --ignore tests/faults --ignore tests/engines --ignore tests/service
 	$(MAKE) test-vllm
+	$(BIN)/pytest tests/service
 	@# By itself: it counts what it inflicts, and prints the table of docs/guarantees.md.
 	$(BIN)/pytest tests/faults
 
@@ -50,13 +51,14 @@ test-vllm: install .venv-vllm/.installed
 	.venv-vllm/bin/python -m pytest tests/engines/test_vllm.py tests/engines/test_gptscore.py
 	$(BIN)/pytest tests/engines/test_pool.py
 
-.venv-vllm/.installed: tests/engines/install_vllm.py
+.venv-vllm/.installed: tests/engines/install_vllm.py deploy/install_worker.py
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python tests/engines/install_vllm.py
+	.venv-vllm/bin/python deploy/install_worker.py
 	@touch $@
 
 test-fast: install
-	$(BIN)/pytest -m "not network and not slow" -n auto --maxprocesses 4 --ignore tests/faults --ignore tests/browser --ignore tests/engines
+	$(BIN)/pytest -m "not network and not slow" -n auto --maxprocesses 4 --ignore tests/faults --ignore tests/browser --ignore tests/engines --ignore tests/service
 
 clean:
 	rm -rf $(VENV) .venv-vllm runs data .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -149,8 +149,9 @@ class Domain(Settings):
     describer: DescriberSettings = TagsSettings()
     method: Annotated[
         list[Method], Field(min_length=1), BeforeValidator(one_or_many, json_schema_input_type=Method | list[Method])
-    ] = Field(default=["latteclip"])
-    """Ways to adapt, as the report lists them; it looks closely at the first, which is also what is exported."""
+    ] = Field(default=["latteclip_plus"])
+    """Ways to adapt, as the report lists them; it looks closely at the first. Default: latteclip_plus, or latteclip
+    where `latteclip.train` says that towers are trained."""
     latteclip: LatteClipSettings = LatteClipSettings()
     """Of latteclip and latteclip_plus; flyp and self_training take from it what is not about texts."""
     transduction: TransductionSettings = TransductionSettings()
@@ -216,6 +217,13 @@ class Domain(Settings):
     def _questions_about_pairs_can_be_read(self) -> Domain:
         _ = self.of_pairs().prompt_pack
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_method_trains_what_is_asked(cls, raw: Any) -> Any:
+        section = raw.get("latteclip") if isinstance(raw, dict) and "method" not in raw else None
+        train = section.get("train") if isinstance(section, dict) else getattr(section, "train", None)
+        return {**raw, "method": ["latteclip"]} if train in ("last_blocks", "all") else raw
 
     @model_validator(mode="after")
     def _methods_can_run(self) -> Domain:

@@ -69,7 +69,7 @@ def select(domain: Domain, images: StageResult, features: StageResult, tuned: St
 
     def body(writer: ArtifactWriter) -> Mapping[str, int]:
         found = _selected(domain, store.open(images.ref), store.open(features.ref), store.open(tuned.ref))
-        record = {"chosen": found.chosen, "models": [asdict(each) for each in found.models]}
+        record = {"of": tuned.ref.digest, "chosen": found.chosen, "models": [asdict(each) for each in found.models]}
         writer.put("selection", inputs, {"selection.json": json.dumps(record, indent=2).encode()})
         return {"models": len(found.models), "accepted": sum(each.accepted for each in found.models)}
 

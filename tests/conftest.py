@@ -85,6 +85,7 @@ templates: ["a {{}} shape."]
 evaluation: {{source: test, labels: labels.csv}}
 clip: {{model: {tiny_clip}, resize: pad}}
 describer: {{kind: sidecar, texts: texts.csv}}
+method: [latteclip]
 latteclip: {{epochs: 2, batch_size: 8}}
 seeds: [0, 1]
 shard: {{images: 10}}

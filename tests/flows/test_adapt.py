@@ -17,8 +17,8 @@ def ran(results: list[StageResult]) -> set[str]:
 
 
 ALL = {
-    "shard train", "shard test", "embed train", "embed test", "describe", "group", "screen", "tune", "evaluate",
-    "report",
+    "shard train", "shard test", "embed train", "embed test", "describe", "group", "screen", "tune", "select",
+    "evaluate", "report",
 }  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def test_one_new_image_runs_what_depends_on_it(domain: Domain, tmp_path: Path) -
 def test_other_seeds_or_classes_do_not_embed_again(domain: Domain) -> None:
     run_plainly(domain)
     more = run_plainly(domain.model_copy(update={"seeds": [0, 1, 2]}))
-    assert ran(more) == {"tune", "evaluate", "report"}
+    assert ran(more) == {"tune", "select", "evaluate", "report"}
     store = Path(domain.store) / "shapes"
     features = {path.name for path in (store / "embed" / "data").glob("*.features.parquet")}
     run_plainly(domain.model_copy(update={"classes": ["red", "green", "blue", "grey"]}))

@@ -23,8 +23,8 @@ from tasks.texts import Question, Texts
 
 HOSTILE = "[red]x[/red]\x1b[31m\u202e\n.png"
 LABELS = [
-    "shard train", "shard test", "embed train", "embed test", "describe", "group", "screen", "tune", "evaluate",
-    "report",
+    "shard train", "shard test", "embed train", "embed test", "describe", "group", "screen", "tune", "select",
+    "evaluate", "report",
 ]  # fmt: skip
 
 Latteflow = Callable[..., tuple[int, str, str]]
@@ -63,6 +63,7 @@ templates: ["a {{}} shape."]
 evaluation: {{source: test, labels: labels.csv}}
 clip: {{model: {tiny_clip}, resize: pad}}
 describer: {{kind: sidecar, texts: texts.csv}}
+method: [latteclip]
 latteclip: {{epochs: 2, batch_size: 8}}
 seeds: [0, 1]
 shard: {{images: 10}}
@@ -165,9 +166,9 @@ def test_plan_of_a_domain_that_was_never_run(latteflow: Latteflow, folder: Path)
 @pytest.mark.parametrize(
     ("old", "new", "running", "why"),
     [
-        ("epochs: 2", "epochs: 3", {"tune", "evaluate", "report"}, "latteclip.epochs: 2 -> 3"),
-        ("seeds: [0, 1]", "seeds: [0, 1, 7]", {"tune", "evaluate", "report"}, "seeds: added 7"),
-        ("seeds: [0, 1]", "seeds: [0, 1]\nmethod: [latteclip, flyp]", {"tune", "evaluate", "report"},
+        ("epochs: 2", "epochs: 3", {"tune", "select", "evaluate", "report"}, "latteclip.epochs: 2 -> 3"),
+        ("seeds: [0, 1]", "seeds: [0, 1, 7]", {"tune", "select", "evaluate", "report"}, "seeds: added 7"),
+        ("method: [latteclip]", "method: [latteclip, flyp]", {"tune", "select", "evaluate", "report"},
          'method: added "flyp"'),
         ("seeds: [0, 1]", "screen: {floor: 2}\nseeds: [0, 1]", {*LABELS[6:]}, "screen.floor: 3 -> 2"),
         ("labels.csv", "other.csv", {"evaluate", "report"}, "labels: "),
@@ -199,7 +200,7 @@ def test_only_runs_one_stage_and_what_it_needs_must_be_there(latteflow: Latteflo
     assert "25 images" in said and "evaluate" not in said and "report" not in said
     code, _, error = latteflow("run", "domain.yaml", "--only", "report")
     assert code == 1
-    assert '--only: evaluate would have to run first (tune: "tune ' in error and "run without --only" in error
+    assert '--only: select would have to run first (tune: "tune ' in error and "run without --only" in error
 
 
 def test_from_starts_in_the_middle_with_the_images_of_the_last_run(latteflow: Latteflow, folder: Path) -> None:
@@ -207,7 +208,12 @@ def test_from_starts_in_the_middle_with_the_images_of_the_last_run(latteflow: La
     shutil.rmtree(folder / "train")
     code, said, _ = latteflow("run", "domain.yaml", "--from", "tune")
     assert code == 0
-    assert {label for label, state in states(said).items() if state == "done"} == {"tune", "evaluate", "report"}
+    assert {label for label, state in states(said).items() if state == "done"} == {
+        "tune",
+        "select",
+        "evaluate",
+        "report",
+    }
     assert json.loads((folder / "runs/shapes/metrics.json").read_text())["n_test"] == 12
     edit(folder, "a {} shape", "a {} thing")
     code, _, error = latteflow("run", "domain.yaml", "--from", "tune")
@@ -358,7 +364,9 @@ def grow_old(folder: Path) -> None:
 
 @pytest.mark.parametrize("address", [["domain.yaml"], ["--store", "store"]])
 def test_gc_takes_what_no_current_run_needs(latteflow: Latteflow, folder: Path, address: list[str]) -> None:
-    old = {stage: next((folder / "store/shapes" / stage).glob("*/manifest.json")) for stage in ("tune", "report")}
+    old = {
+        stage: next((folder / "store/shapes" / stage).glob("*/manifest.json")) for stage in ("tune", "select", "report")
+    }
     latteflow("run", "domain.yaml", "--refresh", "describe")
     edit(folder, "epochs: 2", "epochs: 3")
     latteflow("run", "domain.yaml")
@@ -366,17 +374,19 @@ def test_gc_takes_what_no_current_run_needs(latteflow: Latteflow, folder: Path, 
     before = tree(folder)
     assert "nothing to delete" in latteflow("gc", *address)[1]
     grow_old(folder)
-    os.utime(old["report"], (1, 1))
+    for stage in ("select", "report"):
+        os.utime(old[stage], (1, 1))
     code, said, _ = latteflow("gc", *address)
     assert code == 0 and tree(folder) == before
     assert "would delete" in said and "`--delete` does it" in said
     assert re.search(r"^shapes +tune +unfinished +1 +4 B", said, re.M)
     code, said, _ = latteflow("gc", *address, "--delete")
     assert code == 0 and "deleted" in said and "1 small files of texts merged" in said
-    assert not any(path.exists() for path in old.values())
+    assert [stage for stage, path in old.items() if path.exists()] == []
     gone = before - tree(folder)
     assert {path.split("/")[2] for path in gone if not path.startswith("store/captions")} == {
         "tune",
+        "select",
         "evaluate",
         "report",
     }

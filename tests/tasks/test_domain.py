@@ -130,3 +130,10 @@ def test_a_prompt_pack_is_looked_for_beside_the_file(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path / "elsewhere")
     domain = load(tmp_path, GOOD + "describer: {kind: vllm, model: a, prompts: packs/own.yaml}\n")
     assert domain.prompt_pack is not None and domain.prompt_pack.image == ("What?",)
+
+
+def test_the_default_method_can_do_what_is_asked() -> None:
+    asked = {"name": "x", "source": "a", "classes": ["a", "b"]}
+    assert Domain.model_validate(asked).method == ["latteclip_plus"]
+    assert Domain.model_validate({**asked, "latteclip": {"train": "all"}}).method == ["latteclip"]
+    assert Domain.model_validate({**asked, "latteclip": {"train": "prototypes"}}).method == ["latteclip_plus"]

@@ -34,7 +34,8 @@ def change(domain: Domain, tmp_path: Path, more: str = "", old: str = "", new: s
     path = tmp_path / "domain.yaml"
     text = path.read_text()
     assert old in text
-    path.write_text(text.replace(old, new, 1) + more)
+    kept = text.replace("method: [latteclip]\n", "") if "method:" in more else text
+    path.write_text(kept.replace(old, new, 1) + more)
     return Domain.load(path)
 
 
