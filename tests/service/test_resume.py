@@ -31,7 +31,8 @@ def test_killed_in_each_stage_and_run_again(service: Service, tmp_path: Path, ti
         "prefect.yaml",
     )  # fmt: skip
     killed = 0
-    for stage in STAGES:
+    stages = [stage for stage in STAGES if stage != "pair"]  # of methods that compare
+    for stage in stages:
         if open_store(Domain.load(file)).all("shapes", stage):
             continue  # it ran beside the one that was killed last
         switch.write_text(stage)
@@ -39,7 +40,7 @@ def test_killed_in_each_stage_and_run_again(service: Service, tmp_path: Path, ti
         run = service.ended("adapt", runs + killed)
         assert run.state and run.state.is_crashed() and switch.read_text() == "", (stage, service.logs(run))
         killed += 1
-    assert killed >= len(STAGES) - 1
+    assert killed >= len(stages) - 1
     service.prefect("deployment", "run", "adapt/mortal", "--param", f"domain={file}")
     run = service.ended("adapt", runs + killed)
     assert run.state and run.state.is_completed(), service.logs(run)
