@@ -28,7 +28,7 @@ from models.selection import judge
 from models.settings import LatteClipSettings, Method, TransductionSettings
 from tasks.domain import Domain
 
-METHODS: tuple[Method, ...] = ("latteclip", "latteclip_plus", "transduction", "flyp", "self_training")
+METHODS: tuple[Method, ...] = ("latteclip", "latteclip_plus", "transduction")
 IMBALANCE = 50
 EVEN = 0.01
 """Differences in top-1 that count as none."""

@@ -6,8 +6,8 @@ images to a class that zero-shot never gave near them finds no neighbours to vou
 errors of zero-shot finds many. Consistency among neighbours alone would prefer any clean clustering, also one with the
 wrong names; agreement with zero-shot alone would prefer zero-shot.
 
-A model that gives up a class leaves nobody who could speak for it, so such disputes count half against the model. What
-the duel cannot see is a class that goes to another as a whole, while far away a few images keep it.
+What it cannot see: a class that is given up as a whole, to one that zero-shot also gave there now and then, has nobody
+left to speak for it. Agreement with zero-shot has to catch models that give up most classes.
 
 The rule is fixed, and its constants were chosen once for all domains; docs/methods.md has the table of what it lets
 pass and what it refuses, broken models among them.
@@ -15,8 +15,10 @@ pass and what it refuses, broken models among them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +28,26 @@ from models.losses import at_least_float32
 NEIGHBOURS = 10
 LEAST_AGREEMENT = 0.2
 """Of a model with one of the zero-shots, as Cohen's kappa: without it, a model has learnt other names."""
-WITNESSES = 3
-"""Images that both models must give a class, for it to count as kept."""
+ERRORS = 2.0
+"""Standard errors by which a duel must be won to count."""
 _ROWS = 2048
+
+
+class Duel(NamedTuple):
+    """How a duel of two models went.
+
+    Attributes:
+        score: -1 to 1, positive for the first.
+        error: its standard error over the disputed images.
+    """
+
+    score: float
+    error: float
+
+    @property
+    def is_won(self) -> bool:
+        """By more than chance would give."""
+        return self.score > ERRORS * self.error
 
 
 @dataclass(frozen=True)
@@ -44,11 +63,11 @@ class Verdict:
 
     accepted: bool
     reason: str
-    duels: Mapping[str, float]
+    duels: Mapping[str, Duel]
     agreement: float
 
 
-def duel(features: Tensor, one: Tensor, other: Tensor) -> float:
+def duel(features: Tensor, one: Tensor, other: Tensor) -> Duel:
     """Whom the neighbours of disputed images vouch for.
 
     Disputed images are those that two models give different classes; their neighbours are the NEIGHBOURS nearest ones
@@ -59,9 +78,8 @@ def duel(features: Tensor, one: Tensor, other: Tensor) -> float:
         one, other: classes, `(n,)` int64.
 
     Returns:
-        -1 to 1: how much larger a share of the neighbours has the class that `one` gave than that `other` gave, mean
-        over the disputed images; positive speaks for `one`. A dispute about a class that `one` gave up (fewer than
-        WITNESSES images keep it) counts -1/2. 0 where nothing is disputed, or fewer than NEIGHBOURS images are not.
+        How much larger a share of the neighbours has the class that `one` gave than that `other` gave, mean over the
+        disputed images; 0 where nothing is disputed, or fewer than NEIGHBOURS images are not.
 
     Raises:
         ValueError: the lengths differ.
@@ -70,15 +88,14 @@ def duel(features: Tensor, one: Tensor, other: Tensor) -> float:
         raise ValueError(f"need one class of each model for each image, got {len(features)}, {len(one)}, {len(other)}")
     agreed, disputed = (one == other).nonzero()[:, 0], (one != other).nonzero()[:, 0]
     if not len(disputed) or len(agreed) < NEIGHBOURS:
-        return 0.0
+        return Duel(0.0, 0.0)
     features = at_least_float32(features)
-    vouched, known, total = one[agreed], features[agreed].T, 0.0
-    kept = torch.bincount(vouched, minlength=int(other.max()) + 1) >= WITNESSES
+    vouched, known, votes = one[agreed], features[agreed].T, []
     for rows in disputed.split(_ROWS):
         near = vouched[(features[rows] @ known).topk(NEIGHBOURS, dim=1).indices]
-        votes = (near == one[rows, None]).double().mean(1) - (near == other[rows, None]).double().mean(1)
-        total += float(torch.where(kept[other[rows]], votes, -0.5).sum())
-    return total / len(disputed)
+        votes.append((near == one[rows, None]).double().mean(1) - (near == other[rows, None]).double().mean(1))
+    every = torch.cat(votes)
+    return Duel(float(every.mean()), float(every.std(correction=0)) / math.sqrt(len(every)))
 
 
 def kappa(one: Tensor, other: Tensor, n_classes: int) -> float:
@@ -100,11 +117,11 @@ def judge(features: Tensor, labels: Tensor, zero_shots: Mapping[str, Tensor], n_
     """
     duels = {name: duel(features, labels, given) for name, given in zero_shots.items()}
     agreement = max(kappa(labels, given, n_classes) for given in zero_shots.values())
-    worst = min(duels, key=lambda name: duels[name])
-    said = f"duel with {worst} {duels[worst]:+.3f}, agreement {agreement:.2f}"
+    worst = min(duels, key=lambda name: duels[name].score - ERRORS * duels[name].error)
+    said = f"duel with {worst} {duels[worst].score:+.3f} (±{duels[worst].error:.3f}), agreement {agreement:.2f}"
     if agreement < LEAST_AGREEMENT:
         reason = f"it has little to do with zero-shot ({said}; at least {LEAST_AGREEMENT} is asked for)"
-    elif duels[worst] <= 0:
+    elif not duels[worst].is_won:
         reason = f"neighbours do not vouch for it ({said})"
     else:
         return Verdict(True, f"neighbours vouch for it ({said})", duels, agreement)
@@ -120,7 +137,7 @@ def best(features: Tensor, labels: Mapping[str, Tensor]) -> str:
     """
 
     def record(name: str) -> tuple[int, float]:
-        scores = [duel(features, labels[name], given) for other, given in labels.items() if other != name]
+        scores = [duel(features, labels[name], given).score for other, given in labels.items() if other != name]
         return sum(score > 0 for score in scores), sum(scores)
 
     return max(labels, key=record)

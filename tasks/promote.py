@@ -191,7 +191,7 @@ def _met(
     """What comes of it when a challenger meets the champion."""
     import torch
 
-    from models.selection import duel
+    from models.selection import LEAST_AGREEMENT, duel, kappa
 
     images, features, tuned = (store.open(each.ref) for each in stages)
     rival, own = _opened(store, now.tuned), _opened(store, now.images)
@@ -202,9 +202,11 @@ def _met(
         torch.from_numpy(views.labels(*each))
         for each in ((tuned, said.method, said.seed), (rival, now.method, now.seed))
     )
-    score = duel(torch.from_numpy(views.features), challenger, champion)
-    if score < 0:
-        return replace(said, promote=False, champion=score, reason=f"duel with the champion {score:+.3f}")
+    score = duel(torch.from_numpy(views.features), challenger, champion).score
+    agreement = kappa(challenger, champion, len(domain.classes))
+    if score < 0 or agreement < LEAST_AGREEMENT:
+        why = f"duel with the champion {score:+.3f}, agreement {agreement:.2f}"
+        return replace(said, promote=False, champion=score, reason=why)
     return replace(said, champion=score, reason=f"{said.reason}, duel with the champion {score:+.3f}")
 
 

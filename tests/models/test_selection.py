@@ -29,11 +29,12 @@ def test_by_hand() -> None:
     both = (torch.arange(2 * NEIGHBOURS + 1) > NEIGHBOURS).long()  # the first eleven are 0, the others 1
     one, other = both.clone(), both.clone()
     one[0], other[0] = 0, 1  # its neighbours are all 0
-    assert duel(features, one, other) == 1 and duel(features, other, one) == -1
-    assert duel(features, torch.zeros_like(both), both) == -0.5  # nobody is left who says 1
+    assert duel(features, one, other) == (1, 0) and duel(features, other, one) == (-1, 0)
     one[0], other[0] = 2, 1  # nobody near it is either
-    assert duel(features, one, other) == 0
-    assert duel(features, both, both) == 0 and duel(features[:3], one[:3], other[:3]) == 0
+    assert duel(features, one, other).score == 0 and not duel(features, one, other).is_won
+    assert duel(features, both, both) == duel(features[:3], one[:3], other[:3]) == (0, 0)
+    one[1], other[1] = 1, 0  # the ten neighbours of both are now nine 0 and a 1: -0.1 and -0.8
+    assert duel(features, one, other) == pytest.approx((-0.45, 0.35 / 2**0.5))
     with pytest.raises(ValueError, match="21, 21, 20"):
         duel(features, one, other[:-1])
 
@@ -60,7 +61,7 @@ def test_the_truth_is_accepted_and_what_is_broken_refused() -> None:
         assert not judge(features, broken, zero_shots, K).accepted
     noisier = torch.where(torch.arange(len(truth)) % 4 == 0, (zero_shot + 1) % K, zero_shot)
     verdict = judge(features, noisier, zero_shots, K)
-    assert not verdict.accepted and "do not vouch" in verdict.reason and verdict.duels["zero_shot"] < 0
+    assert not verdict.accepted and "do not vouch" in verdict.reason and verdict.duels["zero_shot"].score < 0
 
 
 def test_what_it_cannot_see() -> None:
