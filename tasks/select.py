@@ -16,7 +16,7 @@ from tasks.features import Features, centred, read_features
 from tasks.stage import StageResult, open_store, run_stage
 from tasks.tune import read_tuned, tuned_features
 
-VERSION = 1
+VERSION = 2
 MOST_IMAGES = 20_000
 """Models are compared on at most so many images; which ones depends on their keys alone, which are digests."""
 
@@ -131,59 +131,4 @@ def _selected(domain: Domain, images: Artifact, embedded: Artifact, models: Arti
                 accepted[str(len(judged))] = labels
             score = min(each.score for each in verdict.duels.values())
             judged.append(Judged(method, seed, verdict.accepted, verdict.reason, score))
-    return Selection(tuple(Judged(**each) for each in record["models"]), record["chosen"])
-
-
-class Views:
-    """What models say of the same images.
-
-    Args:
-        images, embedded: the artifacts of the images.
-        only: image keys; others are left out as long as some of these are there.
-    """
-
-    def __init__(self, domain: Domain, images: Artifact, embedded: Artifact, only: set[str] | None = None) -> None:
-        self._domain, self._images = domain, images
-        self._found: Features = read_features(embedded)
-        keys = self._found.keys
-        rows = [row for _, row in sorted((key, row) for row, key in enumerate(keys) if only is None or key in only)]
-        self.rows = np.array((rows or list(range(len(keys))))[:MOST_IMAGES])
-        self.features = self._found.features[self.rows]
-
-    def zero_shots(self) -> dict[str, np.ndarray]:
-        """Classes by plain and domain-centred zero-shot, ``(n,)`` each."""
-        found = self._found
-        spaces = {"plain zero-shot": found.features, "centred zero-shot": centred(found.embeds, found.centre)}
-        return {name: self._labels(space, found.class_features) for name, space in spaces.items()}
-
-    def labels(self, models: Artifact, method: Method, seed: int | None) -> np.ndarray:
-        """Classes by a model of a `tune` artifact, ``(n,)``."""
-        tuned = read_tuned(models, method, seed)
-        return self._labels(tuned_features(self._domain, tuned, self._images, self._found), tuned.prototypes)
-
-    def _labels(self, features: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        return metrics.predict(features[self.rows], weights, 1.0).labels
-
-
-def _selected(domain: Domain, images: Artifact, embedded: Artifact, models: Artifact) -> Selection:
-    import torch
-
-    from models.selection import best, judge
-
-    views = Views(domain, images, embedded)
-    features = torch.from_numpy(views.features)
-    zero_shots = {name: torch.from_numpy(labels) for name, labels in views.zero_shots().items()}
-    judged: list[Judged] = []
-    accepted: dict[str, torch.Tensor] = {}
-    for method in domain.method:
-        for seed in domain.seeds_of(method):
-            labels = torch.from_numpy(views.labels(models, method, seed))
-            verdict = judge(features, labels, zero_shots, len(domain.classes))
-            if verdict.accepted:
-                accepted[str(len(judged))] = labels
-            judged.append(
-                Judged(
-                    method, seed, verdict.accepted, verdict.reason, min(each.score for each in verdict.duels.values())
-                )
-            )
     return Selection(tuple(judged), int(best(features, accepted)) if accepted else None)
