@@ -62,6 +62,8 @@ class Selection:
 def select(domain: Domain, images: StageResult, features: StageResult, tuned: StageResult) -> StageResult:
     """Judge every model on the images it was adapted to, by features that none has shaped.
 
+    Kept is the method that stands first in the domain file and has an accepted model; of its seeds, the best.
+
     Files: ``selection.json``.
     """
     store = open_store(domain)
@@ -122,8 +124,9 @@ def _selected(domain: Domain, images: Artifact, embedded: Artifact, models: Arti
     features = torch.from_numpy(views.features)
     zero_shots = {name: torch.from_numpy(labels) for name, labels in views.zero_shots().items()}
     judged: list[Judged] = []
-    accepted: dict[str, torch.Tensor] = {}
+    chosen: int | None = None
     for method in domain.method:
+        accepted: dict[str, torch.Tensor] = {}
         for seed in domain.seeds_of(method):
             labels = torch.from_numpy(views.labels(models, method, seed))
             verdict = judge(features, labels, zero_shots, len(domain.classes))
@@ -131,4 +134,6 @@ def _selected(domain: Domain, images: Artifact, embedded: Artifact, models: Arti
                 accepted[str(len(judged))] = labels
             score = min(each.score for each in verdict.duels.values())
             judged.append(Judged(method, seed, verdict.accepted, verdict.reason, score))
-    return Selection(tuple(judged), int(best(features, accepted)) if accepted else None)
+        if chosen is None and accepted:
+            chosen = int(best(features, accepted))
+    return Selection(tuple(judged), chosen)
