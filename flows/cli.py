@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from flows import console
 from flows.console import fail, failures
-from flows.pipeline import TUNING, graph, repaired, run_plainly
+from flows.pipeline import TUNING, as_they_are, graph, repaired, run_plainly
 from models.errors import ModelError
 from storage.artifacts import ArtifactStore
 from storage.captions import CaptionStore
@@ -75,7 +75,7 @@ def run(
 ) -> None:
     """Run every stage; finished work is taken from the store.
 
-    Stages: shard, embed, describe, group, screen, pair (for pc_clip), tune, evaluate, report.
+    Stages: shard, embed, describe, group, screen, pair (for pc_clip), tune, select, evaluate, report.
     """
     if start and only:
         raise ConfigError("--from and --only exclude each other; give one")
@@ -327,7 +327,6 @@ def promote(domain: DomainFile) -> None:
 
     The exit code is 1 if it is not.
     """
-    from flows.pipeline import as_they_are
     from tasks.promote import promote as promoted
 
     settings = Domain.load(domain)

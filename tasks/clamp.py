@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from models.clip import Clip
-from models.settings import NOT_OF_THE_MODEL
 from storage.artifacts import Artifact
 from storage.tables import safetensors
 from tasks.domain import Domain
@@ -29,14 +28,13 @@ _NOT_OF_THE_MODEL = {"lm", "revision", "cache_gb"}
 
 
 def made_from(domain: Domain, screened: StageResult) -> dict[str, Any]:
-    """What shapes a CLAMP model besides the features and the seed."""
+    """What shapes a CLAMP model besides the features, how it is trained, and the seed."""
     from models.clamp import lm
 
     return {
         "screen": screened.ref.digest,
         "language_model": lm.identity(domain.clamp),
         "clamp": domain.clamp.model_dump(mode="json", exclude=_NOT_OF_THE_MODEL),
-        "training": domain.training.model_dump(mode="json", exclude=NOT_OF_THE_MODEL),
     }
 
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
+from models import clip
 from storage.artifacts import Artifact
 from storage.tables import read_parquet, read_safetensors
+from tasks.domain import Domain
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ def centred(embeds: np.ndarray, centre: np.ndarray) -> np.ndarray:
     """Unit rows of ``embeds - centre``; a row equal to the centre stays zero."""
     moved = embeds - centre
     return moved / np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), 1e-12)
+
+
+def used_centre(domain: Domain, found: Features) -> np.ndarray:
+    """What the domain's models subtract from image embeddings, ``(dim,)``: the centre, or zeros."""
+    return found.centre if clip.is_centred(domain.clip) else np.zeros_like(found.centre)
 
 
 def read_features(embedded: Artifact) -> Features:

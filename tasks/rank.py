@@ -15,7 +15,7 @@ from storage.errors import DataError
 from storage.images import open_image
 from storage.shards import read_index, read_records
 from tasks.domain import Domain
-from tasks.features import centred, read_features
+from tasks.features import centred, read_features, used_centre
 from tasks.page import html, picture_url, thumbnail
 from tasks.stage import StageResult, open_store
 from tasks.tune import chosen_model, text_reader, tuned_features
@@ -97,8 +97,7 @@ def rank(
     images, found = store.open(shards.ref), read_features(store.open(embedded.ref))
     if method == ZERO_SHOT:
         reader, name = clip.load(domain.clip), ZERO_SHOT
-        middle = found.centre if clip.is_centred(domain.clip) else np.zeros_like(found.centre)
-        features = centred(found.embeds, middle)
+        features = centred(found.embeds, used_centre(domain, found))
     else:
         preferred = "pc_clip" if method is None and "pc_clip" in domain.method else method
         name, _, model = chosen_model(domain, tuned, seed, preferred)

@@ -24,7 +24,7 @@ from storage.tables import read_safetensors, safetensors
 from tasks import clamp
 from tasks.decode import pixel_batches
 from tasks.domain import Domain
-from tasks.features import Features, centred, read_features
+from tasks.features import Features, centred, read_features, used_centre
 from tasks.pair import read_class_pairs, read_pairs
 from tasks.pixels import PixelReader
 from tasks.screen import read_screened, read_text_features, usable
@@ -161,6 +161,8 @@ def _made_from(
         "clip": clip.identity(domain.clip),
         "centred": clip.is_centred(domain.clip),
     }
+    if method not in SEEDLESS:
+        own["training"] = domain.training.model_dump(mode="json", exclude=NOT_OF_THE_MODEL)
     if method == "clamp":
         return own | clamp.made_from(domain, screened)
     if method in READS_TEXTS:
@@ -168,8 +170,6 @@ def _made_from(
     if _reads_pairs(domain, method):
         assert paired is not None
         own |= {"pair": paired.ref.digest, "pc_clip": domain.pc_clip.model_dump(mode="json")}
-    if method not in SEEDLESS:
-        own["training"] = domain.training.model_dump(mode="json", exclude=NOT_OF_THE_MODEL)
     if method not in SEEDLESS | READS_PAIRS:
         exclude = None if method in READS_TEXTS else OF_TEXTS
         own["latteclip"] = domain.latteclip.model_dump(mode="json", exclude=exclude)
@@ -203,7 +203,7 @@ class Trainer:
         self._domain, self._settings = domain, domain.latteclip
         self._clip = clip.load(domain.clip) if tower is None else text_reader(domain, tuned_from(tower))
         self._found = read_features(embedded)
-        self._centre = self._found.centre if clip.is_centred(domain.clip) else np.zeros_like(self._found.centre)
+        self._centre = used_centre(domain, self._found)
 
     @functools.cached_property
     def _plain(self) -> TuneData:
@@ -462,8 +462,7 @@ def text_reader(domain: Domain, tuned: Tuned) -> clip.Clip:
 def export_zero_shot(domain: Domain, embedded: StageResult, folder: Path) -> None:
     """Write the untouched model, with the classes as its classifier, as a folder of its own."""
     found, model = read_features(open_store(domain).open(embedded.ref)), clip.load(domain.clip)
-    centre = found.centre if clip.is_centred(domain.clip) else np.zeros_like(found.centre)
-    _export(domain, Tuned(found.class_features, centre, None, None, None, {}, model.scale), folder)
+    _export(domain, Tuned(found.class_features, used_centre(domain, found), None, None, None, {}, model.scale), folder)
 
 
 def export_tuned(

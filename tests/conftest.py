@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny CLIP made on the spot, and a small folder of pictures."""
 
 import json
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -94,3 +95,17 @@ output: runs
 """
     )
     return Domain.load(tmp_path / "domain.yaml")
+
+
+def call(*arguments: object) -> int:
+    """The command line in this process; returns its exit code."""
+    from flows.cli import entry
+
+    before, sys.argv = sys.argv, ["latteflow", *map(str, arguments)]
+    try:
+        entry()
+    except SystemExit as done:
+        return int(done.code or 0)
+    finally:
+        sys.argv = before
+    return 0

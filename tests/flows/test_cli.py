@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import draw, draw_folder
-from flows.cli import entry
+from conftest import call, draw, draw_folder
 from flows.pipeline import STAGES
 from storage.captions import CaptionStore
 from storage.errors import StorageError
@@ -29,17 +28,6 @@ LABELS = [
 
 Latteflow = Callable[..., tuple[int, str, str]]
 """Arguments -> exit code, standard output, standard error."""
-
-
-def call(*arguments: object) -> int:
-    before, sys.argv = sys.argv, ["latteflow", *map(str, arguments)]
-    try:
-        entry()
-    except SystemExit as done:
-        return int(done.code or 0)
-    finally:
-        sys.argv = before
-    return 0
 
 
 @pytest.fixture(scope="module")

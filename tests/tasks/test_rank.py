@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from flows.cli import entry
+from conftest import call
 from flows.pipeline import run_plainly
 from storage.errors import DataError
 from tasks.domain import Domain
@@ -19,17 +18,6 @@ from tasks.stage import open_store
 from tasks.tune import read_tuned, text_reader, tuned_features
 
 pytestmark = pytest.mark.slow
-
-
-def call(*arguments: object) -> int:
-    before, sys.argv = sys.argv, ["latteflow", *map(str, arguments)]
-    try:
-        entry()
-    except SystemExit as done:
-        return int(done.code or 0)
-    finally:
-        sys.argv = before
-    return 0
 
 
 def test_an_attribute_becomes_a_sentence_about_a_difference() -> None:
