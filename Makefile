@@ -8,7 +8,7 @@ BENCH_DOMAINS ?= demo clipart emoji_coarse emoji_animals
 
 help:
 	@echo "make demo       adapt the embedded model to the demo domain; writes runs/demo/report.html"
-	@echo "make test       everything: style, types, import contracts, all tests"
+	@echo "make test       style, types, import contracts, all tests but those of test-service"
 	@echo "make test-fast  the tests that take seconds"
 	@echo "make test-vllm  the describers with the real vLLM engine, in an environment of its own"
 	@echo "make test-service  deployments: a real server with workers that are killed (a quarter of an hour)"
