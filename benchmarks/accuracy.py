@@ -3,36 +3,44 @@
     python -m benchmarks.accuracy domains/demo.yaml domains/clipart.yaml [--imbalance 10 50] [--few-classes]
         [--cases inductive] [--methods transduction latteclip_plus] [--seeds 0 1 2] [--store runs/store]
 
+Zero-shot is there plain and domain-centred, with the ensemble of 80 templates that CLIP was published with, and with
+descriptions of the classes by a language model (benchmarks/class_descriptions.py), both centred where the model is.
+*shipped* is latteclip_plus where the gate accepts it (models/selection.py), else the domain's own zero-shot.
+*hindsight* is the best of the simple baselines (SIMPLE), chosen for each domain by its test labels: no method.
+
 Images, features, texts and groups come from the pipeline's own stages and its store; nothing is made twice. Labels are
 opened when everything has been predicted; they also choose the images of the variants. No method sees which variant,
 domain or number of classes it is run on, and all have one configuration.
 
 Inductive: adapted on the domain's images, tested on its evaluation images. Transductive: adapted and tested on the
 evaluation images, whole, with a long tail (the largest class keeps its images, the smallest an N-th, geometrically),
-or with a quarter of the classes. Intervals resample the images, not the seeds; the
-variants' three draws share images, so that theirs are somewhat narrow.
+or with a quarter of the classes. The variants are three draws, each with a seed of its own. Intervals resample the
+images, not the seeds; the draws share images, so that theirs are somewhat narrow.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
+import open_clip
 import polars as pl
 import torch
 from torch import Tensor
 
+from benchmarks.class_descriptions import class_descriptions
 from models import clip
-from models.adaptation import TuneData
+from models.adaptation import Adapted, TuneData
 from models.losses import unit
 from models.methods import adapt
 from models.metrics import bootstrap_interval
+from models.selection import judge
 from models.settings import SEEDLESS, LatteClipSettings, Method, TransductionSettings
 from storage.shards import read_index
 from storage.tables import read_parquet
@@ -72,13 +80,19 @@ class Images:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
-    """What a method adapts to and is tested on; the same images where it is transductive."""
+    """What a method adapts to and is tested on; the same images where it is transductive.
+
+    Args:
+        class_texts: unit rows `(classes, dim)`.
+        other_texts: the same by another prompt.
+    """
 
     train: Images
     test: Images
     class_texts: Tensor
+    other_texts: Mapping[str, Tensor]
     scale: float
     centred: bool
 
@@ -110,32 +124,69 @@ class Case:
 
 Predict = Callable[[Case, int], Tensor]
 """A method: the case and a seed to logits of the test images `(m, classes)`."""
+Found = tuple[np.ndarray, float]
+"""Of a method and domain: correct or not for each test image, `(m,)`; seconds."""
 
 
 def zero_shot(centred: bool) -> Predict:
     return lambda case, seed: case.features(case.test, centred) @ case.class_texts.T
 
 
+def prompted(prompt: str) -> Predict:
+    return lambda case, seed: case.features(case.test, case.centred) @ case.other_texts[prompt].T
+
+
+@functools.lru_cache(maxsize=8)
+def tuned(method: Method, case: Case, seed: int, texts: bool = True) -> Adapted:
+    settings = LatteClipSettings(), TransductionSettings()
+    return adapt(method, case.data(texts=texts), *settings, seed=seed, scale=case.scale)
+
+
+def answers(found: Adapted, case: Case, images: Images) -> Tensor:
+    moved = images.embeds - case.centre if case.centred else images.embeds
+    return unit(moved if found.image_map is None else moved @ found.image_map) @ found.prototypes.T
+
+
 def adapted(method: Method, *, texts: bool = True) -> Predict:
     def predict(case: Case, seed: int) -> Tensor:
-        settings = LatteClipSettings(), TransductionSettings()
-        found = adapt(method, case.data(texts=texts), *settings, seed=seed, scale=case.scale)
+        found = tuned(method, case, seed, texts)
         if found.assignments is not None and case.test is case.train:
             return found.assignments
-        moved = case.test.embeds - case.centre if case.centred else case.test.embeds
-        return unit(moved if found.image_map is None else moved @ found.image_map) @ found.prototypes.T
+        return answers(found, case, case.test)
 
     return predict
+
+
+def shipped(case: Case, seed: int) -> Tensor:
+    """What the gate lets through of the default method."""
+    labels = answers(tuned("latteclip_plus", case, seed), case, case.train).argmax(1)
+    shots = {
+        name: (case.features(case.train, centred) @ case.class_texts.T).argmax(1)
+        for name, centred in (("plain", False), ("centred", True))
+    }
+    verdict = judge(unit(case.train.embeds), labels, shots, len(case.class_texts))
+    return METHODS["latteclip_plus"](case, seed) if verdict.accepted else zero_shot(case.centred)(case, seed)
 
 
 METHODS: Mapping[str, Predict] = {
     "zero_shot_plain": zero_shot(centred=False),
     "zero_shot_centred": zero_shot(centred=True),
-    **{method: adapted(method) for method in get_args(Method) if method != "clamp"},
+    "zero_shot_ensemble": prompted("ensemble"),
+    "zero_shot_descriptions": prompted("descriptions"),
+    "flyp": adapted("flyp"),
+    "wise_ft": adapted("wise_ft"),
+    "self_training": adapted("self_training"),
+    "transduction": adapted("transduction"),
     "latteclip_no_texts": adapted("latteclip", texts=False),
+    "latteclip": adapted("latteclip"),
     "latteclip_plus_no_texts": adapted("latteclip_plus", texts=False),
+    "latteclip_plus": adapted("latteclip_plus"),
+    "shipped": shipped,
 }
-SETS = ("zero_shot_plain", "zero_shot_centred")
+ZERO_SHOTS = ("zero_shot_plain", "zero_shot_centred", "zero_shot_ensemble", "zero_shot_descriptions")
+BEFORE = ZERO_SHOTS[:2]
+"""Gains are over the better of these."""
+SIMPLE = (*ZERO_SHOTS, "flyp", "wise_ft", "self_training", "transduction")
 
 
 def main() -> None:
@@ -152,8 +203,8 @@ def main() -> None:
     options.add_argument("--threads", type=int, default=1)
     chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
-    methods = list(dict.fromkeys([*SETS, *chosen.methods]))
-    rows: dict[str, dict[str, list[tuple[np.ndarray, float]]]] = {}
+    methods = [name for name in METHODS if name in (*BEFORE, *chosen.methods)]
+    rows: dict[str, dict[str, list[Found]]] = {}
     names = []
     for path in chosen.domains:
         domain = Domain.load(path)
@@ -162,42 +213,52 @@ def main() -> None:
         names.append(domain.name)
         for kind, cases in build(domain, chosen.imbalance, chosen.few_classes, chosen.cases):
             for method in methods:
-                found = run(METHODS[method], cases, [0] if method in (*SETS, *SEEDLESS) else chosen.seeds)
+                found = run(METHODS[method], cases, [0] if method in (*ZERO_SHOTS, *SEEDLESS) else chosen.seeds)
                 rows.setdefault(kind, {}).setdefault(method, []).append(found)
                 sys.stderr.write(f"{domain.name} {kind} {method} {100 * found[0].mean():.1f} {found[1]:.1f} s\n")
     for kind, table in rows.items():
         sys.stdout.write(f"\n### {kind}\n\n{markdown(names, table)}\n")
 
 
-def run(method: Predict, cases: Sequence[Case], seeds: Sequence[int]) -> tuple[np.ndarray, float]:
-    """Correct or not for each test image, its mean over seeds, `(m,)`, all cases on end; seconds for one adaptation."""
+def run(method: Predict, cases: Sequence[Case], seeds: Sequence[int]) -> Found:
+    """Correct or not for each test image, its mean over seeds, `(m,)`, all cases on end; seconds for one adaptation.
+
+    One case is run with all seeds; of several each has its own.
+    """
     begin = time.perf_counter()
-    said = [[method(case, seed).argmax(1).numpy() for seed in seeds] for case in cases]
-    seconds = (time.perf_counter() - begin) / len(seeds) / len(cases)
+    each = [seeds] if len(cases) == 1 else [[seeds[number % len(seeds)]] for number in range(len(cases))]
+    said = [[method(case, seed).argmax(1).numpy() for seed in own] for case, own in zip(cases, each, strict=True)]
+    seconds = (time.perf_counter() - begin) / sum(map(len, each))
     correct = [
         np.mean([labels == case.test.truth for labels in runs], axis=0) for runs, case in zip(said, cases, strict=True)
     ]
     return np.concatenate(correct), seconds
 
 
-def markdown(names: Sequence[str], table: Mapping[str, Sequence[tuple[np.ndarray, float]]]) -> str:
+def best(table: Mapping[str, Sequence[Found]], names: Sequence[str]) -> list[Found]:
+    """For each domain the best of some rows."""
+    rows = [table[name] for name in names if name in table]
+    return [max(of_domain, key=lambda found: found[0].mean()) for of_domain in zip(*rows, strict=True)]
+
+
+def markdown(names: Sequence[str], table: Mapping[str, Sequence[Found]]) -> str:
     """A row for each method: top-1 with its interval, and its gain with its own, for each domain; means; seconds."""
-    best = [max((table[name][d][0] for name in SETS), key=lambda correct: correct.mean()) for d in range(len(names))]
+    before = best(table, BEFORE)
     lines = [
         "| method | " + " | ".join(names) + " | mean | gain | s |",
         "| --- | " + "--- | " * len(names) + "--- | --- | --- |",
     ]
-    for method, found in table.items():
+    for method, found in [*table.items(), ("hindsight", best(table, SIMPLE))]:
         cells = []
-        for (correct, _), base in zip(found, best, strict=True):
+        for (correct, _), (base, _) in zip(found, before, strict=True):
             low, high = bootstrap_interval(correct)
             cell = f"{100 * correct.mean():.1f} ({100 * low:.1f} to {100 * high:.1f})"
-            if method not in SETS:
+            if method not in BEFORE:
                 low, high = bootstrap_interval(correct - base)
                 cell += f", {100 * (correct - base).mean():+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
             cells.append(cell)
         mean = 100 * np.mean([correct.mean() for correct, _ in found])
-        gain = 100 * np.mean([correct.mean() - base.mean() for (correct, _), base in zip(found, best, strict=True)])
+        gain = mean - 100 * np.mean([correct.mean() for correct, _ in before])
         seconds = np.mean([seconds for _, seconds in found])
         lines.append(f"| {method} | " + " | ".join(cells) + f" | {mean:.1f} | {gain:+.1f} | {seconds:.1f} |")
     return "\n".join(lines)
@@ -209,7 +270,7 @@ def markdown(names: Sequence[str], table: Mapping[str, Sequence[tuple[np.ndarray
 def build(domain: Domain, imbalance: Sequence[int], few: bool, cases: Sequence[str]) -> list[tuple[str, list[Case]]]:
     """The cases of a domain; the variants are three draws each."""
     train, test, class_texts = load(domain)
-    settings = class_texts, clip.load(domain.clip).scale, clip.is_centred(domain.clip)
+    settings = class_texts, other_texts(domain), clip.load(domain.clip).scale, clip.is_centred(domain.clip)
     labelled = np.flatnonzero(test.truth >= 0)
     known = test.only(labelled) if len(labelled) < len(test.truth) else test
     found = []
@@ -254,6 +315,23 @@ def load(domain: Domain) -> tuple[Images, Images, Tensor]:
     # Texts that lie beside the images are looked up by their source.
     test, _ = split(domain, "test", domain.model_copy(update={"source": domain.evaluation.source}))
     return train, test, torch.from_numpy(found.class_features)
+
+
+def other_texts(domain: Domain) -> dict[str, Tensor]:
+    """Class features of OpenAI's templates; and of a language model's descriptions, after the domain's own sentence."""
+    names = [domain.prompt_name(name) for name in domain.classes]
+    said = class_descriptions(names)
+    sentences = {
+        "ensemble": [[template(name) for template in open_clip.OPENAI_IMAGENET_TEMPLATES] for name in names],
+        "descriptions": [
+            [f"{own[0]} {line}" for line in lines] for own, lines in zip(domain.prompts(), said, strict=True)
+        ],
+    }
+    encode = clip.load(domain.clip).text_features
+    return {
+        prompt: torch.from_numpy(clip.class_features(encode([t for texts in each for t in texts]), len(each[0])))
+        for prompt, each in sentences.items()
+    }
 
 
 def split(domain: Domain, name: Split, texts_of: Domain | None = None) -> tuple[Images, Features]:

@@ -99,11 +99,47 @@ def duel(features: Tensor, one: Tensor, other: Tensor) -> Duel:
 
 
 def kappa(one: Tensor, other: Tensor, n_classes: int) -> float:
-    """Cohen's kappa of two models' classes, `(n,)` each: 1 for the same, 0 for what chance gives."""
-    shares = [torch.bincount(labels, minlength=n_classes).double() / len(labels) for labels in (one, other)]
+    """Cohen's kappa of two models' classes: 1 for the same, 0 for what chance gives.
+
+    Args:
+        one: `(n,)` int64.
+        other: `(n,)`, or `(n, k)` where each of `one` is compared with k.
+    """
+    shares = [
+        torch.bincount(labels.flatten(), minlength=n_classes).double() / labels.numel() for labels in (one, other)
+    ]
     chance = float(shares[0] @ shares[1])
-    agreement = float((one == other).double().mean())
+    agreement = float((one.unflatten(0, (-1, *[1] * (other.ndim - 1))) == other).double().mean())
     return (agreement - chance) / (1 - chance) if chance < 1 else 0.0
+
+
+def estimates(probabilities: Tensor, zero_shot: Tensor, near: Tensor) -> dict[str, float]:
+    """Guesses at how good a model is, without labels; larger is better. How well each ranks models: docs/methods.md.
+
+    Args:
+        probabilities: the model's, `(n, classes)`, rows sum to 1.
+        zero_shot: classes by zero-shot, `(n,)` int64.
+        near: rows of each image's nearest others by features that the model has not shaped, `(n, k)`.
+
+    Returns:
+        vouched: kappa of the model's classes and those that zero-shot gives the image's neighbours (ours).
+        agreement: kappa of the model's and zero-shot's classes (after arXiv 2106.13799).
+        neighbourhood: kappa of the model's classes and those it gives the neighbours (after arXiv 2108.10860).
+        information: of an image about its class by the model, in nats, 0 to log(classes) (Bridle et al., 1991).
+        confidence: mean of the largest probability (after arXiv 2107.03315).
+    """
+    labels, n_classes = probabilities.argmax(1), probabilities.shape[1]
+    entropies = (
+        torch.special.entr(probabilities.double()).sum(1),
+        torch.special.entr(probabilities.double().mean(0)).sum(),
+    )
+    return {
+        "vouched": kappa(labels, zero_shot[near], n_classes),
+        "agreement": kappa(labels, zero_shot, n_classes),
+        "neighbourhood": kappa(labels, labels[near], n_classes),
+        "information": float(entropies[1] - entropies[0].mean()),
+        "confidence": float(probabilities.max(1).values.double().mean()),
+    }
 
 
 def judge(features: Tensor, labels: Tensor, zero_shots: Mapping[str, Tensor], n_classes: int) -> Verdict:
@@ -126,18 +162,3 @@ def judge(features: Tensor, labels: Tensor, zero_shots: Mapping[str, Tensor], n_
     else:
         return Verdict(True, f"neighbours vouch for it ({said})", duels, agreement)
     return Verdict(False, reason, duels, agreement)
-
-
-def best(features: Tensor, labels: Mapping[str, Tensor]) -> str:
-    """The model that wins the most duels with the others; of equals the one with the larger sum, then the first.
-
-    Args:
-        features: unit image features that no model has shaped, `(n, dim)`.
-        labels: classes of each model, by name; at least one.
-    """
-
-    def record(name: str) -> tuple[int, float]:
-        scores = [duel(features, labels[name], given).score for other, given in labels.items() if other != name]
-        return sum(score > 0 for score in scores), sum(scores)
-
-    return max(labels, key=record)

@@ -199,7 +199,7 @@ def _met(
         return replace(said, reason=f"{said.reason}; the champion is gone")
     views = Views(domain, images, features, set(read_index(own)["key"]) if own else None)
     challenger, champion = (
-        torch.from_numpy(views.labels(*each))
+        torch.from_numpy(views.logits(*each).argmax(1))
         for each in ((tuned, said.method, said.seed), (rival, now.method, now.seed))
     )
     score = duel(torch.from_numpy(views.features), challenger, champion).score

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from models import metrics
+from models.clip import is_centred
 from models.settings import Method
 from storage.artifacts import Artifact, ArtifactWriter
 from tasks.domain import Domain
@@ -16,7 +16,8 @@ from tasks.features import Features, centred, read_features
 from tasks.stage import StageResult, open_store, run_stage
 from tasks.tune import read_tuned, tuned_features
 
-VERSION = 1
+VERSION = 2
+PLAIN, CENTRED = "plain zero-shot", "centred zero-shot"
 MOST_IMAGES = 20_000
 """Models are compared on at most so many images; which ones depends on their keys alone, which are digests."""
 
@@ -31,6 +32,8 @@ class Judged:
     reason: str
     score: float
     """The worse of the duels with plain and domain-centred zero-shot."""
+    estimates: Mapping[str, float]
+    """See :func:`models.selection.estimates`; zero-shot is the domain's own."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ class Selection:
 def select(domain: Domain, images: StageResult, features: StageResult, tuned: StageResult) -> StageResult:
     """Judge every model on the images it was adapted to, by features that none has shaped.
 
-    Kept is the method that stands first in the domain file and has an accepted model; of its seeds, the best.
+    Kept is the method that stands first in the domain file and has an accepted model; of its seeds, the one that the
+    neighbours of images vouch for most.
 
     Files: ``selection.json``.
     """
@@ -103,37 +107,38 @@ class Views:
     def zero_shots(self) -> dict[str, np.ndarray]:
         """Classes by plain and domain-centred zero-shot, ``(n,)`` each."""
         found = self._found
-        spaces = {"plain zero-shot": found.features, "centred zero-shot": centred(found.embeds, found.centre)}
-        return {name: self._labels(space, found.class_features) for name, space in spaces.items()}
+        spaces = {PLAIN: found.features, CENTRED: centred(found.embeds, found.centre)}
+        return {name: (space[self.rows] @ found.class_features.T).argmax(1) for name, space in spaces.items()}
 
-    def labels(self, models: Artifact, method: Method, seed: int | None) -> np.ndarray:
-        """Classes by a model of a `tune` artifact, ``(n,)``."""
+    def logits(self, models: Artifact, method: Method, seed: int | None) -> np.ndarray:
+        """By a model of a `tune` artifact, ``(n, classes)``."""
         tuned = read_tuned(models, method, seed)
-        return self._labels(tuned_features(self._domain, tuned, self._images, self._found), tuned.prototypes)
-
-    def _labels(self, features: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        return metrics.predict(features[self.rows], weights, 1.0).labels
+        features = tuned_features(self._domain, tuned, self._images, self._found)
+        return tuned.scale * features[self.rows] @ tuned.prototypes.T
 
 
 def _selected(domain: Domain, images: Artifact, embedded: Artifact, models: Artifact) -> Selection:
     import torch
 
-    from models.selection import best, judge
+    from models.selection import NEIGHBOURS, estimates, judge
+    from models.transduction import nearest
 
     views = Views(domain, images, embedded)
     features = torch.from_numpy(views.features)
     zero_shots = {name: torch.from_numpy(labels) for name, labels in views.zero_shots().items()}
+    own, near = zero_shots[CENTRED if is_centred(domain.clip) else PLAIN], nearest(features, NEIGHBOURS)[0]
     judged: list[Judged] = []
     chosen: int | None = None
     for method in domain.method:
-        accepted: dict[str, torch.Tensor] = {}
+        accepted = {}
         for seed in domain.seeds_of(method):
-            labels = torch.from_numpy(views.labels(models, method, seed))
-            verdict = judge(features, labels, zero_shots, len(domain.classes))
+            probabilities = torch.from_numpy(views.logits(models, method, seed)).softmax(1)
+            verdict = judge(features, probabilities.argmax(1), zero_shots, len(domain.classes))
+            guesses = estimates(probabilities, own, near)
             if verdict.accepted:
-                accepted[str(len(judged))] = labels
+                accepted[len(judged)] = guesses["vouched"]
             score = min(each.score for each in verdict.duels.values())
-            judged.append(Judged(method, seed, verdict.accepted, verdict.reason, score))
+            judged.append(Judged(method, seed, verdict.accepted, verdict.reason, score, guesses))
         if chosen is None and accepted:
-            chosen = int(best(features, accepted))
+            chosen = max(accepted, key=accepted.__getitem__)
     return Selection(tuple(judged), chosen)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from models.losses import unit
-from models.selection import NEIGHBOURS, best, duel, judge, kappa
+from models.selection import NEIGHBOURS, duel, estimates, judge, kappa
+from models.transduction import nearest
 
 K = 5
 
@@ -79,12 +82,35 @@ def test_every_zero_shot_must_be_beaten() -> None:
     assert not verdict.accepted and "duel with centred" in verdict.reason
 
 
-def test_the_best_wins_most_duels() -> None:
+def test_kappa_with_several() -> None:
+    a = torch.tensor([0, 1, 1, 0])
+    b = torch.tensor([[0, 0], [1, 0], [1, 1], [1, 0]])  # 6 of 8 agree, both are half 0 and half 1
+    assert kappa(a, b, 2) == pytest.approx((6 / 8 - 1 / 2) / (1 / 2))
+    assert kappa(a, b[:, :1], 2) == kappa(a, b[:, 0], 2)
+
+
+def test_estimates_by_hand() -> None:
+    probabilities = torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.1, 0.9], [0.5, 0.5]])  # classes 0 0 1 0
+    near = torch.tensor([[1], [0], [3], [2]])
+    found = estimates(probabilities, torch.tensor([0, 1, 0, 1]), near)
+    assert found["agreement"] == pytest.approx((1 / 4 - 1 / 2) / (1 / 2))
+    assert found["vouched"] == pytest.approx((3 / 4 - 1 / 2) / (1 / 2))  # zero-shot gives the neighbours 1 0 1 0
+    assert found["neighbourhood"] == pytest.approx((2 / 4 - 10 / 16) / (6 / 16))
+    assert found["confidence"] == pytest.approx(0.7)
+    each = [-sum(p * math.log(p) for p in row) for row in ((0.8, 0.2), (0.6, 0.4), (0.1, 0.9), (0.5, 0.5))]
+    assert found["information"] == pytest.approx(math.log(2) - sum(each) / 4)
+    sure = estimates(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]), torch.tensor([[0], [1]]))
+    assert sure == pytest.approx(dict.fromkeys(sure, 1.0) | {"information": math.log(2)})
+
+
+def test_what_estimates_think_of_the_truth() -> None:
     features, truth, zero_shot = world()
-    models = {
-        "zero_shot": zero_shot,
-        "half": torch.where(torch.arange(len(truth)) % 2 == 0, truth, zero_shot),
-        "most": torch.where(torch.arange(len(truth)) % 10 > 0, truth, zero_shot),
-    }
-    assert best(features, models) == "most" and best(features, {"only": truth}) == "only"
-    assert best(features, {"a": truth, "b": truth}) == "a"
+    near = nearest(features, NEIGHBOURS)[0]
+    mended, renamed = torch.where(torch.arange(len(truth)) % 2 == 0, truth, zero_shot), (truth + 1) % K
+    one_hot = torch.eye(K)
+    true, half, before, named = (
+        estimates(one_hot[labels], zero_shot, near) for labels in (truth, mended, zero_shot, renamed)
+    )
+    assert true["vouched"] > half["vouched"] > before["vouched"] > named["vouched"]
+    assert true["neighbourhood"] == named["neighbourhood"] > half["neighbourhood"] > before["neighbourhood"]
+    assert before["agreement"] == 1 and true["agreement"] > named["agreement"]
