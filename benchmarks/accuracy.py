@@ -14,7 +14,7 @@ domain or number of classes it is run on, and all have one configuration.
 
 Inductive: adapted on the domain's images, tested on its evaluation images. Transductive: adapted and tested on the
 evaluation images, whole, with a long tail (the largest class keeps its images, the smallest an N-th, geometrically),
-or with a quarter of the classes. The variants are three draws, each with a seed of its own. Intervals resample the
+or with a quarter of the classes. The variants are `--draws 3`, each with a seed of its own. Intervals resample the
 images, not the seeds; the draws share images, so that theirs are somewhat narrow.
 """
 
@@ -137,7 +137,7 @@ def prompted(prompt: str) -> Predict:
 
 
 @functools.lru_cache(maxsize=8)
-def tuned(method: Method, case: Case, seed: int, texts: bool = True) -> Adapted:
+def tuned(method: Method, case: Case, seed: int, texts: bool) -> Adapted:
     settings = LatteClipSettings(), TransductionSettings()
     return adapt(method, case.data(texts=texts), *settings, seed=seed, scale=case.scale)
 
@@ -159,7 +159,7 @@ def adapted(method: Method, *, texts: bool = True) -> Predict:
 
 def shipped(case: Case, seed: int) -> Tensor:
     """What the gate lets through of the default method."""
-    labels = answers(tuned("latteclip_plus", case, seed), case, case.train).argmax(1)
+    labels = answers(tuned("latteclip_plus", case, seed, True), case, case.train).argmax(1)
     shots = {
         name: (case.features(case.train, centred) @ case.class_texts.T).argmax(1)
         for name, centred in (("plain", False), ("centred", True))
@@ -196,6 +196,7 @@ def main() -> None:
     options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options.add_argument("--imbalance", nargs="*", type=int, default=[])
     options.add_argument("--few-classes", action="store_true")
+    options.add_argument("--draws", type=int, default=3, help="of each variant")
     options.add_argument(
         "--cases", nargs="*", choices=["inductive", "transductive"], default=["inductive", "transductive"]
     )
@@ -211,7 +212,7 @@ def main() -> None:
         if chosen.store:
             domain = domain.model_copy(update={"store": str(Path(chosen.store).resolve())})
         names.append(domain.name)
-        for kind, cases in build(domain, chosen.imbalance, chosen.few_classes, chosen.cases):
+        for kind, cases in build(domain, chosen.imbalance, chosen.few_classes, chosen.cases, chosen.draws):
             for method in methods:
                 found = run(METHODS[method], cases, [0] if method in (*ZERO_SHOTS, *SEEDLESS) else chosen.seeds)
                 rows.setdefault(kind, {}).setdefault(method, []).append(found)
@@ -267,8 +268,10 @@ def markdown(names: Sequence[str], table: Mapping[str, Sequence[Found]]) -> str:
 # --- cases ------------------------------------------------------------------------------------------------------------
 
 
-def build(domain: Domain, imbalance: Sequence[int], few: bool, cases: Sequence[str]) -> list[tuple[str, list[Case]]]:
-    """The cases of a domain; the variants are three draws each."""
+def build(
+    domain: Domain, imbalance: Sequence[int], few: bool, cases: Sequence[str], draws: int = 3
+) -> list[tuple[str, list[Case]]]:
+    """The cases of a domain; the variants are several draws each."""
     train, test, class_texts = load(domain)
     settings = class_texts, other_texts(domain), clip.load(domain.clip).scale, clip.is_centred(domain.clip)
     labelled = np.flatnonzero(test.truth >= 0)
@@ -285,7 +288,7 @@ def build(domain: Domain, imbalance: Sequence[int], few: bool, cases: Sequence[s
     if few:
         variants["transductive, few classes"] = lambda draw: few_classes(known.truth, len(class_texts), draw)
     for name, rows in variants.items():
-        parts = [known.only(rows(np.random.default_rng(seed))) for seed in range(3)]
+        parts = [known.only(rows(np.random.default_rng(seed))) for seed in range(draws)]
         found.append((name, [Case(part, part, *settings) for part in parts]))
     return found
 
