@@ -250,9 +250,9 @@ class LatteClipSettings(Settings):
     """Blocks of each tower that `last_blocks` trains."""
     alpha: float = Field(default=0.01, ge=0, le=1)
     """Share of the texts in a target, and so how far a prototype moves per step."""
-    texts_from: Literal["clip", "pc_clip"] = "clip"
-    """Who reads the texts: the untouched CLIP, or the text tower that pc_clip tuned with the same seed, for which
-    pc_clip has to be in `method` as well."""
+    texts_from: Literal["clip", "pc_clip", "clamp"] = "clip"
+    """Who reads the texts: the untouched CLIP, or the text tower that pc_clip or clamp trained with the same seed,
+    which then has to be in `method` as well."""
     labels: Literal["both", "zero_shot", "tuned"] = "both"
     """Pseudo-labels in use: those of the untouched CLIP, those of the nearest prototype, or both."""
     use_class_texts: bool = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -109,6 +109,14 @@ def clamp_data(domain: Domain, clip: Clip, found: Features, centre: np.ndarray, 
         class_texts=[[number[text] for text in prompts] for prompts in sentences],
         pseudo_labels=torch.from_numpy(found.zero_shot.copy()),
     )
+
+
+def text_reader(domain: Domain, adapter: bytes) -> Callable[[Sequence[str]], np.ndarray]:
+    """Unit features of texts by the tower that an adapter file holds."""
+    from models.clamp.adapter import unpack
+
+    tower = unpack(adapter, domain.clamp.lm)
+    return lambda texts: tower.text_features(texts).cpu().numpy()
 
 
 def read_tower(domain: Domain, artifact: Artifact, name: str) -> ClampTower:

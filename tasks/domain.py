@@ -230,13 +230,21 @@ class Domain(Settings):
         twice = [name for name, count in Counter(self.method).items() if count > 1]
         if twice:
             raise PydanticCustomError("method", f"`method`: {twice[0]} is named more than once")
-        if self.latteclip.texts_from == "pc_clip" and not READS_TEXTS & {*self.method}:
+        reader = self.latteclip.texts_from
+        if reader != "clip" and not READS_TEXTS & {*self.method}:
             raise PydanticCustomError(
-                "method", "`latteclip.texts_from: pc_clip`: no method reads texts; add latteclip to `method`"
+                "method", f"`latteclip.texts_from: {reader}`: no method reads texts; add latteclip to `method`"
             )
-        if self.latteclip.texts_from == "pc_clip" and "pc_clip" not in self.method:
+        if reader != "clip" and reader not in self.method:
             raise PydanticCustomError(
-                "method", "`latteclip.texts_from: pc_clip`: add pc_clip to `method`, so that there is such a text tower"
+                "method",
+                f"`latteclip.texts_from: {reader}`: add {reader} to `method`, so that there is such a text tower",
+            )
+        if reader == "clamp" and self.latteclip.trains_towers and self.latteclip.trains_texts:
+            raise PydanticCustomError(
+                "method",
+                "`latteclip.texts_from: clamp`: the language model's texts cannot be trained on; add "
+                "`latteclip: {text_tower: frozen}`",
             )
         if "clamp" in self.method and self.clamp.lm is None:
             raise PydanticCustomError(

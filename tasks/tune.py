@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from models.adaptation import TuneData
 
 VERSION = 1
+_TOWERS = {"pc_clip": ".safetensors", "clamp": ".adapter.safetensors"}
+"""Files of the text towers that others can read their texts with."""
 log = logging.getLogger("latteflow.tasks")
 
 
@@ -98,8 +100,12 @@ def tune(
             name = _name(method, seed)
             part = writer.find(name, own)
             if part is None:
-                reader = _name("pc_clip", seed) if _reads_as_pc_clip(domain, method) else None
-                tower = None if reader is None else writer.read(parts[reader], f"{reader}.safetensors")
+                reader = _reader(domain, method, seed)
+                tower = (
+                    None
+                    if reader is None
+                    else writer.read(parts[reader], reader + _TOWERS[domain.latteclip.texts_from])
+                )
                 identity = fingerprint("tune", VERSION, {"part": name, **own})
                 key = f"{domain.name}/tune/checkpoints/{identity}.safetensors"
                 with checkpoint(store.objects, key) as kept:
@@ -137,19 +143,26 @@ def _parts(
     methods: Sequence[Method],
 ) -> Iterator[tuple[Method, int | None, dict[str, Any]]]:
     """Method, seed and inputs of each model; first those that others read."""
-    for method in sorted(methods, key=lambda each: each != "pc_clip"):
+    for method in sorted(methods, key=lambda each: each not in _TOWERS):
         own = _made_from(domain, embedded, screened, paired, method)
         for seed in domain.seeds_of(method):
             yield method, seed, own if seed is None else {**own, "seed": seed}
 
 
-def _reads_as_pc_clip(domain: Domain, method: Method) -> bool:
-    """Whether the model's texts are read by the text tower that pc_clip tuned."""
-    return method in READS_TEXTS and domain.latteclip.texts_from == "pc_clip"
+def _read_by(domain: Domain, method: Method) -> Method | None:
+    """By whose text tower the method's texts are read; None: the untouched CLIP's."""
+    reader = domain.latteclip.texts_from
+    return None if reader == "clip" or method not in READS_TEXTS else reader
+
+
+def _reader(domain: Domain, method: Method, seed: int | None) -> str | None:
+    """Name of the part with this tower."""
+    reader = _read_by(domain, method)
+    return reader and _name(reader, seed)
 
 
 def _reads_pairs(domain: Domain, method: Method) -> bool:
-    return method in READS_PAIRS or _reads_as_pc_clip(domain, method)
+    return bool({method, _read_by(domain, method)} & READS_PAIRS)
 
 
 def _made_from(
@@ -163,8 +176,10 @@ def _made_from(
     }
     if method not in SEEDLESS:
         own["training"] = domain.training.model_dump(mode="json", exclude=NOT_OF_THE_MODEL)
+    if "clamp" in (method, _read_by(domain, method)):
+        own |= clamp.made_from(domain, screened)
     if method == "clamp":
-        return own | clamp.made_from(domain, screened)
+        return own
     if method in READS_TEXTS:
         own["screen"] = screened.ref.digest
     if _reads_pairs(domain, method):
@@ -192,16 +207,21 @@ class Trainer:
     """What all models share: the CLIP, the features, and the texts' features, which are read when they are needed.
 
     Args:
-        tower: an adapted model, as `run` gives it, whose text tower reads the texts; by default the untouched CLIP.
+        tower: file of the tower that reads the texts (`latteclip.texts_from`); by default the untouched CLIP.
     """
 
     def __init__(self, domain: Domain, stages: _Stages, tower: bytes | None = None) -> None:
         store = open_store(domain)
         self._images, embedded, self._screened, *paired = (store.open(each.ref) for each in stages)
         self._paired = paired[0] if paired else None
-        self._is_tuned = tower is not None
         self._domain, self._settings = domain, domain.latteclip
-        self._clip = clip.load(domain.clip) if tower is None else text_reader(domain, tuned_from(tower))
+        self._clip, self._is_tuned = clip.load(domain.clip), tower is not None
+        self._text_features: Callable[[Sequence[str]], np.ndarray] = self._clip.text_features
+        if tower is not None and self._settings.texts_from == "clamp":
+            self._text_features = clamp.text_reader(domain, tower)
+        elif tower is not None:
+            self._clip = text_reader(domain, tuned_from(tower))
+            self._text_features = self._clip.text_features
         self._found = read_features(embedded)
         self._centre = used_centre(domain, self._found)
 
@@ -226,7 +246,7 @@ class Trainer:
         towers = self._settings.trains_towers
         return replace(
             self._plain,
-            class_texts=self._read(class_texts, self._clip.text_features).unflatten(0, (len(self._domain.classes), -1)),
+            class_texts=self._read(class_texts, self._text_features).unflatten(0, (len(self._domain.classes), -1)),
             pixels=PixelReader(self._images, self._found.keys, self._clip.preprocess) if towers else None,
         )
 
@@ -241,7 +261,7 @@ class Trainer:
 
         def features(kind: str) -> Callable[[Sequence[str]], np.ndarray]:
             screened = functools.partial(read_text_features, self._screened, kind)
-            return self._clip.text_features if self._is_tuned else screened
+            return self._text_features if self._is_tuned else screened
 
         return replace(
             self._trained,

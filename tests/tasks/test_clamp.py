@@ -82,6 +82,19 @@ def test_a_change_trains_only_what_it_shapes(clamped: Domain, tmp_path: Path) ->
     assert trained(clamped.model_copy(update={"latteclip": latteclip})) == 2
 
 
+def test_latteclip_reads_its_texts_with_the_language_model(clamped: Domain) -> None:
+    own = read_tuned(open_store(clamped).open(run(clamped)["tune"].ref), "latteclip", 1)
+    settings = clamped.latteclip.model_copy(update={"texts_from": "clamp", "train": "prototypes", "alpha": 0.0})
+    domain = clamped.model_copy(update={"latteclip": settings})
+    artifact = open_store(domain).open(run(domain)["tune"].ref)
+    read = read_tuned(artifact, "latteclip", 1)
+    tower = read_tower(domain, artifact, "clamp.seed-1")
+    first = tower.text_features([text for texts in domain.prompts() for text in texts]).numpy()
+    np.testing.assert_allclose(read.prototypes, first, atol=1e-5)  # without texts in the targets, they stay there
+    assert abs(read.prototypes - own.prototypes).max() > 0.01
+    assert trained(domain) == 0 and trained(told(domain, steps=13)) == 4
+
+
 def test_an_adapter_knows_its_language_model(clamped: Domain, tmp_path: Path) -> None:
     tower = lora_tower(clamped)
     data = adapter.pack(tower)
@@ -111,6 +124,11 @@ def lora_tower(domain: Domain) -> Any:
         ("method: clamp", "clamp needs a language model: `clamp: {lm: NAME}`"),
         ("clamp: {lm: embedded, batch_size: 1}", "`clamp.batch_size` .*greater than or equal to 2"),
         ("clamp: {lora: 4}", "unknown key; did you mean `lora_"),
+        ("method: [latteclip]\nlatteclip: {texts_from: clamp}", "add clamp to `method`"),
+        (
+            "method: [clamp, latteclip]\nclamp: {lm: embedded}\nlatteclip: {texts_from: clamp, train: all}",
+            "add `latteclip: {text_tower: frozen}`",
+        ),
     ],
 )
 def test_what_cannot_run_is_told_before(tmp_path: Path, lines: str, message: str) -> None:
