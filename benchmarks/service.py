@@ -1,10 +1,11 @@
 """What Prefect costs: the same shards through the flow, with ranges given to a pool, and by the plain function.
 
-    python -m benchmarks.service 250 500 1000 2000
+    python -m benchmarks.service 250 500 1000 2000 20x1000
 
-Shards of one tiny image each, texts from a file, a model of random weights: stages that take next to nothing, so that
-what is seen is orchestration and storage. Ranges are written by runs in the same process; that a worker takes each from
-its pool is left out, as that only adds waiting. Every measurement is a process of its own.
+Shards of one tiny image each, or 20 shards of 1,000; texts from a file, a model of random weights: stages that take
+next to nothing, so that what is seen is orchestration and storage. Ranges are written by runs in the same process; that
+a worker takes each from its pool is left out, as that only adds waiting. Every measurement is a process of its own; CPU
+seconds are its own and those of the server that it starts, if PREFECT_API_URL names none.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from typing import Any
 from tasks.domain import Domain
 
 TEXTS_IN_A_RUN = 200
+STORES = {"plain": "plain", "adapt": "adapt", "flow": "flow", "again": "flow", "night": "flow"}
+"""Ways to run, and the store of each. adapt: everything in one process. flow: ranges given away."""
 
 
-def prepare(folder: Path, count: int) -> Path:
+def prepare(folder: Path, shards: int, images: int) -> Path:
     """Images, texts and a domain file."""
     from PIL import Image
 
@@ -35,14 +38,15 @@ def prepare(folder: Path, count: int) -> Path:
     make_tiny_clip(folder / "clip")
     (folder / "images").mkdir()
     rows = []
-    for number in range(count):
+    for number in range(shards * images):
         image = Image.new("RGB", (16, 16), (number % 256, number // 256, 90 * (number % 3)))
         image.save(folder / "images" / f"{number:06d}.png")
         rows.append(f"images/{number:06d}.png,picture number {number} of a shape\n")
     (folder / "texts.csv").write_text("path,text\n" + "".join(rows))
     (folder / "domain.yaml").write_text(
         "name: many\nsource: images\nclasses: [red, green, blue]\nclip: {model: ./clip, centre: true}\n"
-        "describer: {kind: sidecar, texts: texts.csv}\nmethod: transduction\nshard: {images: 1}\n"
+        "describer: {kind: sidecar, texts: texts.csv}\nmethod: transduction\n"
+        f"shard: {{images: {images}}}\n"
     )
     return folder / "domain.yaml"
 
@@ -57,14 +61,14 @@ def measure(how: str, domain: Domain) -> dict[str, float]:
         run_plainly(domain)
     else:
         _write_here()
-        if how == "flow":
-            from flows.adapt import adapt
-
-            adapt(domain)
-        else:
+        if how == "night":
             from flows.retune import retune
 
             retune(domain)
+        else:
+            from flows.adapt import adapt
+
+            adapt(domain)
     seconds = time.perf_counter() - begin
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"seconds": seconds, "requests": calls["http"], "peak_mb": peak}
@@ -101,34 +105,41 @@ def _write_here() -> None:
     fanout._LOOK_S = (0.2, 1.0)  # type: ignore[misc]
 
 
-def main(sizes: list[int]) -> None:
+def main(sizes: list[str]) -> None:
     say = sys.stdout.write
-    say("shards  how      seconds  requests  peak MB\n")
-    for count in sizes:
+    say("shards  images  how      seconds  CPU s  requests  peak MB\n")
+    for size in sizes:
+        shards, images = (int(each) for each in (size if "x" in size else f"{size}x1").split("x"))
         with tempfile.TemporaryDirectory() as folder:
-            file = prepare(Path(folder), count)
-            for how in ("plain", "flow", "again", "night"):
+            file = prepare(Path(folder), shards, images)
+            for how in STORES:
+                before = _cpu_of_children()
                 done = subprocess.run(
                     [sys.executable, "-m", "benchmarks.service", "--one", how, str(file)],
                     check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "PREFECT_LOGGING_LEVEL": "ERROR"},
                 )  # fmt: skip
                 found = json.loads(done.stdout.splitlines()[-1])
-                say(f"{count:6}  {how:6}  {found['seconds']:8.1f}  {found['requests']:8}  {found['peak_mb']:7.0f}\n")
+                say(f"{shards:6}  {shards * images:6}  {how:6}  {found['seconds']:8.1f}")
+                say(f"  {_cpu_of_children() - before:5.0f}  {found['requests']:8}  {found['peak_mb']:7.0f}\n")
                 sys.stdout.flush()
+
+
+def _cpu_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def one(how: str, file: Path) -> None:
     domain = Domain.load(file)
-    stores = {"plain": "plain", "flow": "flow", "again": "flow", "night": "flow"}
-    update: dict[str, Any] = {"store": str(file.parent / stores[how]), "output": str(file.parent / "runs")}
+    update: dict[str, Any] = {"store": str(file.parent / STORES[how]), "output": str(file.parent / "runs")}
     if how == "flow":
         update["workers"] = {"texts": TEXTS_IN_A_RUN}
     domain = Domain.model_validate({**domain.model_dump(exclude_unset=True), **update})
-    sys.stdout.write(json.dumps(measure("flow" if how == "again" else how, domain)) + "\n")
+    sys.stdout.write(json.dumps(measure(how, domain)) + "\n")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
         one(sys.argv[2], Path(sys.argv[3]))
     else:
-        main([int(each) for each in sys.argv[1:]] or [250, 500, 1000, 2000])
+        main(sys.argv[1:] or ["250", "500", "1000", "2000", "20x1000"])

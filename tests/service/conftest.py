@@ -10,6 +10,8 @@ from engines.tiny_vlm import ROOT
 from service.harness import Service
 from service.harness import service as running
 
+from chatserver import ChatServer
+
 
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
@@ -19,6 +21,13 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         found.prefect("automation", "create", "--from-file", "deploy/automations.yaml")
         found.worker("cpu")
         yield found
+
+
+@pytest.fixture
+def chat() -> Iterator[ChatServer]:
+    chat = ChatServer()
+    yield chat
+    chat.close()
 
 
 @pytest.fixture(scope="session")

@@ -84,8 +84,8 @@ class Service:
         return process
 
     def worker(self, pool: str, python: str = sys.executable, **environment: str) -> subprocess.Popen[bytes]:
-        words = ("worker", "start", "--pool", pool, "--limit", "1")
-        return self.start(f"worker-{pool}", python, *words, **environment)
+        one = ("--limit", 1) if pool == "gpu" else ()  # as in docs/operations.md
+        return self.start(f"worker-{pool}", python, "worker", "start", "--pool", pool, *one, **environment)
 
     def prefect(self, *words: str, fails: bool = False) -> str:
         """A `prefect` command; returns what it said."""

@@ -2,7 +2,6 @@
 
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from tasks.stage import open_store
 pytestmark = pytest.mark.slow
 
 
-def test_killed_in_each_stage_and_run_again(service: Service, tmp_path: Path, tiny_clip: Path) -> None:
+def test_killed_in_each_stage_and_tried_again(service: Service, tmp_path: Path, tiny_clip: Path) -> None:
     draw_folder(tmp_path / "train", 24)
     file, switch = write_domain(tmp_path, tiny_clip, "kind: tags", "killed"), tmp_path / "stage"
     path = f"{Path(__file__).parent / 'killer'}:{ROOT}"
@@ -41,22 +40,14 @@ def test_killed_in_each_stage_and_run_again(service: Service, tmp_path: Path, ti
         assert run.state and run.state.is_crashed() and switch.read_text() == "", (stage, service.logs(run))
         killed += 1
     assert killed >= len(stages) - 1
-    service.prefect("deployment", "run", "adapt/mortal", "--param", f"domain={file}")
-    run = service.ended("adapt", runs + killed)
-    assert run.state and run.state.is_completed(), service.logs(run)
+    service.prefect("flow-run", "retry", str(run.id))
+    until(lambda: service.client.read_flow_run(run.id).state.is_completed(), "the run that is tried again")
     kill(worker)
     domain = Domain.load(file)
     assert "cached" in service.logs(run)
     plain = Domain.load(write_domain(tmp_path, tiny_clip, "kind: tags", "plain"))
     run_plainly(plain)
     assert digests(domain) == digests(plain)
-
-
-@pytest.fixture
-def chat() -> Iterator[ChatServer]:
-    chat = ChatServer()
-    yield chat
-    chat.close()
 
 
 def test_cancelling_a_run_reaches_the_workers(

@@ -8,6 +8,7 @@ import pytest
 from engines.tiny_vlm import ON_CPU
 from service.harness import Service, kill, until
 
+from chatserver import Ask, ChatServer, Reply, answer
 from conftest import draw_folder
 from flows.pipeline import run_plainly
 from storage.captions import CaptionStore
@@ -57,9 +58,10 @@ def test_a_new_domain_on_two_pools_outlives_its_gpu_worker(
     until(lambda: len(list(captions.glob("*/*.parquet"))) >= 1, "the first texts", every_s=0.01)
     kill(worker)
     assert 0 < len(texts(domain)) < 2 * COUNT
-    service.worker("gpu", vllm_python, **ON_CPU)
+    worker = service.worker("gpu", vllm_python, **ON_CPU)
     run = service.ended("adapt")
     assert run.state and run.state.is_completed(), service.logs(run)
+    kill(worker)
     crashed = service.runs("describe", "Crashed")
     assert len(crashed) == 1 and "No beat for 90 s" in str(crashed[0].state and crashed[0].state.message)
     assert run.name == "adapt-shapes" and crashed[0].name.startswith("describe-shapes-0-")
@@ -77,7 +79,38 @@ def test_a_new_domain_on_two_pools_outlives_its_gpu_worker(
     assert "tune" in str(rows["shapes-stages"].data) and "/report/data/report." in str(rows["shapes-report"].data)
 
 
-def test_a_schedule_becomes_a_run(service: Service) -> None:
+def test_pairs_and_training_have_pools_of_their_own(
+    service: Service, tmp_path: Path, tiny_clip: Path, vllm_python: str, chat: ChatServer
+) -> None:
+    def say(ask: Ask) -> Reply:
+        told = [part.split('"')[0] for part in ask.prompt.split('description of "')[1:]]
+        if told:
+            return answer(f"The first image has {told[0]} in its middle, while the second image has {told[1]} there.")
+        return answer(f"a shape that is number {len(chat.asked)} of all")
+
+    chat.script = say
+    draw_folder(tmp_path / "train", 24)
+    file = write_domain(
+        tmp_path, tiny_clip, f"kind: openai, url: {chat.url!r}, model: tiny", "compared",
+        "method: [pc_clip]\npc_clip: {batch_size: 16, epochs: 2}\npairs: {budget: 40}\nworkers: {train: true}\n",
+    )  # fmt: skip
+    workers = [service.worker("gpu", vllm_python), service.worker("train")]
+    service.prefect("deployment", "run", "adapt/adapt", "--param", f"domain={file}")
+    run = service.ended("adapt")
+    assert run.state and run.state.is_completed(), service.logs(run)
+    for flow in ("pair", "tune"):
+        (given,) = service.runs(flow)
+        assert given.name == f"{flow}-shapes" and given.state and given.state.is_completed()
+    asked = len(chat.asked)
+    assert all(each.cached for each in run_plainly(Domain.load(file))) and len(chat.asked) == asked
+    for worker in workers:
+        kill(worker)
+
+
+def test_a_schedule_that_is_switched_on_becomes_a_run(service: Service) -> None:
+    (schedule,) = service.client.read_deployment_by_name("retune/retune").schedules
+    assert not schedule.active and not service.runs("retune")
+    service.prefect("deployment", "schedule", "resume", "retune/retune", str(schedule.id))
     found = until(lambda: service.runs("retune", "Scheduled"), "a scheduled run", 60)
     assert found[0].parameters == {"domain": "domains/demo.yaml"}
     assert found[0].expected_start_time.tzinfo is not None
