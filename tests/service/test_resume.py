@@ -44,7 +44,7 @@ def test_killed_in_each_stage_and_tried_again(service: Service, tmp_path: Path, 
     until(lambda: service.client.read_flow_run(run.id).state.is_completed(), "the run that is tried again")
     kill(worker)
     domain = Domain.load(file)
-    assert "cached" in service.logs(run)
+    assert "Cached" in service.logs(run)
     plain = Domain.load(write_domain(tmp_path, tiny_clip, "kind: tags", "plain"))
     run_plainly(plain)
     assert digests(domain) == digests(plain)

@@ -32,7 +32,7 @@ def write_domain(folder: Path, tiny_clip: Path, describer: str, store: str, more
 def digests(domain: Domain) -> dict[str, str]:
     """Content of the newest artifacts, but that of the report, which tells times."""
     store = open_store(domain)
-    stages = ("shard", "embed", "describe", "group", "screen", "tune", "evaluate")
+    stages = ("shard", "embed", "describe", "group", "screen", "tune", "select", "evaluate")
     return {f"{stage} {each.fingerprint}": each.ref.digest for stage in stages for each in store.all("shapes", stage)}
 
 
