@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import polars as pl
 import pytest
 from PIL import Image
 from prefect.testing.utilities import prefect_test_harness
@@ -15,9 +16,13 @@ from conftest import draw_folder
 from flows.pipeline import run_plainly
 from flows.retune import Night, retune
 from models import selection
+from storage.artifacts import Artifact
 from storage.lease import lease
+from storage.shards import read_index
 from tasks.domain import Domain
+from tasks.history import History
 from tasks.promote import champions, promote, read_champion, rollback
+from tasks.select import Views
 from tasks.stage import StageResult, open_store
 
 pytestmark = pytest.mark.slow
@@ -30,15 +35,15 @@ def server() -> Iterator[None]:
 
 
 @pytest.fixture
-def nightly(tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch) -> Domain:
-    """A domain whose models all pass for better than zero-shot: of random weights nobody can say."""
+def nightly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Domain:
+    """A domain whose models all pass for better than zero-shot, which is right about all of its images."""
     judged = selection.judge
     monkeypatch.setattr(selection, "judge", lambda *args: replace(judged(*args), accepted=True, reason="(in a test)"))
     draw_folder(tmp_path / "train", 48)
     (tmp_path / "domain.yaml").write_text(
-        f"name: night_shapes\nsource: train\nclasses: [red, green, blue]\n"
-        f"clip: {{model: {tiny_clip}, resize: pad, centre: true}}\nmethod: transduction\nshard: {{images: 10}}\n"
-        f"store: store\noutput: runs\n"
+        "name: night_shapes\nsource: train\nclasses: [red, green, blue]\n"
+        "clip: {model: embedded, resize: pad, centre: true}\nmethod: transduction\nshard: {images: 10}\n"
+        "store: store\noutput: runs\n"
     )
     return Domain.load(tmp_path / "domain.yaml")
 
@@ -52,6 +57,16 @@ def noise(folder: Path, count: int) -> None:
 def night(domain: Domain) -> tuple[str, Night]:
     state = retune(domain, return_state=True)
     return state.name, state.result()
+
+
+def share_right(domain: Domain, tuned: Artifact) -> float:
+    """Of the images that are no noise; their numbers say their classes."""
+    history = History(open_store(domain), domain.name)
+    images, features = (found.artifact for stage in ("shard", "embed") if (found := history.newest(stage, "train")))
+    clean = read_index(images).filter(~pl.col("path").str.contains("poison")).sort("key")
+    views = Views(domain, images, features, set(clean["key"]))
+    truth = [int(path[-7:-4]) % 3 for path in clean["path"]]
+    return float((views.labels(tuned, "transduction", None) == truth).mean())
 
 
 def test_three_nights(server: None, nightly: Domain, tmp_path: Path) -> None:
@@ -77,7 +92,11 @@ def test_three_nights(server: None, nightly: Domain, tmp_path: Path) -> None:
     noise(tmp_path / "train", 90)
     name, poisoned = night(nightly)
     assert name == "Kept" and poisoned.new == 90 and not poisoned.decision.promote
-    assert read_champion(nightly) == served
+    assert "with the champion" in poisoned.decision.reason and read_champion(nightly) == served
+    challenger = History(open_store(nightly), nightly.name).newest("tune")
+    assert challenger is not None and served is not None
+    assert share_right(nightly, challenger.artifact) < 0.5
+    assert share_right(nightly, open_store(nightly).open(served.tuned)) > 0.9
 
 
 def test_a_night_leaves_a_run_alone_and_does_not_pile_up(
