@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from engines.tiny_vlm import ON_CPU
+from engines.tiny_vlm import ON_CPU, ROOT
 from service.harness import Service, kill, until
 
 from chatserver import Ask, ChatServer, Reply, answer
@@ -107,10 +107,11 @@ def test_pairs_and_training_have_pools_of_their_own(
         kill(worker)
 
 
-def test_a_schedule_that_is_switched_on_becomes_a_run(service: Service) -> None:
-    (schedule,) = service.client.read_deployment_by_name("retune/retune").schedules
-    assert not schedule.active and not service.runs("retune")
-    service.prefect("deployment", "schedule", "resume", "retune/retune", str(schedule.id))
+def test_a_schedule_that_is_switched_on_becomes_a_run(service: Service, tmp_path: Path) -> None:
+    assert not service.runs("retune")
+    file = tmp_path / "prefect.yaml"
+    file.write_text((ROOT / "prefect.yaml").read_text().replace("active: false", "active: true"))
+    service.prefect("--no-prompt", "deploy", "--name", "retune", "--prefect-file", str(file))
     found = until(lambda: service.runs("retune", "Scheduled"), "a scheduled run", 60)
     assert found[0].parameters == {"domain": "domains/demo.yaml"}
     assert found[0].expected_start_time.tzinfo is not None
