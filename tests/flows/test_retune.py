@@ -66,7 +66,7 @@ def share_right(domain: Domain, tuned: Artifact) -> float:
     clean = read_index(images).filter(~pl.col("path").str.contains("poison")).sort("key")
     views = Views(domain, images, features, set(clean["key"]))
     truth = [int(path[-7:-4]) % 3 for path in clean["path"]]
-    return float((views.labels(tuned, "transduction", None) == truth).mean())
+    return float((views.logits(tuned, "transduction", None).argmax(1) == truth).mean())
 
 
 def test_three_nights(server: None, nightly: Domain, tmp_path: Path) -> None:
