@@ -1,7 +1,6 @@
 """What the user types every day, with a real server and real workers: deployments, pools, dead workers, schedules."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -129,8 +128,7 @@ def test_mistakes_are_told_before_a_run_begins(service: Service) -> None:
 
 def test_a_file_with_mistakes_fails_with_their_lines(service: Service, tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("name: bad\nsource: train\nclasses: [a, b]\nepochs: 3\n")
-    begin = time.monotonic()
     service.prefect("deployment", "run", "evaluate/evaluate", "--param", f"domain={tmp_path / 'bad.yaml'}")
     run = service.ended("evaluate")
-    assert run.state and run.state.is_failed() and time.monotonic() - begin < 60
+    assert run.state and run.state.is_failed()
     assert "line 4: `epochs` unknown key" in f"{run.state.message}\n{service.logs(run)}"
