@@ -1,7 +1,8 @@
 """Prediction with an exported model: the folder that `latteflow export` wrote, and nothing else.
 
-An image of none of the classes is told by its largest cosine with a prototype. Of the label-free scores that ask only the
-classifier (Ming et al. 2022 compare some: arXiv 2211.13445), it is the one that held on our domains: docs/serving.md.
+An image of none of the classes is told by its energy (Liu et al. 2020, arXiv 2010.03759, equation 4), with the model's own
+temperature: ``log sum_c exp(scale * cosine_c) / scale``, a soft maximum of its cosines with the prototypes. docs/serving.md
+has it beside other scores that need no label.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Answers(metrics.Predictions):
     """What a model says of n images.
 
     Attributes:
-        score: largest cosine with a prototype, ``(n,)``.
+        score: negative energy, ``(n,)``; between the largest cosine and that plus ``log(classes) / scale``.
         unknown: whether the score is lower than that of nearly all training images, ``(n,)`` bool.
     """
 
@@ -62,20 +63,24 @@ class Head:
         """The best classes of image embeddings ``(n, dim)``; at most ``keep``."""
         moved = embeds - self.centre
         features = moved / np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), 1e-12)
-        cosines = (features @ self.prototypes.T).astype(np.float64)
-        found = metrics.ranked(self.scale * cosines, keep)
-        score = cosines.max(axis=1)
-        return Answers(**vars(found), score=score, unknown=score < self.unknown_below)
+        logits = self.scale * (features @ self.prototypes.T).astype(np.float64)
+        score = _scores(logits, self.scale)
+        return Answers(**vars(metrics.ranked(logits, keep)), score=score, unknown=score < self.unknown_below)
 
 
-def unknown_below(features: np.ndarray, prototypes: np.ndarray) -> float:
+def unknown_below(features: np.ndarray, prototypes: np.ndarray, scale: float) -> float:
     """The score that a share of :data:`UNKNOWN_SHARE` of the training images does not reach.
 
     Args:
         features: of these images by the model itself, unit rows ``(n, dim)``.
         prototypes: unit rows ``(classes, dim)``.
     """
-    return float(np.quantile((features @ prototypes.T).max(axis=1), UNKNOWN_SHARE))
+    return float(np.quantile(_scores(scale * (features @ prototypes.T).astype(np.float64), scale), UNKNOWN_SHARE))
+
+
+def _scores(logits: np.ndarray, scale: float) -> np.ndarray:
+    most = logits.max(axis=1)
+    return (most + np.log(np.exp(logits - most[:, None]).sum(axis=1))) / scale
 
 
 class Predictor:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from models.embedded import EmbeddedClip
 from models.errors import ModelError
+from models.export import ONNX_FILE
 from models.predictor import Head
 
 if TYPE_CHECKING:
     from models.predictor import Predictor
 
-FILE = "model.onnx"
 OPSET = 18
 MOST_DIFFERENCE = 1e-3
 """Between a probability by PyTorch and by ONNX Runtime; more is an error."""
@@ -68,7 +68,7 @@ def to_onnx(predictor: Predictor, folder: Path) -> float:
         raise ModelError(f"ONNX needs the package {error.name}; run: pip install 'latteflow[onnx]'") from error
     model = Classifier(predictor.clip.model.cpu(), predictor.head).eval()
     pixels = noise(predictor, 3)
-    path = folder / FILE
+    path = folder / ONNX_FILE
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.model.visual.state_dict().values())
     with _quiet():
         try:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import ModelError
+from models.export import TRANSFORMERS
 from models.to_onnx import noise
 
 if TYPE_CHECKING:
     from models.predictor import Predictor
 
-FOLDER = "transformers"
 MOST_DIFFERENCE = 1e-3
 """Between cosines of open_clip's and transformers' features with each other and 1; more is an error."""
 _TEXTS = ["a photo of a cat", "Two dogs' toys, in the snow (1999)!", "naïve café 北京"]
@@ -68,7 +68,7 @@ def to_transformers(predictor: Predictor, folder: Path) -> float:
         raise ModelError(
             f"{type(own).__name__} does not map to transformers' CLIPModel; only a ViT with CLIP's own text tower does"
         )
-    folder = folder / FOLDER
+    folder = folder / TRANSFORMERS
     tokenizer = _tokenizer(predictor)
     model = CLIPModel(CLIPConfig(**_config(own))).eval()
     state = dict(_renamed(own.state_dict()))

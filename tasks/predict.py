@@ -105,7 +105,7 @@ def predict(
     """Classes of all images of a source, in the order of their paths.
 
     Columns: path, key (as ingest makes it), class and probability, class_2 and probability_2 and so on, margin (best
-    minus second probability), entropy (in nats), score (largest cosine with a prototype), unknown. Images that cannot be
+    minus second probability), entropy (in nats), score (:class:`models.predictor.Answers`), unknown. Images that cannot be
     used are listed in ``<out>.quarantine.jsonl``: path, reason, detail. Either file appears whole or not at all.
 
     Args:
@@ -190,7 +190,7 @@ def _answered(
 
 
 def _table(done: Sequence[tuple[list[str], list[str], Answers]], classes: Sequence[str], top: int) -> pl.DataFrame:
-    names = pl.Enum(classes)
+    names = pl.Series(classes, dtype=pl.Enum(classes))
 
     def joined(name: str, shape: tuple[int, ...] = (0,)) -> np.ndarray:
         return np.concatenate([np.zeros(shape), *(getattr(answers, name) for _, _, answers in done)])
@@ -203,7 +203,7 @@ def _table(done: Sequence[tuple[list[str], list[str], Answers]], classes: Sequen
     }
     for place in range(top):
         suffix = f"_{place + 1}" if place else ""
-        columns[f"class{suffix}"] = pl.Series(ranked[:, place].astype(np.uint32)).cast(names)
+        columns[f"class{suffix}"] = names.gather(ranked[:, place])
         columns[f"probability{suffix}"] = pl.Series(probabilities[:, place], dtype=pl.Float32)
     for name in ("margin", "entropy", "score"):
         columns[name] = pl.Series(joined(name), dtype=pl.Float32)
