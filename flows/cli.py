@@ -34,9 +34,7 @@ DomainFile = Annotated[Path, typer.Argument(metavar="DOMAIN", help="The domain's
 DomainFiles = Annotated[
     list[Path] | None, typer.Argument(metavar="DOMAIN", help="Domain files, YAML.", show_default=False)
 ]
-ModelFolder = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="A folder that `export` wrote.", show_default=False)
-]
+ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="A folder that `export` wrote.", show_default=False)]
 StoreUrl = Annotated[
     str | None, typer.Option("--store", metavar="URL", help="All domains of this store, instead of domain files.")
 ]
@@ -267,11 +265,12 @@ def export(
         bool, typer.Option("--transformers", help="For Hugging Face's CLIPModel as well, in `transformers/`.")
     ] = False,
 ) -> None:
-    """Write a model as a folder that open_clip loads: what `run` kept, which may be zero-shot; with a card, README.md."""
+    """Write a model as a folder that open_clip loads: what `run` kept, which may be zero-shot; and a card."""
     from tasks.export import Format, RunRecord, export_tuned, export_zero_shot, record_of
 
     settings = Domain.load(domain)
-    formats: list[Format] = [*(["onnx"] if onnx else []), *(["transformers"] if transformers else [])]
+    asked: dict[Format, bool] = {"onnx": onnx, "transformers": transformers}
+    formats = [name for name, wanted in asked.items() if wanted]
     if served:
         from flows.describe import taken
         from tasks.promote import champion as read
@@ -299,7 +298,8 @@ def export(
 def predict(
     model: ModelFolder,
     images: Annotated[
-        str, typer.Argument(help="A folder, a file, a pattern, tars or tables, here or in a bucket.", show_default=False)
+        str,
+        typer.Argument(help="A folder, a file, a pattern, tars or tables, here or in a bucket.", show_default=False),
     ],
     table: Annotated[
         str, typer.Option("--out", metavar="FILE", help="Ends in .parquet, .csv or .jsonl.")
@@ -320,6 +320,26 @@ def predict(
     if found.quarantine:
         out.print(f"quarantined  {found.quarantined}: {console.printable(found.quarantine)}")
     out.print(f"predictions  {console.printable(found.out)}")
+
+
+@app.command()
+def serve(
+    model: ModelFolder,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any that is free.")] = 8000,
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Address to listen at. Others than this machine's own reach it by 0.0.0.0: no password is asked."
+        ),
+    ] = "127.0.0.1",
+    max_megabytes: Annotated[int, typer.Option(min=1, max=1024, help="Of a request.")] = 32,
+) -> None:
+    """Answer images over HTTP by a model that `export` wrote: POST /predict, GET /health, and a page to try it."""
+    from flows.serve import Limits
+    from flows.serve import serve as served
+
+    limits = Limits(max_bytes=max_megabytes << 20)
+    served(model, host, port, limits, lambda address: out.print(f"serving  {model} at {address}"))
 
 
 @app.command()

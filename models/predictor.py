@@ -165,7 +165,9 @@ def _settings(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ModelError(f"model {folder}: it has no {SETTINGS_FILE}; `latteflow export` writes it") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"model {folder}: {SETTINGS_FILE} cannot be read ({error!r}); export the model again") from error
+        raise ModelError(
+            f"model {folder}: {SETTINGS_FILE} cannot be read ({error!r}); export the model again"
+        ) from error
     if schema != (SCHEMA, SCHEMA_VERSION):
         raise ModelError(f"model {folder}: it is a {schema}, not a {(SCHEMA, SCHEMA_VERSION)}; export the model again")
     for name, digest in digests.items():

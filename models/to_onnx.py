@@ -93,7 +93,9 @@ def to_onnx(predictor: Predictor, folder: Path) -> float:
             difference = max(difference, float((theirs.softmax(1) - model(pixels[:n])[1].softmax(1)).abs().max()))
     if not difference <= MOST_DIFFERENCE:
         path.unlink()
-        raise ModelError(f"ONNX Runtime differs from PyTorch by {difference:.2g} in a probability; the file was removed")
+        raise ModelError(
+            f"ONNX Runtime differs from PyTorch by {difference:.2g} in a probability; the file was removed"
+        )
     return difference
 
 

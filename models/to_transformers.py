@@ -155,7 +155,9 @@ def _tokenizer(predictor: Predictor) -> Any:
 
     own: Any = predictor.clip.tokenizer
     if not isinstance(own, SimpleTokenizer):
-        raise ModelError(f"{type(own).__name__} does not map to transformers' CLIPTokenizer, so the model is not written")
+        raise ModelError(
+            f"{type(own).__name__} does not map to transformers' CLIPTokenizer, so the model is not written"
+        )
     start, end = (own.decoder[number] for number in own.all_special_ids[:2])
     names = {start: "<|startoftext|>", end: "<|endoftext|>"}
     return CLIPTokenizer(

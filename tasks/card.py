@@ -229,7 +229,9 @@ def _without(method: str, domain: Domain, formats: Sequence[str]) -> str:
     if domain.clip.model == "embedded":
         lines.append(f"- the image tower is latteflow's own (`latteflow_embedded.json`); logits are {head}.")
     else:
-        lines.append(f"- `open_clip.create_model_and_transforms('local-dir:FOLDER')` loads the towers; logits are {head}.")
+        lines.append(
+            f"- `open_clip.create_model_and_transforms('local-dir:FOLDER')` loads the towers; logits are {head}."
+        )
     if "onnx" in formats:
         lines.append(
             "- `model.onnx` takes `pixels` (n, 3, height, width), normalised, and gives `features` and `logits` for any n."
@@ -241,5 +243,7 @@ def _without(method: str, domain: Domain, formats: Sequence[str]) -> str:
     if domain.clip.resize == "pad":
         lines.append("- Pictures must be padded to a white square before any of these.")
     if method == "clamp":
-        lines.append("- `clamp.safetensors` is the adapter of CLAMP's text tower; its language model is not in the folder.")
+        lines.append(
+            "- `clamp.safetensors` is the adapter of CLAMP's text tower; its language model is not in the folder."
+        )
     return "\n".join(lines)
