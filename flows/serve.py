@@ -1,7 +1,7 @@
 """serve: an exported model as a small web service, for one machine and its neighbours.
 
-What comes in is decoded by the rules of ingest, in processes of their own; pixels of images that arrive together go through
-the model together. Whatever a client sends or does not send, the answer is JSON and the service stays up.
+What comes in is looked at by the rules of ingest, in processes of their own; images that arrive together go through the
+model together. Whatever a client sends or does not send, the answer is JSON and the service stays up.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,12 +177,6 @@ def build(predictor: Predictor, decode: Decoder, name: str, limits: Limits) -> F
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _broken)
 
-    @app.middleware("http")
-    async def headers(request: Request, call_next: Callable[[Request], Any]) -> Any:
-        response = await call_next(request)
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        return response
-
     @contextlib.contextmanager
     def room() -> Iterator[None]:
         nonlocal under_way
@@ -197,14 +191,9 @@ def build(predictor: Predictor, decode: Decoder, name: str, limits: Limits) -> F
     async def answer(files: Sequence[File]) -> list[dict[str, Any]]:
         loop = asyncio.get_running_loop()
         decoded = await loop.run_in_executor(pool, decode, [file.data for file in files])
-        waiting = [None if isinstance(each, ImageRejected) else batcher(each) for each in decoded]
-        return [
-            {
-                "file": file.name,
-                **(_why(each) if isinstance(each, ImageRejected) else await asyncio.wrap_future(future)),
-            }
-            for file, each, future in zip(files, decoded, waiting, strict=True)
-        ]
+        waiting = [_why(each) if isinstance(each, ImageRejected) else batcher(each) for each in decoded]
+        said = [await asyncio.wrap_future(each) if isinstance(each, Future) else each for each in waiting]
+        return [{"file": file.name, **each} for file, each in zip(files, said, strict=True)]
 
     @app.post("/predict")
     async def predict(request: Request) -> JSONResponse:
@@ -264,7 +253,7 @@ async def _files(request: Request, limits: Limits) -> list[File]:
     if not is_form:
         return [File("", data)]
 
-    async def stream() -> AsyncIterator[bytes]:
+    async def stream() -> AsyncGenerator[bytes, None]:
         yield data
 
     try:

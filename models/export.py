@@ -32,8 +32,8 @@ TEXT_PROJECTIONS = ("text_projection", "text.text_projection", "text.proj")
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 CLAMP_FILE, CARD_FILE, ONNX_FILE, TRANSFORMERS = "clamp.safetensors", "README.md", "model.onnx", "transformers"
 _OWN = (
-    SETTINGS_FILE, OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, CONFIG_FILE, STATE_FILE, TOKENIZER_FILE, HEAD_FILE, CLASSES_FILE,
-    CLAMP_FILE, CARD_FILE, ONNX_FILE, f"{ONNX_FILE}.data",
+    SETTINGS_FILE, OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, CONFIG_FILE, STATE_FILE, TOKENIZER_FILE, HEAD_FILE,
+    CLASSES_FILE, CLAMP_FILE, CARD_FILE, ONNX_FILE, f"{ONNX_FILE}.data",
 )  # fmt: skip
 
 

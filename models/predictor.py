@@ -1,8 +1,8 @@
 """Prediction with an exported model: the folder that `latteflow export` wrote, and nothing else.
 
-An image of none of the classes is told by its energy (Liu et al. 2020, arXiv 2010.03759, equation 4), with the model's own
-temperature: ``log sum_c exp(scale * cosine_c) / scale``, a soft maximum of its cosines with the prototypes. docs/serving.md
-has it beside other scores that need no label.
+An image of none of the classes is told by its energy (Liu et al. 2020, arXiv 2010.03759, equation 4), with the model's
+own temperature: ``log sum_c exp(scale * cosine_c) / scale``, a soft maximum of its cosines with the prototypes.
+docs/serving.md has it beside other scores that need no label.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ class Predictor:
     def pixels(self, image: Image) -> torch.Tensor:
         """A picture that was opened and not decoded yet, as the model reads it: ``(3, height, width)`` float32.
 
-        Large JPEGs are decoded at a half, a quarter or an eighth of their size, as long as twice what the model reads is
-        left: several times as fast.
+        Large JPEGs are decoded at a half, a quarter or an eighth of their size, as long as that leaves twice what the
+        model reads: several times as fast.
 
         Raises:
             OSError: PIL cannot read the pixels (truncated or damaged file).

@@ -55,7 +55,7 @@ def to_onnx(predictor: Predictor, folder: Path) -> float:
     Probabilities are the softmax of the logits; the largest logit divided by the scale is the score.
 
     Returns:
-        The largest difference between a probability by PyTorch and by ONNX Runtime, on noise, for one and several images.
+        The largest difference between probabilities by PyTorch and by ONNX Runtime, of noise, one image and several.
 
     Raises:
         ModelError: a package is missing, the tower cannot be traced, or the graph does not say the same.

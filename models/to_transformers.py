@@ -80,7 +80,7 @@ def to_transformers(predictor: Predictor, folder: Path) -> float:
     difference = _difference(predictor, model, tokenizer)
     if not difference <= MOST_DIFFERENCE:
         raise ModelError(
-            f"as transformers' CLIPModel this model has other features (cosine {1 - difference:.4f}), so it is not written"
+            f"as transformers' CLIPModel this model has other features (cosine {1 - difference:.4f}): it is not written"
         )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -52,7 +52,9 @@ def model_card(
     """
     base = domain.clip.model if domain.clip.pretrained is None else f"{domain.clip.model}, {domain.clip.pretrained}"
     adapted = _HOW[method] + ("" if seed is None else f"; seed {seed}")
-    fingerprints = {stage: artifact.fingerprint for stage, artifact in lineage.items()} | artifacts
+    fingerprints = {stage: artifact.fingerprint for stage, artifact in lineage.items()} | dict(artifacts)
+    counts = lineage["shard"].counts
+    gate = f"The gate, which reads no label: {verdict}." if verdict else "The gate was not asked about this model."
     return f"""\
 ---
 library_name: open_clip
@@ -68,14 +70,14 @@ tags: [clip, image-classification, latteflow]
 | base model | {_code(base)} |
 | adapted by | {adapted} |
 | texts by | {_code(_describer(domain)) if "screen" in lineage else "none were read"} |
-| images | {lineage["shard"].counts["images"]:,} without labels, {lineage["shard"].counts.get("quarantined", 0):,} in quarantine |
+| images | {counts["images"]:,} without labels, {counts["quarantined"]:,} in quarantine |
 {_texts(lineage)}| pictures | {_RESIZE[domain.clip.resize]} |
 | classes | {len(domain.classes)}, listed below |
 
 ## Accuracy
 {_accuracy(method, seed, metrics)}
 
-{f"The gate, which reads no label: {verdict}." if verdict else "The gate without labels was not asked about this model."}
+{gate}
 
 ## Use
 ```python
@@ -90,11 +92,11 @@ print(model.classes[answers.labels[0]], answers.probabilities[0, 0], answers.unk
 {_without(method, domain, formats)}
 
 ## Limits
-- It answers one of its classes for every image. `unknown` is set where the score is lower than that of 99 % of the training
-  images; that catches some images of other kinds, not all.
+- It answers one of its classes for every image. `unknown` is set where the score is lower than that of 99 % of the
+  training images; that catches some images of other kinds, not all, and some images of the domain.
 - No label took part. Probabilities are not calibrated.
-- The licence is that of the base model's weights, of the language model that wrote the texts, if there was one, and of the
-  images. Nobody has checked them for your use.
+- The licence is that of the base model's weights, of the language model that wrote the texts, if there was one, and of
+  the images. Nobody has checked them for your use.
 
 ## Checked at export
 | against | largest difference |
@@ -125,8 +127,8 @@ configs:
 {configs}---
 # {_code(domain.name)}: texts about unlabelled images
 
-Written for adapting a CLIP, by {", ".join(map(_code, models))}. Nobody has read them all: they are what a model said, and
-may be wrong, repeat a bias, or name what is not there. No label is among them, and no picture.
+Written for adapting a CLIP, by {", ".join(map(_code, models))}. Nobody has read them all: they are what a model
+said, and may be wrong, repeat a bias, or name what is not there. No label is among them, and no picture.
 
 | table | rows | one row is |
 | --- | --- | --- |
@@ -234,7 +236,7 @@ def _without(method: str, domain: Domain, formats: Sequence[str]) -> str:
         )
     if "onnx" in formats:
         lines.append(
-            "- `model.onnx` takes `pixels` (n, 3, height, width), normalised, and gives `features` and `logits` for any n."
+            "- `model.onnx` takes `pixels` (n, 3, height, width), normalised, for any n; it gives `features` and `logits`."
         )
     if "transformers" in formats:
         lines.append(

@@ -1,4 +1,4 @@
-"""export: an adapted model as a folder to ship, checked on the images that it was adapted to, with a card that says so."""
+"""export: an adapted model as a folder to ship, checked on images that it was adapted to, with a card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""predict: an exported model and any images -> a table with a row for each image, and a list of those that have none."""
+"""predict: an exported model and any images -> a table with a row for each, and a list of those that have none."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _PIECE = 32
 
 @dataclass(frozen=True)
 class Predicted:
-    """What became of the images; ``quarantine`` is where the list of those without a prediction lies, if there are any."""
+    """What became of the images; ``quarantine`` is where those without a prediction are listed, if there are any."""
 
     images: int
     unknown: int
@@ -105,8 +105,8 @@ def predict(
     """Classes of all images of a source, in the order of their paths.
 
     Columns: path, key (as ingest makes it), class and probability, class_2 and probability_2 and so on, margin (best
-    minus second probability), entropy (in nats), score (:class:`models.predictor.Answers`), unknown. Images that cannot be
-    used are listed in ``<out>.quarantine.jsonl``: path, reason, detail. Either file appears whole or not at all.
+    minus second probability), entropy (in nats), score (:class:`models.predictor.Answers`), unknown. Images that cannot
+    be used are listed in ``<out>.quarantine.jsonl``: path, reason, detail. Either file appears whole or not at all.
 
     Args:
         folder: of an exported model.
