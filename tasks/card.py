@@ -236,7 +236,7 @@ def _without(method: str, domain: Domain, formats: Sequence[str]) -> str:
         )
     if "onnx" in formats:
         lines.append(
-            "- `model.onnx` takes `pixels` (n, 3, height, width), normalised, for any n; it gives `features` and `logits`."
+            "- `model.onnx` takes normalised `pixels` (n, 3, height, width), any n, and gives `features` and `logits`."
         )
     if "transformers" in formats:
         lines.append(
