@@ -343,6 +343,23 @@ def serve(
 
 
 @app.command()
+def captions(
+    domain: DomainFile,
+    folder: Annotated[
+        Path | None, typer.Option("--out", metavar="FOLDER", help="Default: OUTPUT/<name>/captions.")
+    ] = None,
+) -> None:
+    """Write the texts of the last run as Parquet that Hugging Face `datasets` reads, with a card. Nothing runs."""
+    from tasks.captions import write_captions
+
+    settings = Domain.load(domain)
+    folder = folder or Path(settings.output) / settings.name / "captions"
+    found = as_they_are(settings, "shard", "embed", "describe", "group", "screen", "pair")
+    written = write_captions(settings, {each.label: each for each in found}, folder)
+    out.print(f"texts    {', '.join(f'{number} of {name}' for name, number in written.items())}\nfolder   {folder}")
+
+
+@app.command()
 def rank(
     domain: DomainFile,
     attribute: Annotated[
