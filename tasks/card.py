@@ -116,7 +116,7 @@ Differences are of probabilities, unless they say otherwise.
 def caption_card(domain: Domain, tables: Mapping[str, pl.DataFrame], fingerprints: Mapping[str, str]) -> str:
     """The README.md of exported texts, by whose header Hugging Face ``datasets`` finds the tables."""
     configs = "".join(f"- config_name: {name}\n  data_files: {name}.parquet\n" for name in tables)
-    models = sorted({f"{model} {revision or ''}".strip() for t in tables.values()
+    models = sorted({f"{model} {(revision or '')[:12]}".strip() for t in tables.values()
                      for model, revision in t.select("model", "revision").unique().iter_rows()})  # fmt: skip
     return f"""\
 ---

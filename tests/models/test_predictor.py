@@ -21,26 +21,6 @@ from models.predictor import Head, Predictor, unknown_below
 from models.settings import ClipSettings
 
 
-@pytest.fixture(scope="session")
-def exported(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with a centre, two classes and a map."""
-    folder = tmp_path_factory.mktemp("exported") / "model"
-    generator = torch.Generator().manual_seed(0)
-    model = clip.read(ClipSettings(model=str(tiny_clip)))
-    export(
-        model,
-        folder,
-        classes=["red", "blue"],
-        prototypes=torch.nn.functional.normalize(torch.randn(2, model.dim, generator=generator)),
-        centre=0.1 * torch.randn(model.dim, generator=generator),
-        scale=20.0,
-        resize="pad",
-        unknown_below=0.05,
-        image_map=torch.eye(model.dim) + 0.1 * torch.randn(model.dim, model.dim, generator=generator),
-    )
-    return folder
-
-
 @pytest.fixture
 def folder(exported: Path, tmp_path: Path) -> Path:
     return shutil.copytree(exported, tmp_path / "model")
