@@ -68,11 +68,8 @@ def test_batches_do_not_change_answers_and_an_old_list_goes(exported: Path, tmp_
     for name, batch in (("a.parquet", 1), ("b.csv", 64), ("c.jsonl", 7)):
         found = predict(exported, str(tmp_path / "images"), str(tmp_path / name), batch=batch, top=1)
         assert found.quarantine is None
-    tables = [
-        pl.read_parquet(tmp_path / "a.parquet"),
-        pl.read_csv(tmp_path / "b.csv"),
-        pl.read_ndjson(tmp_path / "c.jsonl"),
-    ]
+    readers = {"a.parquet": pl.read_parquet, "b.csv": pl.read_csv, "c.jsonl": pl.read_ndjson}
+    tables = [read(tmp_path / name) for name, read in readers.items()]
     for table in tables:
         assert table.height == 70 and "class_2" not in table.columns
         assert table["class"].cast(pl.String).to_list() == tables[0]["class"].cast(pl.String).to_list()
