@@ -2,10 +2,10 @@
 
     python -m benchmarks.predict [--model ViT-S-32] [--small 512] [--large 64] [--rounds 2]
 
-One model with random weights, exported; small JPEGs (320 x 240) and large ones (4000 x 3000), made on the spot. The
-plain loop is that of open_clip's README: open, preprocess, stack, encode, softmax. Both have the same batch and the same
-number of threads for the model, take turns, and begin with loading it; ours also looks at each image in a process of its
-own, hashes its file and writes a table. Processor time is that of all processes, and the same on a busy machine.
+One model with random weights, exported; JPEGs of 320 x 240 and of 4000 x 3000, made on the spot. The
+plain loop is that of the README of open_clip: open, preprocess, stack, encode, softmax. Both have one batch, the same
+number of threads for the model, take turns, and begin with loading it; ours also looks at each image in a process of
+its own, hashes its file and writes a table. Processor time is that of all processes, the same on a busy machine.
 """
 
 from __future__ import annotations
