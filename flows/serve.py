@@ -175,6 +175,7 @@ def build(predictor: Predictor, decode: Decoder, name: str, limits: Limits) -> F
     app = FastAPI(title=f"latteflow: {name}", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _broken)
 
     @contextlib.contextmanager
@@ -328,9 +329,11 @@ async def _http(request: Request, error: Any) -> JSONResponse:
     return JSONResponse(content, error.status_code, error.headers)
 
 
+async def _gone(request: Request, error: Exception) -> JSONResponse:
+    return JSONResponse({}, 499)  # nobody reads it
+
+
 async def _broken(request: Request, error: Exception) -> JSONResponse:
-    if isinstance(error, ClientDisconnect):
-        return JSONResponse({}, 499)  # nobody reads it
     content = {"error": f"{type(error).__name__} in the service", "what_to_do": "try again; its log says more"}
     return JSONResponse(content, 500)
 

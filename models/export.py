@@ -130,8 +130,14 @@ def _save_open_clip(clip: Clip, model: nn.Module, folder: Path) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Without what an earlier export wrote: half of one model and half of another would load. Other files stay."""
+    """Without what an earlier export wrote: half of one model and half of another would load. Other files stay.
+
+    Raises:
+        ModelError: there is a README.md that no export wrote.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / CARD_FILE).exists() and not (folder / HEAD_FILE).exists():
+        raise ModelError(f"folder {folder} has a {CARD_FILE} of its own, which the model's would replace; give another")
     if (folder / SETTINGS_FILE).is_file():
         shutil.rmtree(folder / TRANSFORMERS, ignore_errors=True)
     for name in _OWN:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from storage.artifacts import Artifact
@@ -50,7 +51,7 @@ def model_card(
         parity: how far other readers of the model differ, by their name.
         formats: beside the folder's own.
     """
-    base = domain.clip.model if domain.clip.pretrained is None else f"{domain.clip.model}, {domain.clip.pretrained}"
+    base = ", ".join(_public(name) for name in (domain.clip.model, domain.clip.pretrained) if name)
     adapted = _HOW[method] + ("" if seed is None else f"; seed {seed}")
     fingerprints = {stage: artifact.fingerprint for stage, artifact in lineage.items()} | dict(artifacts)
     counts = lineage["shard"].counts
@@ -69,7 +70,7 @@ tags: [clip, image-classification, latteflow]
 | --- | --- |
 | base model | {_code(base)} |
 | adapted by | {adapted} |
-| texts by | {_code(_describer(domain)) if "screen" in lineage else "none were read"} |
+| texts by | {_code(_describer(domain)) if lineage.keys() & {"screen", "pair"} else "none were read"} |
 | images | {counts["images"]:,} without labels, {counts["quarantined"]:,} in quarantine |
 {_texts(lineage)}| pictures | {_RESIZE[domain.clip.resize]} |
 | classes | {len(domain.classes)}, listed below |
@@ -116,7 +117,7 @@ Differences are of probabilities, unless they say otherwise.
 def caption_card(domain: Domain, tables: Mapping[str, pl.DataFrame], fingerprints: Mapping[str, str]) -> str:
     """The README.md of exported texts, by whose header Hugging Face ``datasets`` finds the tables."""
     configs = "".join(f"- config_name: {name}\n  data_files: {name}.parquet\n" for name in tables)
-    models = sorted({f"{model} {(revision or '')[:12]}".strip() for t in tables.values()
+    models = sorted({f"{_public(model)} {(revision or '')[:12]}".strip() for t in tables.values()
                      for model, revision in t.select("model", "revision").unique().iter_rows()})  # fmt: skip
     return f"""\
 ---
@@ -184,7 +185,12 @@ def _rows(rows: Any) -> str:
 
 def _describer(domain: Domain) -> str:
     model = getattr(domain.describer, "model", None)
-    return domain.describer.kind if model is None else f"{domain.describer.kind}, {model}"
+    return domain.describer.kind if model is None else f"{domain.describer.kind}, {_public(model)}"
+
+
+def _public(name: str) -> str:
+    """The name of a model; of a folder of this machine the last part."""
+    return Path(name).name if name.startswith("/") else name
 
 
 def _texts(lineage: Mapping[str, Artifact]) -> str:

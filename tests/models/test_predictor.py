@@ -147,6 +147,17 @@ def test_a_folder_is_replaced_whole(folder: Path, tiny_clip: Path) -> None:
     assert Predictor.load(folder).classes == ["a", "b", "c"]
 
 
+def test_somebody_elses_readme_is_left_alone(tiny_clip: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    model = clip.read(ClipSettings(model=str(tiny_clip)))
+    with pytest.raises(ModelError, match=r"README\.md of its own"):
+        export(
+            model, tmp_path, classes=["a", "b"], prototypes=torch.eye(2, model.dim), centre=torch.zeros(model.dim),
+            scale=10.0, resize="crop", unknown_below=0.0,
+        )  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
 @pytest.mark.slow
 def test_onnx_says_the_same_of_any_number_of_images(folder: Path) -> None:
     pytest.importorskip("onnx")
