@@ -90,20 +90,22 @@ def export_tuned(
     chosen, number, model = chosen_model(domain, tuned, seed, method)
     store = open_store(domain)
     artifact = store.open(tuned.ref)
-    lineage = {"tune": artifact} | {
-        stage: _made(store, domain, stage, artifact.inputs[stage])
-        for stage in ("pair", "screen", "embed")
-        if stage in artifact.inputs
-    }
-    lineage["shard"] = _made(store, domain, "shard", lineage["embed"].inputs["shards"])
-    found = read_features(lineage["embed"])
+    texts = {stage: _found(store, domain, stage, artifact.inputs.get(stage)) for stage in ("pair", "screen")}
+    embedded = _made(store, domain, "embed", artifact.inputs["embed"])
+    lineage = {"tune": artifact, **{stage: each for stage, each in texts.items() if each}, "embed": embedded}
+    lineage["shard"] = _made(store, domain, "shard", embedded.inputs["shards"])
+    found = read_features(embedded)
     features = tuned_features(domain, model, lineage["shard"], found)
     _Export(domain, chosen, number, model, lineage, features, found.keys).write(folder, record or RunRecord(), formats)
 
 
+def _found(store: ArtifactStore, domain: Domain, stage: str, digest: str | None) -> Artifact | None:
+    """The artifact of a stage with this content, if it is there."""
+    return next((each for each in store.all(domain.name, stage) if each.ref.digest == digest), None)
+
+
 def _made(store: ArtifactStore, domain: Domain, stage: str, digest: str) -> Artifact:
-    """The artifact of a stage with this content."""
-    found = next((each for each in store.all(domain.name, stage) if each.ref.digest == digest), None)
+    found = _found(store, domain, stage, digest)
     if found is None:
         raise DataError(f"the {stage} artifact that the model was made from is gone; run the domain again")
     return found

@@ -19,12 +19,15 @@ from tasks.card import model_card
 from tasks.domain import Domain
 from tasks.export import RunRecord, export_tuned, export_zero_shot
 from tasks.predict import predict
+from tasks.promote import Champion
 from tasks.stage import open_store
 
 pytestmark = pytest.mark.slow
 
 
-def test_a_run_is_exported_with_threshold_card_and_formats(domain: Domain, tmp_path: Path) -> None:
+def test_a_run_is_exported_with_threshold_card_and_formats(
+    domain: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("onnxscript")
     folder = tmp_path / "model"
     file = tmp_path / "domain.yaml"
@@ -53,6 +56,14 @@ def test_a_run_is_exported_with_threshold_card_and_formats(domain: Domain, tmp_p
     evaluated = pl.read_parquet(open_store(domain).open(results["evaluate"].ref).read("predictions.parquet"))
     both = told.join(evaluated, on=["key", "path"])
     assert both.height == 12
+
+    # Random weights pass no gate, so that somebody says there is a champion.
+    images, tuned = results["shard train"].ref, results["tune"].ref
+    served = Champion(tuned, images, "latteclip", 1, 0.5, "", "", "it won", version=3)
+    monkeypatch.setattr("tasks.promote.champion", lambda domain: served)
+    assert call("export", file, folder, "--champion") == 0
+    assert "The gate, which reads no label: champion 3: it won." in (folder / "README.md").read_text()
+    assert not (folder / "model.onnx").exists()  # of the model before
     np.testing.assert_allclose(both["probability"], both["latteclip_probability"], atol=1e-5)
 
 
