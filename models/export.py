@@ -63,8 +63,11 @@ def export(
         image_map, text_map: ``(dim, dim)``, multiplied into the towers' projections.
 
     Raises:
-        ModelError: there is a map, and the tower ends without a projection it could be multiplied into.
+        ModelError: there is a map, and the tower ends without a projection it could be multiplied into; or the folder
+            is the one that the model came from, or holds another's files.
     """
+    if Path(clip.name.removeprefix("local-dir:")).resolve() == folder.resolve():
+        raise ModelError(f"folder {folder} is the one that the base model is read from; give another")
     model = copy.deepcopy(clip.model)
     if image_map is not None:
         fold(model, IMAGE_PROJECTIONS, image_map)
@@ -133,11 +136,14 @@ def _clear(folder: Path) -> None:
     """Without what an earlier export wrote: half of one model and half of another would load. Other files stay.
 
     Raises:
-        ModelError: there is a README.md that no export wrote.
+        ModelError: a file of one of our names is there, and no export wrote it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / CARD_FILE).exists() and not (folder / HEAD_FILE).exists():
-        raise ModelError(f"folder {folder} has a {CARD_FILE} of its own, which the model's would replace; give another")
+    present = [name for name in _OWN if (folder / name).exists()]
+    if present and HEAD_FILE not in present:
+        raise ModelError(
+            f"folder {folder} has a {present[0]} that no export wrote and this one would replace; give another"
+        )
     if (folder / SETTINGS_FILE).is_file():
         shutil.rmtree(folder / TRANSFORMERS, ignore_errors=True)
     for name in _OWN:

@@ -147,15 +147,19 @@ def test_a_folder_is_replaced_whole(folder: Path, tiny_clip: Path) -> None:
     assert Predictor.load(folder).classes == ["a", "b", "c"]
 
 
-def test_somebody_elses_readme_is_left_alone(tiny_clip: Path, tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("mine")
+@pytest.mark.parametrize("name", ["README.md", "open_clip_config.json", None])
+def test_what_no_export_wrote_is_left_alone(tiny_clip: Path, tmp_path: Path, name: str | None) -> None:
+    folder = tiny_clip if name is None else tmp_path
+    if name is not None:
+        (folder / name).write_text("mine")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
     model = clip.read(ClipSettings(model=str(tiny_clip)))
-    with pytest.raises(ModelError, match=r"README\.md of its own"):
+    with pytest.raises(ModelError, match=r"no export wrote|base model is read from"):
         export(
-            model, tmp_path, classes=["a", "b"], prototypes=torch.eye(2, model.dim), centre=torch.zeros(model.dim),
+            model, folder, classes=["a", "b"], prototypes=torch.eye(2, model.dim), centre=torch.zeros(model.dim),
             scale=10.0, resize="crop", unknown_below=0.0,
         )  # fmt: skip
-    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 @pytest.mark.slow
