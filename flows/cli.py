@@ -34,6 +34,7 @@ DomainFile = Annotated[Path, typer.Argument(metavar="DOMAIN", help="The domain's
 DomainFiles = Annotated[
     list[Path] | None, typer.Argument(metavar="DOMAIN", help="Domain files, YAML.", show_default=False)
 ]
+ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="A folder that `export` wrote.", show_default=False)]
 StoreUrl = Annotated[
     str | None, typer.Option("--store", metavar="URL", help="All domains of this store, instead of domain files.")
 ]
@@ -259,28 +260,103 @@ def export(
         typer.Option(help="Adapted by this one of the domain's; zero_shot: not adapted. Default: what `run` kept."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Which of its models; default: what `run` kept.")] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Image tower and classifier as `model.onnx` as well.")] = False,
+    transformers: Annotated[
+        bool, typer.Option("--transformers", help="For Hugging Face's CLIPModel as well, in `transformers/`.")
+    ] = False,
 ) -> None:
-    """Write a model as a folder that open_clip loads: what `run` kept, which may be zero-shot."""
-    from tasks.tune import export_tuned, export_zero_shot
+    """Write a model as a folder that open_clip loads: what `run` kept, which may be zero-shot; and a card."""
+    from tasks.export import Format, RunRecord, export_tuned, export_zero_shot, record_of
 
     settings = Domain.load(domain)
+    asked: dict[Format, bool] = {"onnx": onnx, "transformers": transformers}
+    formats = [name for name, wanted in asked.items() if wanted]
     if served:
         from flows.describe import taken
         from tasks.promote import champion as read
 
         found = read(settings)
-        export_tuned(settings, taken(found.tuned), found.seed, folder, method=found.method)
+        record = RunRecord(f"champion {found.version}: {found.reason}")
+        export_tuned(settings, taken(found.tuned), found.seed, folder, record, formats, method=found.method)
     else:
         results = {result.label: result for result in repaired(run_plainly, settings)}
+        store = open_store(settings)
+        selected, evaluated = (store.open(results[label].ref) for label in ("select", "evaluate"))
+        selection = read_selection(selected)
+        record = record_of(selected, evaluated, selection.told)
         if method is seed is None:
-            selection = read_selection(open_store(settings).open(results["select"].ref))
             method, seed = (selection.best.method, selection.best.seed) if selection.best else ("zero_shot", None)
             out.print(f"kept     {selection.told}")
         if method == "zero_shot":
-            export_zero_shot(settings, results["embed train"], folder)
+            export_zero_shot(settings, results["embed train"], folder, record, formats)
         else:
-            export_tuned(settings, results["tune"], seed, folder, method=method)
+            export_tuned(settings, results["tune"], seed, folder, record, formats, method=method)
     out.print(f"model    {folder}")
+
+
+@app.command()
+def predict(
+    model: ModelFolder,
+    images: Annotated[
+        str,
+        typer.Argument(help="A folder, a file, a pattern, tars or tables, here or in a bucket.", show_default=False),
+    ],
+    table: Annotated[
+        str, typer.Option("--out", metavar="FILE", help="Ends in .parquet, .csv or .jsonl.")
+    ] = "predictions.parquet",
+    top: Annotated[int, typer.Option(min=1, help="Classes for each image.")] = 5,
+    batch: Annotated[int, typer.Option(min=1, max=4096, help="Images in one forward pass.")] = 64,
+) -> None:
+    """Say which class each image has, by a model that `export` wrote. Needs no domain file and no store."""
+    from tasks.predict import predict as predicted
+
+    with Progress(console=failures, transient=True) as progress:
+        bar = progress.add_task("predict", total=None)
+        found = predicted(
+            model, images, table, top=top, batch=batch,
+            on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        )  # fmt: skip
+    out.print(f"images       {found.images}, of which {found.unknown} seem to be of none of the classes")
+    if found.quarantine:
+        out.print(f"quarantined  {found.quarantined}: {console.printable(found.quarantine)}")
+    out.print(f"predictions  {console.printable(found.out)}")
+
+
+@app.command()
+def serve(
+    model: ModelFolder,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any that is free.")] = 8000,
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Address to listen at. Others than this machine's own reach it by 0.0.0.0: no password is asked."
+        ),
+    ] = "127.0.0.1",
+    max_megabytes: Annotated[int, typer.Option(min=1, max=1024, help="Of a request.")] = 32,
+) -> None:
+    """Answer images over HTTP by a model that `export` wrote: POST /predict, GET /health, and a page to try it."""
+    from flows.serve import Limits
+    from flows.serve import serve as served
+
+    limits = Limits(max_bytes=max_megabytes << 20)
+    served(model, host, port, limits, lambda address: out.print(f"serving  {model} at {address}"))
+
+
+@app.command()
+def captions(
+    domain: DomainFile,
+    folder: Annotated[
+        Path | None, typer.Option("--out", metavar="FOLDER", help="Default: OUTPUT/<name>/captions.")
+    ] = None,
+) -> None:
+    """Write the texts of the last run as Parquet that Hugging Face `datasets` reads, with a card. Nothing runs."""
+    from tasks.captions import write_captions
+
+    settings = Domain.load(domain)
+    folder = folder or Path(settings.output) / settings.name / "captions"
+    found = as_they_are(settings, "shard", "embed", "describe", "group", "screen", "pair")
+    written = write_captions(settings, {each.label: each for each in found}, folder)
+    out.print(f"texts    {', '.join(f'{number} of {name}' for name, number in written.items())}\nfolder   {folder}")
 
 
 @app.command()

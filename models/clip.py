@@ -137,7 +137,12 @@ def identity(settings: ClipSettings) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def load(settings: ClipSettings) -> Clip:
-    """Load the model for inference, on the GPU if there is one. The last is kept: callers never change it, they copy.
+    """As :func:`read`. The last is kept: callers never change it, they copy."""
+    return read(settings)
+
+
+def read(settings: ClipSettings) -> Clip:
+    """Load the model for inference, on the GPU if there is one.
 
     Raises:
         ModelError: unknown name or weights, unreadable folder, missing package; with the nearest known names.

@@ -97,7 +97,7 @@ def tune(
         trainers: dict[str | None, Trainer] = {}
         parts: dict[str, Part] = {}
         for method, seed, own in _parts(domain, embedded, screened, paired, domain.method):
-            name = _name(method, seed)
+            name = part_name(method, seed)
             part = writer.find(name, own)
             if part is None:
                 reader = _reader(domain, method, seed)
@@ -131,7 +131,7 @@ def missing_models(
     waiting = [method for method in domain.method if paired is None and _reads_pairs(domain, method)]
     others = [method for method in domain.method if method not in waiting]
     parts = _parts(domain, embedded, screened, paired, others)
-    found = [writer.find(_name(method, seed), own) for method, seed, own in parts]
+    found = [writer.find(part_name(method, seed), own) for method, seed, own in parts]
     return found.count(None) + sum(len(domain.seeds_of(method)) for method in waiting)
 
 
@@ -158,7 +158,7 @@ def _read_by(domain: Domain, method: Method) -> Method | None:
 def _reader(domain: Domain, method: Method, seed: int | None) -> str | None:
     """Name of the part with this tower."""
     reader = _read_by(domain, method)
-    return reader and _name(reader, seed)
+    return reader and part_name(reader, seed)
 
 
 def _reads_pairs(domain: Domain, method: Method) -> bool:
@@ -193,7 +193,7 @@ def _made_from(
     return own
 
 
-def _name(method: Method, seed: int | None) -> str:
+def part_name(method: Method, seed: int | None) -> str:
     """Of a part, and of its files up to the suffix."""
     return method if seed is None or method in SEEDLESS else f"{method}.seed-{seed}"
 
@@ -341,7 +341,7 @@ class Trainer:
 
         from models.methods import adapt
 
-        name, folder = _name(method, seed), Path(self._domain.output) / self._domain.name / "tensorboard"
+        name, folder = part_name(method, seed), Path(self._domain.output) / self._domain.name / "tensorboard"
         progress = Progress(name, folder / name if self._domain.training.tensorboard else None)
         if method == "clamp":
             files = clamp.train(
@@ -388,7 +388,7 @@ class Trainer:
 
 def read_tuned(artifact: Artifact, method: Method, seed: int | None) -> Tuned:
     """One adapted model of a `tune` artifact."""
-    return tuned_from(artifact.read(f"{_name(method, seed)}.safetensors"))
+    return tuned_from(artifact.read(f"{part_name(method, seed)}.safetensors"))
 
 
 def tuned_from(data: bytes) -> Tuned:
@@ -407,7 +407,7 @@ def tuned_from(data: bytes) -> Tuned:
 
 def read_history(artifact: Artifact, method: Method, seed: int | None) -> list[dict[str, float]]:
     """One record for each epoch of a model of a `tune` artifact; none for a method that has no epochs."""
-    records: list[dict[str, float]] = json.loads(artifact.read(f"{_name(method, seed)}.history.json"))
+    records: list[dict[str, float]] = json.loads(artifact.read(f"{part_name(method, seed)}.history.json"))
     return records
 
 
@@ -477,44 +477,3 @@ def text_reader(domain: Domain, tuned: Tuned) -> clip.Clip:
     model = copy.deepcopy(found.model)
     fold(model, TEXT_PROJECTIONS, torch.from_numpy(tuned.text_map).to(found.device))
     return replace(found, model=model)
-
-
-def export_zero_shot(domain: Domain, embedded: StageResult, folder: Path) -> None:
-    """Write the untouched model, with the classes as its classifier, as a folder of its own."""
-    found, model = read_features(open_store(domain).open(embedded.ref)), clip.load(domain.clip)
-    _export(domain, Tuned(found.class_features, used_centre(domain, found), None, None, None, {}, model.scale), folder)
-
-
-def export_tuned(
-    domain: Domain, tuned: StageResult, seed: int | None, folder: Path, *, method: str | None = None
-) -> None:
-    """Write one adapted model as a folder of its own (see :mod:`models.export`).
-
-    Args:
-        seed, method: which; by default the domain's first.
-
-    Raises:
-        DataError: the domain has no such model.
-    """
-    chosen, number, found = chosen_model(domain, tuned, seed, method)
-    _export(domain, found, folder)
-    if chosen == "clamp":
-        data = open_store(domain).open(tuned.ref).read(f"{_name(chosen, number)}.adapter.safetensors")
-        (folder / "clamp.safetensors").write_bytes(data)
-
-
-def _export(domain: Domain, found: Tuned, folder: Path) -> None:
-    import torch
-
-    from models.export import export
-
-    maps = {name: getattr(found, name) for name in ("image_map", "text_map")}
-    export(
-        tuned_clip(domain, found),
-        folder,
-        classes=domain.classes,
-        prototypes=torch.from_numpy(found.prototypes),
-        centre=torch.from_numpy(found.centre),
-        scale=found.scale,
-        **{name: None if change is None else torch.from_numpy(change) for name, change in maps.items()},
-    )

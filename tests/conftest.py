@@ -46,6 +46,32 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def exported(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model as `latteflow export` writes it, with a centre, two classes and a map."""
+    import torch
+
+    from models import clip
+    from models.export import export
+    from models.settings import ClipSettings
+
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    generator = torch.Generator().manual_seed(0)
+    model = clip.read(ClipSettings(model=str(tiny_clip)))
+    export(
+        model,
+        folder,
+        classes=["red", "blue"],
+        prototypes=torch.nn.functional.normalize(torch.randn(2, model.dim, generator=generator)),
+        centre=0.1 * torch.randn(model.dim, generator=generator),
+        scale=20.0,
+        resize="pad",
+        unknown_below=0.05,
+        image_map=torch.eye(model.dim) + 0.1 * torch.randn(model.dim, model.dim, generator=generator),
+    )
+    return folder
+
+
 def draw(number: int, colour: str) -> Image.Image:
     """A picture that belongs to a colour and is unlike the others."""
     image = Image.new("RGB", (40, 32), "white")

@@ -256,7 +256,22 @@ def test_a_missing_domain_file_is_one_message(latteflow: Latteflow, command: str
 
 
 @pytest.mark.parametrize(
-    "command", ["", "run", "plan", "preview", "show", "explain", "replay", "verify", "gc", "export"]
+    "command",
+    [
+        "",
+        "run",
+        "plan",
+        "preview",
+        "show",
+        "explain",
+        "replay",
+        "verify",
+        "gc",
+        "export",
+        "predict",
+        "serve",
+        "captions",
+    ],
 )
 def test_help_is_there(latteflow: Latteflow, command: str) -> None:
     code, said, _ = latteflow(*filter(None, [command]), "--help")
@@ -267,6 +282,21 @@ def test_preview_writes_a_page(latteflow: Latteflow, folder: Path) -> None:
     code, said, _ = latteflow("preview", "domain.yaml", "--images", "3")
     assert code == 0 and said.splitlines()[-1].endswith("runs/shapes/preview.html")
     assert (folder / "runs/shapes/preview.html").read_text().count('class="shown"') == 3
+
+
+def test_an_exported_model_predicts_without_the_domain(latteflow: Latteflow, folder: Path) -> None:
+    code, said, _ = latteflow("export", "domain.yaml", "model", "--method", "zero_shot")
+    assert code == 0 and (folder / "model" / "README.md").is_file()
+    shutil.rmtree(folder / "store")
+    code, said, _ = latteflow("predict", "model", "train", "--out", "p[b].csv")
+    assert code == 0 and re.match(r"images +25, of which \d+ seem", said)
+    assert "quarantined  1: " in said and said.endswith("predictions  p[b].csv\n")
+    code, _, error = latteflow("predict", "model\x1b[31m", "train")
+    assert code == 1 and r"model model\x1b[31m: there is no such folder" in error
+    code, _, error = latteflow("predict", "model", "texts.csv")
+    assert code == 1 and "holds no image" in error
+    code, _, error = latteflow("serve", "train")
+    assert code == 1 and "it has no latteflow.json; `latteflow export` writes it" in error
 
 
 def test_show_lists_artifacts_and_which_are_current(latteflow: Latteflow, folder: Path) -> None:

@@ -12,8 +12,8 @@ from flows.pipeline import run_plainly
 from models.settings import LatteClipSettings
 from storage.tables import read_parquet
 from tasks.domain import Domain
+from tasks.export import export_tuned
 from tasks.stage import open_store
-from tasks.tune import export_tuned
 
 PLAIN_OPEN_CLIP = """
 import json, sys

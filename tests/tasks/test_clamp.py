@@ -18,8 +18,9 @@ from models.errors import ModelError
 from models.settings import ClampSettings
 from tasks.clamp import read_tower
 from tasks.domain import ConfigError, Domain
+from tasks.export import export_tuned
 from tasks.stage import StageResult, open_store, statistic
-from tasks.tune import export_tuned, read_history, read_tuned
+from tasks.tune import read_history, read_tuned
 
 pytestmark = pytest.mark.slow
 

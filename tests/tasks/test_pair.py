@@ -21,9 +21,10 @@ from storage.errors import DataError
 from storage.shards import read_index
 from tasks.domain import ConfigError, Domain
 from tasks.evaluate import evaluate
+from tasks.export import export_tuned
 from tasks.pair import read_class_pairs, read_pairs
 from tasks.stage import StageResult, open_store, statistic
-from tasks.tune import export_tuned, read_history, read_tuned, text_reader
+from tasks.tune import read_history, read_tuned, text_reader
 
 pytestmark = pytest.mark.slow
 

@@ -14,8 +14,9 @@ from models.settings import Method
 from storage.errors import DataError
 from storage.tables import read_parquet
 from tasks.domain import ConfigError, Domain
+from tasks.export import export_tuned
 from tasks.stage import StageResult, open_store, statistic
-from tasks.tune import export_tuned, read_history, read_tuned
+from tasks.tune import read_history, read_tuned
 
 pytestmark = pytest.mark.slow
 

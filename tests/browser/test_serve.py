@@ -1,0 +1,296 @@
+"""The service as it is run: a process with a port, good and bad clients, and the page in a real browser."""
+
+import contextlib
+import io
+import json
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from conftest import draw
+from models import clip
+from models.export import export
+from models.settings import ClipSettings
+
+pytest.importorskip("python_multipart", reason="the extra `serve` is not installed")
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+HARM = "<img src=x onerror='window.pwned=1'>"
+CLASSES = ["red", HARM, "blue"]
+SERVER = """
+import sys
+from pathlib import Path
+from flows.serve import Limits, serve
+limits = Limits(max_bytes=1 << 20, requests=8, seconds=2.0)
+serve(Path(sys.argv[1]), "127.0.0.1", 0, limits, lambda url: print(url, flush=True))
+"""
+
+
+def png(width: int, height: int, rows: int | None = None) -> bytes:
+    """A grey PNG, written by hand: of black rows, which compress a thousandfold."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    data = zlib.compress(bytes(width + 1) * (height if rows is None else rows))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def encoded(number: int = 0, kind: str = "PNG") -> bytes:
+    out = io.BytesIO()
+    draw(number, "red").save(out, kind)
+    return out.getvalue()
+
+
+def export_tiny(tiny_clip: Path, folder: Path) -> None:
+    model = clip.read(ClipSettings(model=str(tiny_clip)))
+    prototypes = torch.nn.functional.normalize(torch.randn(3, model.dim, generator=torch.Generator().manual_seed(0)))
+    export(
+        model, folder, classes=CLASSES, prototypes=prototypes, centre=torch.zeros(model.dim), scale=20.0, resize="pad",
+        unknown_below=-1.0,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def url(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("served") / "shapes"
+    export_tiny(tiny_clip, folder)
+    process = subprocess.Popen([sys.executable, "-c", SERVER, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+        process.terminate()
+        assert process.wait(20) in (0, -15)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(autouse=True)
+def still_up(url: str) -> Iterator[None]:
+    """After every test the service answers as before it."""
+    yield
+    with httpx.Client(timeout=30) as client:
+        assert client.get(f"{url}/health").json()["status"] == "ok"
+        assert client.post(f"{url}/predict", content=encoded(), headers=PNG).status_code == 200
+
+
+PNG = {"Content-Type": "image/png"}
+
+
+def refused(answer: httpx.Response, status: int, error: str) -> None:
+    said = answer.json()
+    assert answer.status_code == status and re.search(error, said["error"]), said
+    assert said["what_to_do"]
+
+
+def test_one_image_as_the_body_or_in_a_form(url: str) -> None:
+    body = httpx.post(f"{url}/predict", content=encoded(), headers=PNG).json()
+    assert body["model"] == "shapes" and len(body["predictions"]) == 1
+    found = body["predictions"][0]
+    assert {each["class"] for each in found["classes"]} == set(CLASSES) and not found["unknown"]
+    assert sum(each["probability"] for each in found["classes"]) == pytest.approx(1)
+    form = httpx.post(f"{url}/predict", files={"photo": ("a.png", encoded())}).json()
+    assert form["predictions"] == [{**found, "file": "a.png"}]
+
+
+def test_several_images_good_and_bad(url: str) -> None:
+    name = f"{HARM}\u202e.jpg"
+    files = [("file", (name, encoded(3))), ("file", ("b.jpg", b"no picture")), ("file", ("c.jpg", encoded(4, "JPEG")))]
+    said = httpx.post(f"{url}/predict", files=files).json()["predictions"]
+    assert [each["file"] for each in said] == [name, "b.jpg", "c.jpg"]
+    assert ["error" in each for each in said] == [False, True, False]
+    assert said[1]["reason"] == "not_an_image" and said[1]["what_to_do"]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"just text, whatever its name", "not_an_image"),
+        (png(30_000, 30_000, rows=1), "too_large"),
+        (png(6_000, 5, rows=5), "too_narrow"),
+        (encoded()[:-30], "corrupt"),
+        (encoded(1, "JPEG")[:300], "corrupt"),
+    ],
+)
+def test_what_is_no_sound_image(url: str, data: bytes, reason: str) -> None:
+    answer = httpx.post(f"{url}/predict", files={"file": ("photo.jpg", data)})
+    refused(answer, 422, f"cannot be used: {reason}")
+    assert answer.json()["predictions"][0]["reason"] == reason
+
+
+def test_a_decompression_bomb_is_not_decoded(url: str) -> None:
+    bomb = png(20_000, 20_000)  # whole: 400 MB of pixels in 400 kB
+    assert len(bomb) < 1 << 20
+    refused(httpx.post(f"{url}/predict", content=bomb, headers=PNG), 422, "too_large: 20000 x 20000 pixels")
+
+
+def test_a_hundred_megabytes(url: str) -> None:
+    refused(httpx.post(f"{url}/predict", content=bytes(100 << 20), headers=PNG, timeout=60), 413, "larger than")
+
+    def endless() -> Iterator[bytes]:  # of no declared length
+        yield from (bytes(1 << 16) for _ in range(1600))
+
+    refused(
+        httpx.post(f"{url}/predict", content=endless(), headers=PNG, timeout=60), 413, "larger than 1,048,576 bytes"
+    )
+
+
+@pytest.mark.parametrize(
+    ("headers", "content", "status", "error"),
+    [
+        ({"Content-Type": "application/json"}, b"{}", 415, "'application/json' is not understood"),
+        ({"Content-Type": "text/html; charset=utf-8"}, b"<p>", 415, "'text/html'"),
+        ({}, b"abc", 415, "content type ''"),
+        ({"Content-Type": "multipart/form-data"}, b"abc", 400, "the form cannot be read"),
+        ({"Content-Type": "multipart/form-data; boundary=x"}, b"--x--\r\n", 400, "holds no file"),
+        ({"Content-Type": "multipart/form-data; boundary=x"}, b"garbage", 400, "form"),
+    ],
+)
+def test_what_is_no_request_for_us(url: str, headers: dict[str, str], content: bytes, status: int, error: str) -> None:
+    refused(httpx.post(f"{url}/predict", content=content, headers=headers), status, error)
+
+
+def test_too_many_files_and_other_places(url: str) -> None:
+    files = [("file", (f"{i}.png", b"x")) for i in range(100)]
+    refused(httpx.post(f"{url}/predict", files=files), 400, "Too many files")
+    refused(httpx.get(f"{url}/nowhere"), 404, "404")
+    refused(httpx.get(f"{url}/predict"), 405, "405")
+
+
+def address(url: str) -> tuple[str, int]:
+    host, port = url.removeprefix("http://").split(":")
+    return host, int(port)
+
+
+def test_clients_that_never_finish_are_let_go(url: str) -> None:
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\n"
+    silent = [socket.create_connection(address(url)) for _ in range(50)]
+    slow = [socket.create_connection(address(url)) for _ in range(4)]
+    for each in silent[:25]:
+        each.sendall(b"GET / HT")
+    for each in slow:
+        each.sendall(head)
+    stop = threading.Event()
+
+    def trickle() -> None:
+        while not stop.wait(0.2):
+            for each in slow:
+                try:
+                    each.sendall(b"x")
+                except OSError:
+                    return
+
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    assert httpx.get(f"{url}/health").status_code == 200  # others are answered meanwhile
+    assert httpx.post(f"{url}/predict", content=encoded(), headers=PNG).status_code == 200
+    for each in slow:
+        each.settimeout(20)
+        assert each.recv(4096).startswith(b"HTTP/1.1 408 ")
+    for each in silent:
+        each.settimeout(20)
+        with contextlib.suppress(ConnectionResetError):
+            assert each.recv(4096) == b""
+    stop.set()
+    thread.join()
+    for each in [*silent, *slow]:
+        each.close()
+
+
+def test_clients_that_hang_up(url: str) -> None:
+    for sent in (
+        b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 99\r\n\r\nabc",
+        b"\0" * 9,
+    ):
+        with socket.create_connection(address(url)) as connection:
+            connection.sendall(sent)
+
+
+def test_many_at_once_are_answered_or_asked_to_come_back(url: str) -> None:
+    with httpx.Client(timeout=60, limits=httpx.Limits(max_connections=100)) as client, ThreadPoolExecutor(40) as pool:
+        answers = list(
+            pool.map(lambda i: client.post(f"{url}/predict", content=encoded(i % 9), headers=PNG), range(200))
+        )
+    assert {answer.status_code for answer in answers} <= {200, 503}
+    good = [answer for answer in answers if answer.status_code == 200]
+    assert len(good) >= 8
+    for answer in answers:
+        if answer.status_code == 503:
+            refused(answer, 503, "requests are being answered")
+            assert answer.headers["Retry-After"] == "1"
+    # In whatever company an image went through the model, the answer is its own.
+    alone = [httpx.post(f"{url}/predict", content=encoded(i), headers=PNG).json() for i in range(9)]
+    for number, answer in enumerate(answers):
+        if answer.status_code == 200:
+            mine, theirs = (said["predictions"][0]["classes"] for said in (alone[number % 9], answer.json()))
+            assert [c["class"] for c in mine] == [c["class"] for c in theirs]
+            assert [c["probability"] for c in mine] == pytest.approx([c["probability"] for c in theirs], abs=1e-4)
+
+
+def test_an_address_that_is_taken(url: str, tiny_clip: Path, tmp_path: Path) -> None:
+    export_tiny(tiny_clip, tmp_path / "model")
+    command = ["-c", "from flows.cli import entry; entry()", "serve", str(tmp_path / "model"), "--port"]
+    done = subprocess.run([sys.executable, *command, str(address(url)[1])], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "choose another --port" in done.stderr
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page(url: str, tmp_path: Path, scheme: Any) -> None:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    hostile = tmp_path / "<img src=x onerror=alert(1)>.png"
+    hostile.write_bytes(encoded())
+    (tmp_path / "text.jpg").write_text("no picture")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM)
+        page = browser.new_page(color_scheme=scheme, viewport={"width": 360, "height": 800})
+        complaints: list[str] = []
+        requests: list[str] = []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(url)
+        page.get_by_label("Images").set_input_files([hostile, tmp_path / "text.jpg"])
+        page.get_by_role("button", name="Classify").click()
+        page.get_by_text("2 images classified.").wait_for()
+        items = page.locator("#results > li")
+        assert items.nth(0).locator("h2").inner_text() == hostile.name
+        assert sorted(items.nth(0).locator("th").all_inner_texts()) == sorted(CLASSES)
+        assert items.nth(0).locator("td").nth(1).inner_text().endswith("%")
+        assert "not_an_image" in items.nth(1).inner_text() and "What to do" in items.nth(1).inner_text()
+        assert page.evaluate("window.pwned") is None and page.locator("#results [onerror]").count() == 0
+        assert "knows 3 classes" in page.locator("#about").inner_text()
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert paper == {"light": "rgb(250, 248, 244)", "dark": "rgb(23, 20, 18)"}[scheme]
+        page.get_by_label("Images").set_input_files(hostile)
+        page.keyboard.press("Enter")  # the button has kept the focus
+        page.get_by_text("1 image classified.").wait_for()
+        assert items.count() == 1
+        browser.close()
+    assert all(each.startswith((url, "blob:", "data:")) for each in requests)
+    assert complaints == []
+
+
+def test_the_page_holds_no_address_and_no_style_that_its_policy_forbids(url: str) -> None:
+    answer = httpx.get(url)
+    assert "unsafe" not in answer.headers["Content-Security-Policy"]
+    assert "http" not in answer.text.replace("http-equiv", "") and " style=" not in answer.text
+    assert json.loads(httpx.get(f"{url}/healthz").text)["classes"] == 3
