@@ -145,7 +145,7 @@ def answers(heads: Iterable[Head], other: np.ndarray) -> Answers:
 
     Expected is the share of images about which a model agrees with another one, which estimates its accuracy (Jiang et
     al., *Assessing Generalization of SGD via Disagreement*, ICLR 2022). There the two are trained apart; here one comes
-    from the other, so that the estimate is rough, and mostly too high.
+    from the other, so that the estimate is rough.
 
     Args:
         other: classes by the other model, ``(n,)``: of an adapted one zero-shot, of plain zero-shot the centred one.

@@ -48,9 +48,9 @@ def slices(images: Artifact, keys: Sequence[str], test: np.ndarray, train: np.nd
     found += _thirds("sharpness", ("most blurred", "middle", "sharpest"), some, np.array(sharp), "")
     if train is not None:
         twin = nearest(test, train)[1] >= TWIN
-        found.append(Slice("training images", f"has a near twin (cosine {TWIN} or more)", np.flatnonzero(twin)))
-        found.append(Slice("training images", "has none", np.flatnonzero(~twin)))
-    return [each for each in found if len(each.rows)]
+        found.append(Slice("training images", f"a near twin among them (cosine {TWIN} or more)", np.flatnonzero(twin)))
+        found.append(Slice("training images", "none", np.flatnonzero(~twin)))
+    return [each for each in found if 0 < len(each.rows) < len(keys)]
 
 
 def sharpness(image: Image.Image) -> float:
@@ -76,6 +76,6 @@ def _thirds(by: str, names: Sequence[str], rows: np.ndarray, values: np.ndarray,
     place = np.searchsorted(np.quantile(values, [1 / 3, 2 / 3]), values)
     for number, name in enumerate(names):
         own = place == number
-        if own.any() and not own.all():
+        if own.any():
             span = f"{values[own].min():.0f} to {values[own].max():.0f}{unit}"
             yield Slice(by, f"{name} third ({span})", rows[own])
