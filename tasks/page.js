@@ -49,7 +49,7 @@
     });
   }
 
-  const list = document.getElementById("captions");
+  const list = document.querySelector("[data-browsed]");
   if (list) {
     const step = 12;
     const cards = [...list.children];

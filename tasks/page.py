@@ -27,6 +27,9 @@ MATRIX_CELLS_WITH_NUMBERS = 30
 TOP_CONFUSIONS = 15
 QUARANTINE_ROWS = 40
 
+OF_A_CLASS = Axis(0, 1, [0, 0.25, 0.5, 0.75, 1])
+"""Accuracies of classes are shown on one axis, whatever they are."""
+
 Interval = tuple[float, float]
 
 
@@ -437,7 +440,8 @@ class Changes:
         return len(self.rows) <= ROWS_IN_FULL
 
 
-def _changes(rows: Iterable[Change], axis: Axis) -> Changes:
+def sorted_changes(rows: Iterable[Change], axis: Axis) -> Changes:
+    """Largest gain first; what has none comes last."""
     ordered = sorted(rows, key=lambda c: (c.gain is None, -(c.gain or 0), c.name))
     gains = [c for c in ordered if (c.gain or 0) > 0][:ROWS_AT_EACH_END]
     losses = [c for c in reversed(ordered) if (c.gain or 0) < 0][:ROWS_AT_EACH_END]
@@ -489,7 +493,7 @@ def _view(report: Report) -> dict[str, Any]:
         ],
         "learning": _learning(report),
         "map": charts.atlas(report.atlas) if report.atlas else "",
-        "predicted": _changes(
+        "predicted": sorted_changes(
             (Change(c, None, b, a) for c, b, a in zip(report.classes, *shares, strict=True)),
             make_axis([0.0, *shares[0], *shares[1]]),
         ),
@@ -548,9 +552,7 @@ def _detailed(report: Report, detail: Detail, number: int) -> Detailed:
     return Detailed(
         method=report.method(detail.id),
         tag=tag,
-        per_class=_changes(
-            (Change(c.name, c.n, c.zero_shot, c.adapted) for c in detail.per_class), Axis(0, 1, [0, 0.25, 0.5, 0.75, 1])
-        ),
+        per_class=sorted_changes((Change(c.name, c.n, c.zero_shot, c.adapted) for c in detail.per_class), OF_A_CLASS),
         scatter=charts.scatter(known, f"{tag}scatter") if len(detail.per_class) > ROWS_IN_FULL else Markup(""),  # type: ignore[arg-type]
         matrices=_matrices(report.confusion_before, detail.confusion),
         confusions=_confusions(report, detail),
