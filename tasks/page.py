@@ -26,6 +26,7 @@ MATRIX_CELLS_WITH_NUMBERS = 30
 """Up to this many classes the confusion matrix is a table of numbers; above, it is a picture."""
 TOP_CONFUSIONS = 15
 QUARANTINE_ROWS = 40
+WEAKEST = 3
 
 OF_A_CLASS = Axis(0, 1, [0, 0.25, 0.5, 0.75, 1])
 """Accuracies of classes are shown on one axis, whatever they are."""
@@ -286,6 +287,10 @@ class StageRow:
     counts: Mapping[str, int] = field(default_factory=dict)
     engine_wait: float | None = None
     """Share of the time in which a describer's engine waited for images."""
+    tokens: tuple[int, int] | None = None
+    """Of prompts and of answers, of all its texts, also of those that an earlier run paid for."""
+    cost: str = ""
+    """Of those tokens, by the prices of the domain file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -500,6 +505,7 @@ def _view(report: Report) -> dict[str, Any]:
         "captions": _captions(report.screening) if report.screening else None,
         "reasons": sorted(Counter(q.reason for q in report.quarantine).items(), key=lambda item: (-item[1], item[0])),
         "total_s": sum(s.seconds for s in report.stages),
+        "weakest": _weakest(report),
         "longest_s": max((s.seconds for s in report.stages), default=0) or 1,
         "stage_fingerprints": [(s.name, s.fingerprint) for s in report.stages if s.fingerprint],
         "history": history,
@@ -558,6 +564,12 @@ def _detailed(report: Report, detail: Detail, number: int) -> Detailed:
         confusions=_confusions(report, detail),
         confused=detail.confused,
     )
+
+
+def _weakest(report: Report) -> list[ClassRow]:
+    """The classes that the adapted method knows worst."""
+    known = [row for row in report.details[0].per_class if row.adapted is not None] if report.details else []
+    return sorted(known, key=lambda row: (row.adapted or 0.0, row.name))[:WEAKEST]
 
 
 def _learning(report: Report) -> Markup:

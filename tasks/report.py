@@ -369,6 +369,7 @@ class _Findings:
     def _stage(self, stage: StageResult) -> page.StageRow:
         count = stage.counts.get("texts") or stage.counts.get("images")
         wait = statistic(self._store, self._open[stage.label], "engine_wait")
+        tokens = _tokens(self._open[stage.label])
         return page.StageRow(
             name=stage.label,
             status="cached" if stage.cached else "computed",
@@ -377,6 +378,8 @@ class _Findings:
             fingerprint=stage.ref.fingerprint,
             counts=stage.counts,
             engine_wait=wait if wait is not None and 0 <= wait <= 1 else None,
+            tokens=tokens,
+            cost=_cost(self._domain, tokens) if tokens else "",
         )
 
     def _history(self) -> dict[str, list[float]]:
@@ -449,6 +452,27 @@ def _calibration(found: Mapping[str, Any]) -> page.Calibration:
         bins=bins["as_is"],
         matched_bins=bins["matched"],
     )
+
+
+def _tokens(artifact: Artifact) -> tuple[int, int] | None:
+    """Of the prompts and the answers of the texts in an artifact; None where no language model wrote any."""
+    if artifact.stage not in ("describe", "group", "pair"):
+        return None
+    tables = [read_parquet(artifact.read(name)) for name in artifact.names(".parquet")]
+    sums = [
+        table.select(pl.sum("prompt_tokens", "output_tokens")).row(0) for table in tables if "prompt_tokens" in table
+    ]
+    prompt, output = (sum(int(each[place] or 0) for each in sums) for place in (0, 1))
+    return (prompt, output) if prompt else None
+
+
+def _cost(domain: Domain, tokens: tuple[int, int]) -> str:
+    """By the token, where the domain file has prices."""
+    prices = domain.prices.million_prompt_tokens, domain.prices.million_output_tokens
+    if None in prices:
+        return ""
+    whole = sum(count * (price or 0.0) for count, price in zip(tokens, prices, strict=True)) / 1e6
+    return f"{whole:.2f} {domain.prices.currency}"
 
 
 def _gain(score: Mapping[str, Any]) -> str:

@@ -592,7 +592,7 @@ def test_confusion_matrix_counts_and_shades(report: Report) -> None:
 def test_what_labels_say_beyond_accuracy_is_there(report: Report) -> None:
     html = render(report)
     text = check_page(html).text
-    assert "0.030McNemar < 0.001 " in text
+    assert "p 0.030 by permutation, < 0.001 by McNemar" in text
     for method in report.methods:
         assert f"{method.label} {percent(method.top1)} 90.0% " in text and percent(method.macro_f1) in text
     assert html.count('id="reliability-') == 6, "title and description of a diagram of each method"
@@ -614,6 +614,23 @@ def test_every_method_has_its_details(report: Report) -> None:
     assert page.text.count("CLAMP Accuracy by class") == 1 and html.count('id="1-matrix-after"') == 1
     with pytest.raises(ValueError, match="details are of 'flyp', which is none of the methods"):
         replace(report, details=[replace(report.details[0], id="flyp")])
+
+
+def test_the_card_says_what_is_known_and_what_is_not(report: Report) -> None:
+    text = check_page(render(replace(report, history={}))).text
+    worst = min(report.details[0].per_class, key=lambda row: row.adapted or 0)
+    assert f"Weakest on {worst.name} ({percent(worst.adapted, 0)})" in text and "confidence is 90.0% on average" in text
+    assert (
+        "Nothing about its accuracy: there are no labels." in check_page(render(make_report(n_test=0, history={}))).text
+    )
+
+
+def test_tokens_and_their_cost_are_told(report: Report) -> None:
+    stages = [
+        replace(s, tokens=(120_000, 4_500), cost="0.31 USD") if s.name == "describe" else s for s in report.stages
+    ]
+    text = check_page(render(replace(report, stages=stages, history={}))).text
+    assert text.count("tokens of its texts: 120,000 of prompts, 4,500 of answers, 0.31 USD") == 1
 
 
 def test_p_values_read_as_such() -> None:
