@@ -37,7 +37,7 @@ class Run:
     """An evaluation and a method in it.
 
     Attributes:
-        name: as somebody called it.
+        name: for people.
         method: whose answers are meant.
         scores: the artifact of `evaluate`.
         classes: their names.
@@ -153,7 +153,8 @@ def read_run(name: str) -> Run:
         label=pl.col(method).map_elements(classes.__getitem__, pl.String),
         labels=pl.col(f"{method}_seeds").list.eval(pl.element().map_elements(classes.__getitem__, pl.String)),
     )
-    return Run(name, method, scores, found["classes"], answers, made_from)
+    title = f"{domain.name}, {method.replace('_', ' ')}, evaluation {scores.fingerprint[:12]}"
+    return Run(title, method, scores, found["classes"], answers, made_from)
 
 
 def compare(one: Run, other: Run) -> Comparison:
@@ -163,7 +164,7 @@ def compare(one: Run, other: Run) -> Comparison:
         DataError: they are the same, or share no image.
     """
     if one.scores.ref == other.scores.ref and one.method == other.method:
-        raise DataError(f"{one.name} and {other.name} are the same; give FILE@FINGERPRINT (see `latteflow show FILE`)")
+        raise DataError(f"A and B are both {one.name}; give FILE@FINGERPRINT (see `latteflow show FILE`)")
     both = one.answers.join(other.answers, on="key", how="inner", suffix="_other", maintain_order="left")
     if not both.height:
         raise DataError(f"{one.name} and {other.name} share no image: an image is known by its path and its content")
@@ -194,7 +195,7 @@ def compare(one: Run, other: Run) -> Comparison:
         interval=interval,
         permutation_p=permutation_p,
         mcnemar_p=mcnemar_p,
-        agreement=float((both["label"] == both["label_other"]).mean() or 0.0),
+        agreement=float(np.mean((both["label"] == both["label_other"]).to_numpy())),
         per_class=per_class,
         changed=changed,
         counts=counts,
