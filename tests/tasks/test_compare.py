@@ -54,7 +54,7 @@ def test_two_methods_of_a_run(file: Path) -> None:
 
 
 def test_what_cannot_be_compared_is_said(file: Path) -> None:
-    with pytest.raises(DataError, match="A and B are both shapes, latteclip, evaluation .*; give FILE@FINGERPRINT"):
+    with pytest.raises(DataError, match=r"A and B are both shapes, latteclip, evaluation .*; give FILE@FINGERPRINT"):
         compare(read_run(str(file)), read_run(f"{file}:latteclip"))
     with pytest.raises(DataError, match="no model by 'clamp' was evaluated; there are latteclip"):
         read_run(f"{file}:clamp")
