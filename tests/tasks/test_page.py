@@ -378,7 +378,7 @@ class Page(HTMLParser):
 
 def detailed(report: Report, **changes: Any) -> Report:
     """The report with changes in the details of its only method."""
-    return replace(report, details=[replace(report.details[0], **changes)], history={})
+    return replace(report, details=[replace(report.details[0], **changes)], few_labels=None, atlas=[], history={})
 
 
 def check_page(html: str) -> Page:
@@ -597,7 +597,7 @@ def test_what_labels_say_beyond_accuracy_is_there(report: Report) -> None:
         assert f"{method.label} {percent(method.top1)} 90.0% " in text and percent(method.macro_f1) in text
     assert html.count('id="reliability-') == 6, "title and description of a diagram of each method"
     assert "t-shirt → trousers 12 images, 7 before mistaken thing 0 mistaken thing 1" in text
-    assert "size largest third 333 50.0% 50.0% 77.0% +27.0" in text
+    assert "size largest third 333 50.0% 50.0% 77.0%+27.0" in text
     assert (
         "It takes 4 labelled images of each class to reach LatteCLIP; 2 are not enough." in text
         and "32.0% 41.0% 53.0%" in text
