@@ -20,7 +20,7 @@ def flat(kinds: Sequence[np.ndarray], seed: int = 0) -> np.ndarray:
         kinds: unit rows ``(n_i, dim)``, of images and of texts say.
 
     Returns:
-        places ``(sum of n_i, 2)``; none where there are fewer than four rows.
+        places ``(sum of n_i, 2)``; none where there are fewer than four rows, or all are the same.
     """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
@@ -28,7 +28,7 @@ def flat(kinds: Sequence[np.ndarray], seed: int = 0) -> np.ndarray:
 
     rows = np.concatenate([kind - kind.mean(axis=0) for kind in kinds]).astype(np.float64)
     rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    if len(rows) < 4:
+    if len(rows) < 4 or np.allclose(rows, rows[0]):
         return np.zeros((0, 2))
     # Sums over threads come out in any order, and t-SNE makes much of little.
     with threadpool_limits(1):

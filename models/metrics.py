@@ -120,7 +120,7 @@ def temperature_for(features: np.ndarray, weights: np.ndarray, scale: float, con
     Args:
         features, weights, scale: as :func:`predict` takes them; of many images, some evenly spread ones are looked at.
     """
-    some = features[:: math.ceil(len(features) / _ROWS)]
+    some = features[:: max(1, math.ceil(len(features) / _ROWS))]
     low, high = map(math.log, TEMPERATURES)
     for _ in range(30):  # confidence falls as the temperature rises
         middle = (low + high) / 2

@@ -56,7 +56,10 @@ class Run:
     def images(self) -> Artifact:
         """The shards of the images that were evaluated."""
         wanted = self.scores.inputs["shards"]
-        return next(each for each in self.made_from.values() if each.ref.digest == wanted)
+        found = next((each for each in self.made_from.values() if each.ref.digest == wanted), None)
+        if found is None:
+            raise DataError(f"{self.name}: its images are no longer in the store")
+        return found
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,7 @@ def read_run(name: str) -> Run:
     """
     known = "|".join([*get_args(Method), *ZERO_SHOTS])
     match = re.fullmatch(rf"(.+?)(?:@([0-9a-f]{{4,64}}))?(?::({known}))?", name)
-    assert match is not None or not name
-    file, fingerprint, method = match.groups() if match else ("", None, None)
+    file, fingerprint, method = match.groups() if match else (name, None, None)
     domain = Domain.load(file)
     history = History(open_store(domain), domain.name)
     if fingerprint is None:

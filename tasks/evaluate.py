@@ -34,7 +34,7 @@ FLOOR = 1e-300
 """A probability of 0 has a logarithm all the same."""
 ZERO_SHOTS = ("zero_shot_plain", "zero_shot_centred")
 CONFUSED = 12
-"""Pairs of classes that are shown with images, of each method."""
+"""Pairs of classes of which images are named, of each method."""
 CONFUSED_IMAGES = 4
 
 
@@ -125,14 +125,14 @@ def evaluate(
             keys, known = [found.keys[row] for row in labelled], truth[labelled]
             others = None if is_own else centred(train.embeds, train.centre)
             report["slices"] = _slices(slices(images, keys, middle[labelled], others), said, known, labelled)
-            if inputs["few_labels"]:
+            if inputs["few_labels"] and len(labelled) > 1:  # one half to learn from, one to be tested on
                 report["few_labels"] = _few_labels(report, few_labels(middle[labelled], known))
         table = _table(found.keys, [paths[key] for key in found.keys], truth, said)
-        text_of_report = json.dumps(report, indent=1, allow_nan=False)
+        found_out = json.dumps(report, indent=1, allow_nan=False).encode()
         writer.put(
             "evaluation",
             inputs,
-            {"metrics.json": text_of_report.encode(), "predictions.parquet": parquet(table)},
+            {"metrics.json": found_out, "predictions.parquet": parquet(table)},
             rows=table.height,
         )
         return {"images": len(found.keys), "labelled": len(labelled)}
