@@ -223,7 +223,7 @@ class _Findings:
     def _atlas(self) -> list[Placed]:
         """Images and prototypes of the first model on a plane; the images are a draw by key, which is a digest."""
         found = self._features
-        rows = np.argsort(np.array(found.keys))[:ON_THE_MAP]
+        rows = np.sort(np.argsort(np.array(found.keys))[:ON_THE_MAP])  # towers read images in the order of the shards
         some = replace(
             found,
             keys=[found.keys[row] for row in rows],
