@@ -660,13 +660,13 @@ def test_a_loss_that_is_not_a_number_leaves_a_gap(report: Report) -> None:
 
 
 def test_small_and_fast_enough() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     examples = [*make_report().examples_better] * 2
     report = make_report(100, 1000, examples_better=examples, examples_worse=examples)
     html = render(report)
     assert html.count('class="photo"') == 24
     assert len(html.encode()) < 1_000_000
-    assert time.perf_counter() - start < 20, "about 1 s on an idle machine"
+    assert time.process_time() - start < 20, "about 2 s"
 
 
 def test_nothing_but_the_necessary() -> None:
