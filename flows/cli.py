@@ -387,6 +387,31 @@ def rank(
 
 
 @app.command()
+def compare(
+    one: Annotated[
+        str,
+        typer.Argument(
+            metavar="A",
+            help="FILE[@FINGERPRINT][:METHOD]: a domain file; one of its evaluations, as `show` lists them, by default "
+            "the newest; a method in it, by default the first.",
+            show_default=False,
+        ),
+    ],
+    other: Annotated[
+        str, typer.Argument(metavar="B", help="The same, of what A is compared with.", show_default=False)
+    ],
+    page: Annotated[Path, typer.Option("--out", help="The page.")] = Path("runs/compare.html"),
+) -> None:
+    """Put two runs side by side on the images that both have: figures, classes, images, settings, lineage."""
+    from tasks.compare import compare as compared
+    from tasks.compare import read_run, write_page
+
+    found = compared(read_run(one), read_run(other))
+    out.print(console.comparison(found))
+    out.print(f"page     {write_page(found, page)}")
+
+
+@app.command()
 def champion(domain: DomainFile) -> None:
     """Show the model that the domain serves, and those before it, newest first."""
     from tasks.promote import champion as read

@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -24,6 +24,9 @@ from tasks.history import History
 from tasks.lineage import Guess, Lineage, newest_artifacts
 from tasks.promote import Champion
 from tasks.stage import StageResult
+
+if TYPE_CHECKING:
+    from tasks.compare import Comparison
 
 _PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
 _PIPE = 160
@@ -163,6 +166,21 @@ def ranking(sentence: str, paths: Sequence[str], values: Sequence[float], count:
         if place and place - 1 not in shown:
             table.add_row("...", "", "")
         table.add_row(str(place + 1), f"{values[place]:+.3f}", printable(paths[place]))
+    return table
+
+
+def comparison(found: Comparison) -> Table:
+    """Two runs on the images that both have."""
+    table = _table(f"on {found.labelled} labelled of {found.n} shared images", "A>", "B>", "B minus A>")
+    table.add_row("method", found.one.method, found.other.method, "")
+    if found.top1 and found.interval and found.gain is not None:
+        low, high = found.interval
+        gain = f"{100 * found.gain:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        table.add_row("top-1", *(f"{100 * each:.1f}" for each in found.top1), gain)
+        table.add_row("p, permutation test", "", "", f"{found.permutation_p:.4f}")
+        table.add_row("p, McNemar, first seeds", "", "", f"{found.mcnemar_p:.4f}")
+    table.add_row("same answer", "", "", f"{found.agreement:.1%}")
+    table.add_row("settings that differ", "", "", str(len(found.settings)))
     return table
 
 

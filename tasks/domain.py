@@ -58,6 +58,8 @@ class EvaluationSettings(Settings):
     """CSV or Parquet with columns ``path`` and ``class``; paths relative to this file's folder."""
     source: OneOrMore | None = None
     """Images that nothing was tuned on. Default: the training images themselves (transductive)."""
+    few_labels: bool = False
+    """Whether to learn from a few of the labels too, on the side, to say how many the adaptation is worth."""
 
 
 class GroupSettings(Settings):

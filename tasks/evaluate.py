@@ -5,31 +5,64 @@ The only stage that opens the labels, and nothing comes after it but the report.
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 
 from models import clip, metrics
+from models.few_labels import LABELS, few_labels, worth
 from models.metrics import Predictions
 from models.settings import Method
 from storage.artifacts import ArtifactWriter
-from storage.errors import DataError
 from storage.shards import read_index
 from storage.tables import parquet
 from tasks.domain import Domain
 from tasks.features import centred, read_features
+from tasks.labels import digest_of_labels, read_truth
+from tasks.slices import Slice, slices
 from tasks.stage import StageResult, open_store, run_stage
-from tasks.tables import digest_of_table, read_by_path
 from tasks.tune import read_tuned, tuned_features
 
-VERSION = 1
+VERSION = 2
+FORMAT = 2
+"""Of ``metrics.json``: docs/formats.md says what is in it."""
 FLOOR = 1e-300
 """A probability of 0 has a logarithm all the same."""
+ZERO_SHOTS = ("zero_shot_plain", "zero_shot_centred")
+CONFUSED = 12
+"""Pairs of classes of which images are named, of each method."""
+CONFUSED_IMAGES = 4
+
+
+class Head(NamedTuple):
+    """A classifier and what it reads: logits are ``scale * features @ weights.T``."""
+
+    features: np.ndarray
+    weights: np.ndarray
+    scale: float
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the models of one method say, one entry for each seed.
+
+    Attributes:
+        runs: of the models as they are.
+        temperatures: what their logits are divided by to match what is expected without labels.
+        matched: confidence in the best class after that, ``(n,)`` each.
+    """
+
+    runs: Sequence[Predictions]
+    temperatures: Sequence[float]
+    matched: Sequence[np.ndarray]
+
+    def right(self, truth: np.ndarray, labelled: np.ndarray, k: int = 1) -> np.ndarray:
+        """Share of the seeds that are right about each labelled image, ``(n,)``."""
+        return np.mean([metrics.hits(run.ranked[labelled], truth, k) for run in self.runs], axis=0)
 
 
 def evaluate(
@@ -48,13 +81,13 @@ def evaluate(
         DataError: labels are unreadable, name unknown classes, or fit no image.
     """
     store = open_store(domain)
-    labels_digest = digest_of_table(domain.evaluation.labels) if domain.evaluation else None
     inputs = {
         "shards": shards.ref.digest,
         "embed": embedded.ref.digest,
         "trained_on": trained_on.ref.digest,
         "tune": tuned.ref.digest,
-        "labels": labels_digest,
+        "labels": digest_of_labels(domain),
+        "few_labels": bool(domain.evaluation and domain.evaluation.few_labels),
         "classes": domain.classes,
         "method": domain.method,
         "seeds": domain.seeds,
@@ -68,82 +101,172 @@ def evaluate(
         truth = read_truth(domain, [paths[key] for key in found.keys])
         text, scale = found.class_features, read_tuned(models, domain.method[0], domain.seeds[0]).scale
         is_own = embedded.ref == trained_on.ref
+        middle = centred(found.embeds, train.centre)
 
-        def answers(method: Method, seed: int | None) -> Predictions:
+        def head(method: Method, seed: int | None) -> Head:
             model = read_tuned(models, method, seed)
             if is_own and model.assignments is not None:
-                return metrics.ranked(np.log(np.maximum(model.assignments, FLOOR, dtype=np.float64)))
-            return metrics.predict(tuned_features(domain, model, images, found), model.prototypes, model.scale)
+                logits = np.log(np.maximum(model.assignments, FLOOR, dtype=np.float64))
+                return Head(logits, np.eye(len(domain.classes)), 1.0)
+            return Head(tuned_features(domain, model, images, found), model.prototypes, model.scale)
 
-        said: dict[str, list[Predictions]] = {
-            "zero_shot_plain": [metrics.predict(found.features, text, scale)],
-            "zero_shot_centred": [metrics.predict(centred(found.embeds, train.centre), text, scale)],
+        heads = dict(zip(ZERO_SHOTS, (Head(found.features, text, scale), Head(middle, text, scale)), strict=True))
+        plain, centre = (metrics.predict(*each).labels for each in heads.values())
+        own = centre if clip.is_centred(domain.clip) else plain
+        said = {
+            "zero_shot_plain": answers([heads["zero_shot_plain"]], centre),
+            "zero_shot_centred": answers([heads["zero_shot_centred"]], plain),
         }
         for method in domain.method:
-            said[method] = [answers(method, seed) for seed in domain.seeds_of(method)]
-        report = _metrics(domain, said, truth, is_centred=clip.is_centred(domain.clip))
+            said[method] = answers((head(method, seed) for seed in domain.seeds_of(method)), own)
+        labelled = np.flatnonzero(truth >= 0)
+        report = _metrics(domain, said, truth, labelled, found.keys, is_centred=clip.is_centred(domain.clip))
+        if len(labelled):
+            keys, known = [found.keys[row] for row in labelled], truth[labelled]
+            others = None if is_own else centred(train.embeds, train.centre)
+            report["slices"] = _slices(slices(images, keys, middle[labelled], others), said, known, labelled)
+            if inputs["few_labels"] and len(labelled) > 1:  # one half to learn from, one to be tested on
+                report["few_labels"] = _few_labels(report, few_labels(middle[labelled], known))
         table = _table(found.keys, [paths[key] for key in found.keys], truth, said)
+        found_out = json.dumps(report, indent=1, allow_nan=False).encode()
         writer.put(
             "evaluation",
             inputs,
-            {"metrics.json": json.dumps(report, indent=2).encode(), "predictions.parquet": parquet(table)},
+            {"metrics.json": found_out, "predictions.parquet": parquet(table)},
             rows=table.height,
         )
-        return {"images": len(found.keys), "labelled": int((truth >= 0).sum())}
+        return {"images": len(found.keys), "labelled": len(labelled)}
 
     return run_stage(store, domain, "evaluate", VERSION, inputs, body)
 
 
-def read_truth(domain: Domain, paths: Sequence[str]) -> np.ndarray:
-    """Class number of each image, -1 where it has no label."""
-    if domain.evaluation is None:
-        return np.full(len(paths), -1)
-    sources = domain.evaluation.source or domain.source
-    labels = read_by_path(domain.evaluation.labels, "class", sources, paths)
-    numbers = {domain.prompt_name(name): number for number, name in enumerate(domain.classes)}
-    unknown = Counter(name for name in labels.values() if domain.prompt_name(name) not in numbers)
-    if unknown:
-        lines = []
-        for name, count in unknown.most_common(5):
-            near = difflib.get_close_matches(name, domain.classes, 1)
-            lines.append(f"{name!r} ({count} images)" + (f", did you mean {near[0]!r}?" if near else ""))
-        raise DataError(
-            f"labels {domain.evaluation.labels!r} name {len(unknown)} class(es) that are not in `classes`: "
-            f"{'; '.join(lines)}"
-        )
-    return np.array([numbers[domain.prompt_name(labels[path])] if path in labels else -1 for path in paths])
+def answers(heads: Iterable[Head], other: np.ndarray) -> Answers:
+    """What models say, and how sure they are once their mean confidence is what is expected of them without labels.
+
+    Expected is the share of images about which a model agrees with another one, which estimates its accuracy (Jiang et
+    al., *Assessing Generalization of SGD via Disagreement*, ICLR 2022). There the two are trained apart; here one comes
+    from the other, so that the estimate is rough.
+
+    Args:
+        other: classes by the other model, ``(n,)``: of an adapted one zero-shot, of plain zero-shot the centred one.
+    """
+    runs, temperatures, matched = [], [], []
+    for head in heads:
+        runs.append(metrics.predict(*head))
+        temperatures.append(metrics.temperature_for(*head, confidence=float((runs[-1].labels == other).mean())))
+        cooler = head._replace(scale=head.scale / temperatures[-1])
+        matched.append(metrics.predict(*cooler).probabilities[:, 0])
+    return Answers(runs, temperatures, matched)
 
 
 def _metrics(
-    domain: Domain, said: Mapping[str, Sequence[Predictions]], truth: np.ndarray, *, is_centred: bool
+    domain: Domain,
+    said: Mapping[str, Answers],
+    truth: np.ndarray,
+    labelled: np.ndarray,
+    keys: Sequence[str],
+    *,
+    is_centred: bool,
 ) -> dict[str, Any]:
-    labelled = truth >= 0
-    n, classes = int(labelled.sum()), len(domain.classes)
-    report: dict[str, Any] = {"domain": domain.name, "n_test": n, "classes": domain.classes, "centred": is_centred}
-    scores = {name: _score(runs, truth[labelled], labelled) for name, runs in said.items()} if n else {}
-    plain, middle = (scores.get(name, {}).get("top1") for name in ("zero_shot_plain", "zero_shot_centred"))
+    n, classes, known = len(labelled), len(domain.classes), truth[labelled]
+    scores = {name: _score(each, known, labelled) for name, each in said.items()} if n else {}
+    plain, middle = (scores.get(name, {}).get("top1") for name in ZERO_SHOTS)
     better = "zero_shot_centred" if (middle or 0.0) > (plain or 0.0) or (not n and is_centred) else "zero_shot_plain"
-    report["zero_shot"] = {
-        "plain": plain,
-        "centred": middle,
-        "top1": scores.get(better, {}).get("top1"),
-        "better": better,
-    }
-    report["zero_shot"]["methods"] = {name: scores[name] for name in ("zero_shot_plain", "zero_shot_centred") if n}
-    report["methods"] = {}
+    methods: dict[str, Any] = {}
     for name in domain.method:
         entry = scores.get(name, {"top1": None, "interval": None})
         if n:
-            gain = _correct(said[name], truth[labelled], labelled) - _correct(said[better], truth[labelled], labelled)
-            entry = entry | {"gain": float(gain.mean()), "gain_interval": metrics.bootstrap_interval(gain)}
-        report["methods"][name] = entry | {"label_free": _label_free(said[better][0], said[name][0], classes)}
-    report["label_free"] = report["methods"][domain.method[0]]["label_free"]
+            entry = entry | _compared(said[name], said[better], known, labelled)
+            for label, own in entry["per_class"].items():
+                own["gain"] = own["top1"] - scores[better]["per_class"][label]["top1"]
+        methods[name] = entry | {"label_free": _label_free(said[better].runs[0], said[name].runs[0], classes)}
+    report: dict[str, Any] = {
+        "format": FORMAT,
+        "domain": domain.name,
+        "n_test": n,
+        "classes": domain.classes,
+        "centred": is_centred,
+        "zero_shot": {
+            "plain": plain,
+            "centred": middle,
+            "top1": scores.get(better, {}).get("top1"),
+            "better": better,
+            "methods": {name: scores[name] for name in ZERO_SHOTS if n},
+        },
+        "methods": methods,
+        "label_free": methods[domain.method[0]]["label_free"],
+    }
     if n:
+        first = {name: each.runs[0].labels[labelled] for name, each in said.items()}
+        matrices = {name: metrics.confusion(labels, known, classes) for name, labels in first.items()}
         report["confusion"] = {
-            name: metrics.confusion(said[name][0].labels[labelled], truth[labelled], classes).tolist()
-            for name in (better, domain.method[0])
+            name: [[int(i), int(j), int(matrix[i, j])] for i, j in np.argwhere(matrix)]
+            for name, matrix in matrices.items()
+        }
+        report["confused"] = {
+            name: _confused(matrix, matrices[better], first[name], known, [keys[row] for row in labelled])
+            for name, matrix in matrices.items()
         }
     return report
+
+
+def _compared(adapted: Answers, before: Answers, truth: np.ndarray, labelled: np.ndarray) -> dict[str, Any]:
+    """An adapted method beside the better zero-shot, on the same images."""
+    gain = adapted.right(truth, labelled) - before.right(truth, labelled)
+    first, zero_shot = (each.runs[0].labels[labelled] == truth for each in (adapted, before))
+    return {
+        "gain": float(gain.mean()),
+        "gain_interval": metrics.bootstrap_interval(gain),
+        "permutation_p": metrics.permutation_test(gain),
+        "mcnemar": {
+            "p": metrics.mcnemar(first, zero_shot),
+            "only_adapted": int((first & ~zero_shot).sum()),
+            "only_zero_shot": int((zero_shot & ~first).sum()),
+        },
+    }
+
+
+def _confused(
+    matrix: np.ndarray, before: np.ndarray, predicted: np.ndarray, truth: np.ndarray, keys: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The most frequent mistakes of the first seed, each with some of its images."""
+    wrong = matrix * ~np.eye(len(matrix), dtype=bool)
+    most = np.argsort(-wrong, axis=None, kind="stable")[:CONFUSED]
+    pairs = [divmod(int(place), len(matrix)) for place in most if wrong.flat[place]]
+    return [
+        {
+            "truth": true,
+            "answer": answer,
+            "n": int(matrix[true, answer]),
+            "before": int(before[true, answer]),
+            "keys": [keys[row] for row in np.flatnonzero((truth == true) & (predicted == answer))[:CONFUSED_IMAGES]],
+        }
+        for true, answer in pairs
+    ]
+
+
+def _slices(
+    found: Sequence[Slice], said: Mapping[str, Answers], truth: np.ndarray, labelled: np.ndarray
+) -> list[dict[str, Any]]:
+    right = {name: each.right(truth, labelled) for name, each in said.items()}
+    return [
+        {
+            "by": each.by,
+            "name": each.name,
+            "n": len(each.rows),
+            "top1": {name: float(values[each.rows].mean()) for name, values in right.items()},
+        }
+        for each in found
+    ]
+
+
+def _few_labels(report: Mapping[str, Any], curves: Mapping[str, list[list[float]]]) -> dict[str, Any]:
+    scores = {**report["zero_shot"]["methods"], **report["methods"]}
+    return {
+        "labels": LABELS,
+        "top1": curves,
+        "worth": {name: worth(curves, score["top1"]) for name, score in scores.items()},
+    }
 
 
 def _label_free(before: Predictions, after: Predictions, classes: int) -> dict[str, Any]:
@@ -159,20 +282,21 @@ def _label_free(before: Predictions, after: Predictions, classes: int) -> dict[s
     }
 
 
-def _correct(runs: Sequence[Predictions], truth: np.ndarray, labelled: np.ndarray, k: int = 1) -> np.ndarray:
-    """Share of the seeds that are right about each labelled image, ``(n,)``."""
-    return np.mean([metrics.hits(run.ranked[labelled], truth, k) for run in runs], axis=0)
-
-
-def _score(runs: Sequence[Predictions], truth: np.ndarray, labelled: np.ndarray) -> dict[str, Any]:
-    correct = _correct(runs, truth, labelled)
-    seeds = [float(metrics.hits(run.ranked[labelled], truth, 1).mean()) for run in runs]
+def _score(said: Answers, truth: np.ndarray, labelled: np.ndarray) -> dict[str, Any]:
+    correct = said.right(truth, labelled)
+    answered = [run.labels[labelled] for run in said.runs]
     return {
         "top1": float(correct.mean()),
         "interval": metrics.bootstrap_interval(correct),
-        "top5": float(_correct(runs, truth, labelled, 5).mean()),
+        "top5": float(said.right(truth, labelled, 5).mean()),
         "mean_per_class": metrics.mean_per_class(correct, truth),
-        "seeds": seeds,
+        "macro_f1": float(np.mean([metrics.macro_f1(labels, truth) for labels in answered])),
+        "seeds": [float((labels == truth).mean()) for labels in answered],
+        "calibration": {
+            "as_is": _calibration([run.probabilities[labelled, 0] for run in said.runs], answered, truth),
+            "matched": _calibration([each[labelled] for each in said.matched], answered, truth),
+            "temperatures": list(said.temperatures),
+        },
         "per_class": {
             str(label): {"n": int((truth == label).sum()), "top1": float(correct[truth == label].mean())}
             for label in np.unique(truth)
@@ -180,12 +304,21 @@ def _score(runs: Sequence[Predictions], truth: np.ndarray, labelled: np.ndarray)
     }
 
 
-def _table(
-    keys: Sequence[str], paths: Sequence[str], truth: np.ndarray, said: Mapping[str, Sequence[Predictions]]
-) -> pl.DataFrame:
+def _calibration(confidence: Sequence[np.ndarray], answered: Sequence[np.ndarray], truth: np.ndarray) -> dict[str, Any]:
+    """Of the answers of all seeds together."""
+    correct = np.concatenate([labels == truth for labels in answered])
+    bins = metrics.reliability(np.concatenate(confidence), correct)
+    return {
+        "ece": metrics.calibration_error(bins),
+        "confidence": float(np.concatenate(confidence).mean()),
+        "bins": [each._asdict() for each in bins],
+    }
+
+
+def _table(keys: Sequence[str], paths: Sequence[str], truth: np.ndarray, said: Mapping[str, Answers]) -> pl.DataFrame:
     columns: dict[str, Any] = {"key": keys, "path": paths, "truth": pl.Series(truth).replace(-1, None)}
-    for name, runs in said.items():
-        columns[name] = runs[0].labels
-        columns[f"{name}_probability"] = runs[0].probabilities[:, 0]
-        columns[f"{name}_seeds"] = np.stack([run.labels for run in runs], axis=1).tolist()
+    for name, each in said.items():
+        columns[name] = each.runs[0].labels
+        columns[f"{name}_probability"] = each.runs[0].probabilities[:, 0]
+        columns[f"{name}_seeds"] = np.stack([run.labels for run in each.runs], axis=1).tolist()
     return pl.DataFrame(columns)

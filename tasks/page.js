@@ -23,6 +23,17 @@
   button.hidden = false;
   show();
 
+  const choosers = [...document.querySelectorAll("select[data-choose]")];
+  const choose = (value) => {
+    for (const select of choosers) select.value = value;
+    for (const block of document.querySelectorAll("[data-method]")) block.hidden = block.dataset.method !== value;
+  };
+  for (const select of choosers) {
+    select.closest("p").hidden = false;
+    select.addEventListener("change", () => choose(select.value));
+  }
+  if (choosers.length) choose("0");
+
   for (const input of document.querySelectorAll("input[data-filter]")) {
     const rows = [...document.getElementById(input.dataset.filter).tBodies[0].rows];
     const output = input.closest("p").querySelector("output");
@@ -38,7 +49,7 @@
     });
   }
 
-  const list = document.getElementById("captions");
+  const list = document.querySelector("[data-browsed]");
   if (list) {
     const step = 12;
     const cards = [...list.children];
@@ -75,6 +86,10 @@
   const closed = [];
   addEventListener("beforeprint", () => {
     for (const box of document.querySelectorAll("details:not([open])")) { closed.push(box); box.open = true; }
+    for (const block of document.querySelectorAll("[data-method]")) block.hidden = false;
   });
-  addEventListener("afterprint", () => { while (closed.length) closed.pop().open = false; });
+  addEventListener("afterprint", () => {
+    while (closed.length) closed.pop().open = false;
+    if (choosers.length) choose(choosers[0].value);
+  });
 })();

@@ -1,33 +1,24 @@
 """The report page: plain data in, one self-contained HTML file out.
 
-``render`` is a pure function: same report, same bytes; no clock, no network, no files but the template beside it.
-Every text is untrusted (a language model wrote it, or a stranger named the file), so all of it is escaped, isolated
-from the direction of its neighbours, freed of invisible characters and clipped. A strict content security policy, with
-the hashes of the one style sheet and the one script, is the second line of defence.
+``render`` is a pure function: same report, same bytes; no clock, no network, no files but the templates beside it.
 """
 
-import base64
-import hashlib
+from __future__ import annotations
+
 import math
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
-from pathlib import Path
 from typing import Any, Literal
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from models.images import to_rgb
+from tasks import charts
+from tasks.charts import Axis, Placed, make_axis
+from tasks.html import OPEN_TEXT_LIMIT, TEXT_LIMIT, data_url, html, plain
 
-NAME_LIMIT = 64
-TEXT_LIMIT = 180
-"""Characters of a text that show before the reader opens it."""
-OPEN_TEXT_LIMIT = 2_000
-"""Characters of a text that the page holds at all; the store has the rest."""
 ROWS_IN_FULL = 24
 """Up to this many classes every list is whole; above, the ends are shown and the whole list can be opened."""
 ROWS_AT_EACH_END = 10
@@ -35,6 +26,10 @@ MATRIX_CELLS_WITH_NUMBERS = 30
 """Up to this many classes the confusion matrix is a table of numbers; above, it is a picture."""
 TOP_CONFUSIONS = 15
 QUARANTINE_ROWS = 40
+WEAKEST = 3
+
+OF_A_CLASS = Axis(0, 1, [0, 0.25, 0.5, 0.75, 1])
+"""Accuracies of classes are shown on one axis, whatever they are."""
 
 Interval = tuple[float, float]
 
@@ -49,10 +44,26 @@ class Component:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """How sure answers are and how often right; ``matched`` is after a temperature that was set without labels.
+
+    Errors are expected calibration errors; of the bins each is ``(confidence, share that is right, answers)``.
+    """
+
+    confidence: float
+    error: float
+    matched_error: float
+    temperature: float
+    bins: Sequence[charts.Point]
+    matched_bins: Sequence[charts.Point]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """One row of the comparison. Rates are shares in [0, 1]; None where there are no labels.
 
-    ``interval`` is the 95 % bootstrap interval of ``top1``. An id that starts with ``zero_shot`` is a baseline.
+    ``interval`` is the 95 % bootstrap interval of ``top1``. ``permutation_p`` and ``mcnemar_p`` compare with the better
+    baseline. An id that starts with ``zero_shot`` is a baseline.
     """
 
     id: str
@@ -61,6 +72,10 @@ class Method:
     interval: Interval | None = None
     top5: float | None = None
     mean_per_class: float | None = None
+    macro_f1: float | None = None
+    permutation_p: float | None = None
+    mcnemar_p: float | None = None
+    calibration: Calibration | None = None
     seeds: Sequence[float] = ()
     note: str = ""
 
@@ -77,6 +92,58 @@ class ClassRow:
     n: int
     zero_shot: float | None
     adapted: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mistaken:
+    """One image of a confused pair; ``text`` is about it or about the training image nearest to it."""
+
+    image: bytes
+    path: str
+    text: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confused:
+    """A pair of classes with images of one that are taken for the other: ``n`` of them, ``before`` by the baseline."""
+
+    truth: str
+    predicted: str
+    n: int
+    before: int
+    shown: Sequence[Mistaken] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detail:
+    """What labels say of an adapted method. ``confusion`` counts, rows = truth, columns = answers, as ``classes``."""
+
+    id: str
+    per_class: Sequence[ClassRow] = ()
+    confusion: Sequence[Sequence[int]] = ()
+    confused: Sequence[Confused] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliceRow:
+    """Accuracy of the methods, by id, on ``n`` images that have something in common."""
+
+    by: str
+    name: str
+    n: int
+    top1: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewLabels:
+    """What classifiers reach that learn from ``labels`` images of each class: for each learner the draws' accuracies.
+
+    ``worth`` is the least number of labels that reach a method; None where none does.
+    """
+
+    labels: Sequence[int]
+    top1: Mapping[str, Sequence[Sequence[float]]]
+    worth: Mapping[str, int | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +166,12 @@ class Example:
     after_p: float
     truth: str | None = None
     texts: Sequence[Text] = ()
+
+    @property
+    def alt(self) -> str:
+        """What happened to the image."""
+        truth = f"Labelled {plain(self.truth)}. " if self.truth is not None else ""
+        return f"{truth}Zero-shot answer {plain(self.before)}, adapted answer {plain(self.after)}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +287,10 @@ class StageRow:
     counts: Mapping[str, int] = field(default_factory=dict)
     engine_wait: float | None = None
     """Share of the time in which a describer's engine waited for images."""
+    tokens: tuple[int, int] | None = None
+    """Of prompts and of answers, of all its texts, also of those that an earlier run paid for."""
+    cost: str = ""
+    """Of those tokens, by the prices of the domain file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,8 +315,8 @@ class Report:
     """Everything the page says.
 
     ``gain_interval`` is the 95 % interval of the paired difference in top-1 between the methods ``adapted`` and
-    ``best_baseline``, as a share (0.01 = one point). Confusions are counts, rows = truth, columns = prediction, in the
-    order of ``classes``. ``n_test`` = 0 means no labels: then accuracies are None and ``examples_changed`` is shown.
+    ``best_baseline``, as a share (0.01 = one point). ``confusion_before`` is of that baseline, and ``details`` of
+    adapted methods. ``n_test`` = 0 means no labels: then accuracies are None and ``examples_changed`` is shown.
 
     Raises:
         ValueError: with every contradiction in the data, among them a ``best_baseline`` that is not the best.
@@ -261,9 +338,11 @@ class Report:
     gain_interval: Interval | None = None
     selection: str = ""
     """What was kept without labels, and why, as the end of a sentence."""
-    per_class: Sequence[ClassRow] = ()
     confusion_before: Sequence[Sequence[int]] = ()
-    confusion_after: Sequence[Sequence[int]] = ()
+    details: Sequence[Detail] = ()
+    slices: Sequence[SliceRow] = ()
+    few_labels: FewLabels | None = None
+    atlas: Sequence[Placed] = ()
     examples_better: Sequence[Example] = ()
     examples_worse: Sequence[Example] = ()
     examples_changed: Sequence[Example] = ()
@@ -295,12 +374,17 @@ def _problems(report: Report) -> Iterable[str]:
     for role in ("predicted_before", "predicted_after"):
         if (n := len(getattr(report.label_free, role))) != n_classes:
             yield f"{role} has {n} entries for {n_classes} classes"
-    for role in ("confusion_before", "confusion_after"):
-        shape = {len(getattr(report, role)), *(len(row) for row in getattr(report, role))}
-        if len(getattr(report, role)) and shape != {n_classes}:
+    matrices = {"confusion_before": report.confusion_before} | {
+        f"confusion of {d.id}": d.confusion for d in report.details
+    }
+    for role, matrix in matrices.items():
+        if len(matrix) and {len(matrix), *map(len, matrix)} != {n_classes}:
             yield f"{role} is not {n_classes} x {n_classes}"
-    if len(report.confusion_before) != len(report.confusion_after):
-        yield "one confusion matrix without the other: give both or none"
+    if len({len(matrix) > 0 for matrix in matrices.values()}) > 1:
+        yield "one confusion matrix without the others: give all or none"
+    for detail in report.details:
+        if detail.id not in by_id:
+            yield f"details are of {detail.id!r}, which is none of the methods {sorted(by_id)}"
     if report.n_test == 0:
         return
     if report.gain_interval is None:
@@ -328,150 +412,6 @@ def render(report: Report) -> str:
         quarantine_limit=QUARANTINE_ROWS,
         **_view(report),
     )
-
-
-def html(template: str, **view: Any) -> str:
-    """A template of this folder, filled. Its policy lets a browser run our own style and script, and fetch nothing."""
-    folder = Path(__file__).parent
-    css, js = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    if "</style" in css.lower() or "</script" in js.lower():
-        raise ValueError("page.css and page.js are inlined and must not hold a closing style or script tag")
-    env = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    env.filters |= {
-        "name": name_html, "plain": plain, "clean": clean, "percent": percent, "points": points, "number": number,
-        "decimal": decimal, "duration": duration, "image": image_html, "thumbnail": thumbnail_html,
-    }  # fmt: skip
-    policy = [
-        "default-src 'none'",
-        "img-src data:",
-        f"style-src 'sha256-{_sha256(css)}'",
-        f"script-src 'sha256-{_sha256(js)}'",
-        "base-uri 'none'",
-        "form-action 'none'",
-    ]
-    page = env.get_template(template).render(css=Markup(css), js=Markup(js), policy="; ".join(policy), **view)
-    return page.strip() + "\n"
-
-
-def _sha256(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-# Untrusted text
-
-
-def clean(text: str, limit: int = OPEN_TEXT_LIMIT) -> str:
-    """At most ``limit`` characters of ``text`` with nothing in them that hides, reorders or piles up.
-
-    Invisible and direction-changing characters become ``[U+202E]``, so a reader sees that they are there; joiners stay
-    where scripts and emoji need them, between two non-ASCII characters. Runs of combining marks are cut to six.
-    """
-    clipped = text[:limit] + ("…" if len(text) > limit else "")
-    if clipped.isascii() and clipped.isprintable():
-        return clipped
-    out: list[str] = []
-    marks = 0
-    for before, char, after in zip(" " + clipped, clipped, clipped[1:] + " ", strict=False):
-        category = unicodedata.category(char)
-        marks = marks + 1 if category in ("Mn", "Me") else 0
-        joins = char in "\u200c\u200d" and not before.isascii() and not after.isascii()
-        hides = category in ("Cc", "Cf", "Cs", "Zl", "Zp") or ord(char) & 0xFFFE == 0xFFFE
-        if hides and char not in "\n\t" and not joins:
-            out.append(f"[U+{ord(char):04X}]")
-        elif marks <= 6:
-            out.append(char)
-    return "".join(out)
-
-
-def plain(text: str, limit: int = NAME_LIMIT) -> str:
-    """``clean`` on one line, for attributes and chart labels; the marks of invisible characters count too."""
-    shown = clean(" ".join(text.split()) or "(empty)", limit)
-    return shown if len(shown) <= limit + 1 else shown[:limit] + "…"
-
-
-def name_html(text: str, limit: int = NAME_LIMIT) -> Markup:
-    """A class name, path or other short text, isolated; more of it in the tooltip where it had to be clipped."""
-    title = Markup(' title="{}"').format(plain(text, 400)) if len(text) > limit else ""
-    return Markup("<bdi{}>{}</bdi>").format(title, plain(text, limit))
-
-
-# Numbers
-
-
-def percent(share: float | None, digits: int = 1) -> str:
-    return _signless(share, 100, digits) + "%" if _known(share) else "–"
-
-
-def points(share: float | None, digits: int = 1) -> str:
-    """A difference in percentage points with its sign: ``+4.8``, ``−0.3``, ``0.0``."""
-    return _signed(f"{100 * share:+.{digits}f}") if share is not None and math.isfinite(share) else "–"
-
-
-def number(value: float | None) -> str:
-    return f"{value:,.0f}".replace("-", "−") if value is not None and math.isfinite(value) else "–"
-
-
-def decimal(value: float | None, digits: int = 3) -> str:
-    return _signless(value, 1, digits) if _known(value) else "–"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _known(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def _signless(value: float | None, factor: int, digits: int) -> str:
-    assert value is not None
-    return f"{factor * value + 0.0:.{digits}f}".replace("-", "−")
-
-
-def _signed(text: str) -> str:
-    return text[1:] if not text.strip("+-0.") else text.replace("-", "−")
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A linear scale with round ticks; ``at`` gives an SVG position as a percentage of the plot's width."""
-
-    lo: float
-    hi: float
-    ticks: Sequence[float]
-
-    @property
-    def digits(self) -> int:
-        """Decimals that tick labels in percent need."""
-        return 0 if all(abs(100 * tick - round(100 * tick)) < 1e-6 for tick in self.ticks) else 1
-
-    def at(self, value: float) -> str:
-        return f"{100 * min(max((value - self.lo) / (self.hi - self.lo), 0), 1):.2f}%"
-
-
-def make_axis(values: Iterable[float], n_ticks: int = 5) -> Axis:
-    """The smallest axis that holds ``values`` and starts and ends at a round number."""
-    known = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
-    lo, hi = min(known), max(known)
-    if hi - lo < 1e-9:
-        lo, hi = lo - 0.005, hi + 0.005
-    raw = (hi - lo) / n_ticks
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
-    first, last = math.floor(lo / step + 1e-9), math.ceil(hi / step - 1e-9)
-    return Axis(first * step, last * step, [i * step for i in range(first, last + 1)])
 
 
 # What the template shows
@@ -505,7 +445,8 @@ class Changes:
         return len(self.rows) <= ROWS_IN_FULL
 
 
-def _changes(rows: Iterable[Change], axis: Axis) -> Changes:
+def sorted_changes(rows: Iterable[Change], axis: Axis) -> Changes:
+    """Largest gain first; what has none comes last."""
     ordered = sorted(rows, key=lambda c: (c.gain is None, -(c.gain or 0), c.name))
     gains = [c for c in ordered if (c.gain or 0) > 0][:ROWS_AT_EACH_END]
     losses = [c for c in reversed(ordered) if (c.gain or 0) < 0][:ROWS_AT_EACH_END]
@@ -548,24 +489,28 @@ def _view(report: Report) -> dict[str, Any]:
         "n_predicted": n_predicted,
         "never_before": sum(n == 0 for n in free.predicted_before),
         "never_after": sum(n == 0 for n in free.predicted_after),
-        "per_class": _changes(
-            (Change(c.name, c.n, c.zero_shot, c.adapted) for c in report.per_class), Axis(0, 1, [0, 0.25, 0.5, 0.75, 1])
-        ),
-        "scatter": _scatter(report.per_class) if len(report.per_class) > ROWS_IN_FULL else "",
-        "predicted": _changes(
+        "details": [_detailed(report, detail, number) for number, detail in enumerate(report.details)],
+        "calibrated": [m for m in report.methods if m.calibration],
+        "diagrams": [
+            charts.reliability(m.calibration.bins, m.calibration.matched_bins, f"reliability-{number}")
+            for number, m in enumerate(report.methods)
+            if m.calibration
+        ],
+        "learning": _learning(report),
+        "map": charts.atlas(report.atlas) if report.atlas else "",
+        "predicted": sorted_changes(
             (Change(c, None, b, a) for c, b, a in zip(report.classes, *shares, strict=True)),
             make_axis([0.0, *shares[0], *shares[1]]),
         ),
-        "matrices": _matrices(report),
-        "confusions": _confusions(report),
         "captions": _captions(report.screening) if report.screening else None,
         "reasons": sorted(Counter(q.reason for q in report.quarantine).items(), key=lambda item: (-item[1], item[0])),
         "total_s": sum(s.seconds for s in report.stages),
+        "weakest": _weakest(report),
         "longest_s": max((s.seconds for s in report.stages), default=0) or 1,
         "stage_fingerprints": [(s.name, s.fingerprint) for s in report.stages if s.fingerprint],
         "history": history,
         "n_epochs": max(map(len, history.values()), default=0),
-        "curves": [_curve(key, values, f"curve-{i}") for i, (key, values) in enumerate(history.items(), 1)],
+        "curves": [charts.curve(key, values, f"curve-{i}") for i, (key, values) in enumerate(history.items(), 1)],
     }
 
 
@@ -594,13 +539,56 @@ def _captions(screening: Screening) -> Captions:
     return Captions(flags, labels, cards, dropped, len(shown) - dropped)
 
 
-def _confusions(report: Report) -> list[Confusion]:
+@dataclass(frozen=True)
+class Detailed:
+    """What labels say of a method. ``tag`` keeps ids apart: empty for the first, which links elsewhere lead to."""
+
+    method: Method
+    tag: str
+    per_class: Changes
+    scatter: Markup
+    matrices: Sequence[Matrix]
+    confusions: Sequence[Confusion]
+    confused: Sequence[Confused]
+
+
+def _detailed(report: Report, detail: Detail, number: int) -> Detailed:
+    tag = f"{number}-" if number else ""
+    known = [(r.name, r.zero_shot, r.adapted) for r in detail.per_class if None not in (r.zero_shot, r.adapted)]
+    return Detailed(
+        method=report.method(detail.id),
+        tag=tag,
+        per_class=sorted_changes((Change(c.name, c.n, c.zero_shot, c.adapted) for c in detail.per_class), OF_A_CLASS),
+        scatter=charts.scatter(known, f"{tag}scatter") if len(detail.per_class) > ROWS_IN_FULL else Markup(""),  # type: ignore[arg-type]
+        matrices=_matrices(report.confusion_before, detail.confusion),
+        confusions=_confusions(report, detail),
+        confused=detail.confused,
+    )
+
+
+def _weakest(report: Report) -> list[ClassRow]:
+    """The classes that the adapted method knows worst."""
+    known = [row for row in report.details[0].per_class if row.adapted is not None] if report.details else []
+    return sorted(known, key=lambda row: (row.adapted or 0.0, row.name))[:WEAKEST]
+
+
+def _learning(report: Report) -> Markup:
+    if report.few_labels is None:
+        return Markup("")
+    shown = [report.method(id) for id in (report.best_baseline, report.adapted)]
+    levels = [(m.label, m.top1, not m.is_baseline) for m in shown if m.top1 is not None]
+    curves = {name.replace("_", " "): draws for name, draws in report.few_labels.top1.items()}
+    return charts.learning(report.few_labels.labels, curves, levels)
+
+
+def _confusions(report: Report, detail: Detail) -> list[Confusion]:
     """The mistakes that are most frequent before or after, most frequent first."""
+    before, after = report.confusion_before, detail.confusion
     found = [
-        Confusion(truth, predicted, int(report.confusion_before[i][j]), int(report.confusion_after[i][j]))
+        Confusion(truth, predicted, int(before[i][j]), int(after[i][j]))
         for i, truth in enumerate(report.classes)
         for j, predicted in enumerate(report.classes)
-        if i != j and len(report.confusion_after) and (report.confusion_before[i][j] or report.confusion_after[i][j])
+        if i != j and len(after) and (before[i][j] or after[i][j])
     ]
     return sorted(found, key=lambda c: (-max(c.before, c.after), -c.after, c.truth, c.predicted))[:TOP_CONFUSIONS]
 
@@ -623,9 +611,9 @@ class Matrix:
     picture: Markup
 
 
-def _matrices(report: Report) -> list[Matrix]:
+def _matrices(*confusions: Sequence[Sequence[int]]) -> list[Matrix]:
     """After, before and their difference; shades say right or wrong (better or worse) and the share of the row."""
-    before, after = ([[int(n) for n in row] for row in m] for m in (report.confusion_before, report.confusion_after))
+    before, after = ([[int(n) for n in row] for row in matrix] for matrix in confusions)
     if not after:
         return []
     change = [[a - b for a, b in zip(*rows, strict=True)] for rows in zip(after, before, strict=True)]
@@ -667,166 +655,7 @@ def _picture(shades: Mapping[tuple[int, int], str], n: int, label: str) -> Marku
     buffer = BytesIO()
     Image.frombytes("RGBA", (n, n), bytes(pixels)).save(buffer, "PNG", optimize=True)
     return Markup('<img class="heat" width="{0}" height="{0}" src="{1}" alt="{2}">').format(
-        n, _data_url("image/png", buffer.getvalue()),
+        n, data_url("image/png", buffer.getvalue()),
         f"{label}: confusion matrix of {n} classes as a heat map, truth downwards, answer to the right. "
         "The most frequent confusions are in the table that follows.",
     )  # fmt: skip
-
-
-def image_html(example: Example) -> Markup:
-    """The thumbnail with a description of what happened to it."""
-    truth = f"Labelled {plain(example.truth)}. " if example.truth is not None else ""
-    alt = f"{truth}Zero-shot answer {plain(example.before)}, adapted answer {plain(example.after)}."
-    return thumbnail_html(example.image, example.path, alt)
-
-
-def thumbnail(image: Image.Image, side_px: int) -> bytes:
-    """A picture for the page, no side longer than ``side_px``: PNG where it is tiny, to stay crisp, else JPEG."""
-    small = to_rgb(image).copy()
-    small.thumbnail((side_px, side_px))
-    out = BytesIO()
-    small.save(out, "PNG" if max(small.size) <= 64 else "JPEG", quality=80)
-    return out.getvalue()
-
-
-def picture_url(data: bytes) -> str:
-    """PNG or JPEG bytes, as an address that holds them."""
-    return _data_url("image/png" if data.startswith(b"\x89PNG") else "image/jpeg", data)
-
-
-def thumbnail_html(data: bytes, path: str, alt: str) -> Markup:
-    """A picture with its size, and crisp pixels where it is tiny."""
-    try:
-        image = Image.open(BytesIO(data))
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path!r}: the example image is not a picture; give PNG, JPEG or WebP bytes") from error
-    if image.format not in ("PNG", "JPEG", "WEBP"):
-        raise ValueError(f"{path!r}: the example image is {image.format}; give PNG, JPEG or WebP bytes")
-    return Markup('<img class="{}" width="{}" height="{}" src="{}" alt="{}">').format(
-        "tiny" if max(image.size) < 80 else "photo", *image.size,
-        _data_url(f"image/{image.format.lower()}", data), alt,
-    )  # fmt: skip
-
-
-def _data_url(media_type: str, data: bytes) -> str:
-    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
-
-
-# Charts: Altair, drawn to SVG while the page is built. Colours stand for CSS classes, so the charts follow the theme.
-
-INK, MUTED, LINE, ACCENT, LOSS = "#000001", "#000002", "#000003", "#000004", "#000005"
-CSS_COLOURS = {INK: "ink", MUTED: "muted", LINE: "line", ACCENT: "accent", LOSS: "loss"}
-
-
-def _curve(name: str, values: Sequence[float], id: str) -> Markup:
-    import altair as alt
-
-    points = [{"epoch": i, "value": v if math.isfinite(v) else None} for i, v in enumerate(values, 1)]
-    known = [v for v in values if math.isfinite(v)]
-    x = alt.X("epoch:Q", title="epoch", scale=alt.Scale(domain=[1, max(len(values), 2)]), axis=alt.Axis(tickMinStep=1))
-    chart = alt.Chart(alt.Data(values=points)).encode(x=x)
-    y = alt.Y("value:Q", title=None, scale=alt.Scale(zero=False, nice=True), axis=alt.Axis(tickCount=4))
-    layers = chart.mark_line(color=ACCENT, strokeWidth=2).encode(y=y)
-    if len(values) <= 40:
-        layers = layers + chart.mark_point(color=ACCENT, filled=True, size=26, opacity=1).encode(y=y)
-    span = f" It goes from {known[0]:.4g} to {known[-1]:.4g}." if known else ""
-    return _svg(
-        layers.properties(width=268, height=130), id, f"{plain(name)} over {len(values)} epochs",
-        f"Line chart.{span} The values are in the table below the charts.",
-    )  # fmt: skip
-
-
-def _scatter(rows: Sequence[ClassRow]) -> Markup:
-    import altair as alt
-
-    known = [(r.name, r.zero_shot, r.adapted) for r in rows if r.zero_shot is not None and r.adapted is not None]
-    known.sort(key=lambda row: (row[1] - row[2], row[0]))
-    labelled = _apart(known) | _apart(known[::-1])
-    data = [
-        {
-            "before": before, "after": after, "name": plain(name, 22) if row in labelled else "",
-            "kind": "gain" if after > before else "loss" if after < before else "same",
-        }
-        for row in known for name, before, after in [row]
-    ]  # fmt: skip
-    axis = alt.Axis(format="%", values=[0, 0.25, 0.5, 0.75, 1])
-    scale = alt.Scale(domain=[0, 1])
-    colour = alt.Color(
-        "kind:N", legend=None, scale=alt.Scale(domain=["gain", "loss", "same"], range=[ACCENT, LOSS, MUTED])
-    )
-    chart = alt.Chart(alt.Data(values=data)).encode(
-        x=alt.X("before:Q", title="zero-shot accuracy", scale=scale, axis=axis),
-        y=alt.Y("after:Q", title="adapted accuracy", scale=scale, axis=axis),
-    )
-    diagonal = alt.Chart(alt.Data(values=[{"before": 0, "after": 0}, {"before": 1, "after": 1}])).mark_line(
-        color=MUTED, strokeDash=[4, 4], strokeWidth=1
-    )
-    shape = alt.Shape(
-        "kind:N",
-        legend=None,
-        scale=alt.Scale(domain=["gain", "loss", "same"], range=["triangle-up", "triangle-down", "circle"]),
-    )
-    dots = chart.mark_point(filled=True, size=46, opacity=0.75).encode(color=colour, shape=shape)
-    left = chart.mark_text(align="left", dx=8, fontSize=11, color=INK).encode(text="name:N")
-    right = chart.mark_text(align="right", dx=-8, fontSize=11, color=INK).encode(text="name:N")
-    layers = (
-        diagonal.encode(x="before:Q", y="after:Q")
-        + dots
-        + left.transform_filter("datum.before <= 0.6")
-        + right.transform_filter("datum.before > 0.6")
-    )
-    n_gain = sum(row["kind"] == "gain" for row in data)
-    n_loss = sum(row["kind"] == "loss" for row in data)
-    return _svg(
-        layers.properties(width=330, height=330), "scatter", f"Accuracy of {len(data)} classes before and after",
-        f"Scatter plot, one mark per class. {n_gain} classes lie above the diagonal (better), {n_loss} below (worse). "
-        "The values are in the tables of this section.",
-    )  # fmt: skip
-
-
-def _apart(rows: Sequence[tuple[str, float, float]], n: int = 3) -> set[tuple[str, float, float]]:
-    """The first ``n`` rows whose labels do not lie on each other."""
-    chosen: list[tuple[str, float, float]] = []
-    for row in rows[:40]:
-        if len(chosen) < n and all(abs(row[2] - c[2]) > 0.05 or abs(row[1] - c[1]) > 0.4 for c in chosen):
-            chosen.append(row)
-    return set(chosen)
-
-
-def _svg(chart: Any, id: str, title: str, description: str) -> Markup:
-    """The chart as inline SVG: theme colours as classes, a title and a description.
-
-    Marks must not be clipped: the converter numbers clip paths over the life of the process, so the bytes would differ.
-    """
-    from xml.etree import ElementTree
-
-    import vl_convert
-
-    styled = chart.configure(aria=False, font="sans-serif", padding=4).configure_view(stroke=None)
-    styled = styled.configure_axis(
-        labelColor=MUTED, titleColor=MUTED, gridColor=LINE, domainColor=LINE, tickColor=LINE,
-        labelFontSize=11, titleFontSize=11, titleFontWeight="normal", titlePadding=8, tickSize=4,
-    )  # fmt: skip
-    root = ElementTree.fromstring(vl_convert.vegalite_to_svg({**styled.to_dict(), "background": None}))
-    for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        for attribute in ("font-family", "pointer-events", "aria-hidden", "aria-roledescription", "role", "style"):
-            element.attrib.pop(attribute, None)
-        classes = [
-            f"{attribute}-{CSS_COLOURS[colour]}"
-            for attribute in ("fill", "stroke")
-            if (colour := element.get(attribute, "")) in CSS_COLOURS and element.attrib.pop(attribute)
-        ]
-        element.attrib.pop("class", None)
-        if classes:
-            element.set("class", " ".join(classes))
-    width, height = root.get("width", "300"), root.get("height", "200")
-    root.attrib = {
-        "class": "chart", "role": "img", "aria-labelledby": f"{id}-title {id}-desc",
-        "width": width, "height": height, "viewBox": root.get("viewBox", f"0 0 {width} {height}"),
-    }  # fmt: skip
-    for position, (tag, text) in enumerate((("title", title), ("desc", description))):
-        child = ElementTree.Element(tag, {"id": f"{id}-{tag}"})
-        child.text = text
-        root.insert(position, child)
-    return Markup(ElementTree.tostring(root, encoding="unicode", short_empty_elements=False))

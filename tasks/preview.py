@@ -11,7 +11,7 @@ from models.describers import Kind
 from tasks.describe import class_questions
 from tasks.domain import Domain
 from tasks.group import look_alikes
-from tasks.page import html, picture_url, thumbnail
+from tasks.html import html, picture_url, thumbnail
 from tasks.stage import StageResult, open_store
 from tasks.texts import Gallery, Question, Texts, describer_identity
 

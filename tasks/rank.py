@@ -16,7 +16,7 @@ from storage.images import open_image
 from storage.shards import read_index, read_records
 from tasks.domain import Domain
 from tasks.features import centred, read_features, used_centre
-from tasks.page import html, picture_url, thumbnail
+from tasks.html import html, picture_url, thumbnail
 from tasks.stage import StageResult, open_store
 from tasks.tune import chosen_model, text_reader, tuned_features
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +15,27 @@ import polars as pl
 
 from models import clip
 from models.differences import RULES
+from models.flat import flat
 from models.screening import FLAGS, FLOOR_WEIGHT
 from models.settings import SEEDLESS
-from storage.artifacts import ArtifactStore, ArtifactWriter
+from storage.artifacts import Artifact, ArtifactStore, ArtifactWriter
 from storage.images import open_image
 from storage.objects import ObjectStore
 from storage.shards import overlap, read_index, read_quarantine, read_records
 from storage.tables import read_parquet
-from tasks import page
+from tasks import html, page
+from tasks.charts import Placed
 from tasks.domain import Domain
 from tasks.features import Features, read_features
 from tasks.pair import read_pairs
 from tasks.screen import read_screened, usable
 from tasks.select import read_selection
+from tasks.slices import nearest
 from tasks.stage import StageResult, open_store, run_stage, statistic
 from tasks.texts import describer_identity
-from tasks.tune import read_history
+from tasks.tune import read_history, read_tuned, tuned_features
 
-VERSION = 1
+VERSION = 2
 EXAMPLES = 12
 THUMBNAIL = 160
 """Longer side of an example's picture, in pixels."""
@@ -55,6 +60,9 @@ PAIRS_KEPT, PAIRS_OF_A_RULE = 8, 4
 """Texts about pairs that the page shows."""
 MEMBERS = 4
 """Pictures of a group."""
+CONFUSED, CONFUSED_IMAGES = 8, 3
+"""Pairs of classes that are mistaken, of each method, and images of each, with pictures."""
+ON_THE_MAP = 2_000
 CAPTION_THUMBNAIL = 96
 DESCRIBER_NOTES = {
     "tags": "No language model took part: these are the CLIP's own zero-shot tags, put into sentences.",
@@ -101,11 +109,11 @@ class _Findings:
         used = usable(self._screened["images"])
         self._texts = dict(zip(used["member_keys"].list.first(), used["text"], strict=True))
         self._adapted, self._better = domain.method[0], self._metrics["zero_shot"]["better"]
+        self._scores = {**self._metrics["zero_shot"]["methods"], **self._metrics["methods"]}
 
     def report(self) -> page.Report:
         domain, found = self._domain, self._metrics
         better, worse, changed = self._examples()
-        confusion = found.get("confusion", {})
         return page.Report(
             domain=domain.name,
             title=f"{domain.name}: CLIP adapted without labels",
@@ -122,9 +130,11 @@ class _Findings:
             counts=self._counts(),
             label_free=page.LabelFree(**found["label_free"]),
             gain_interval=tuple(found["methods"][self._adapted]["gain_interval"]) if found["n_test"] else None,
-            per_class=self._per_class(),
-            confusion_before=confusion.get(self._better, ()),
-            confusion_after=confusion.get(self._adapted, ()),
+            confusion_before=self._confusion(self._better) if found["n_test"] else (),
+            details=self._details() if found["n_test"] else (),
+            slices=[page.SliceRow(**each) for each in found.get("slices", ())],
+            few_labels=page.FewLabels(**found["few_labels"]) if "few_labels" in found else None,
+            atlas=self._atlas(),
             examples_better=better,
             examples_worse=worse,
             examples_changed=changed,
@@ -150,21 +160,56 @@ class _Findings:
         return page.Component(name=str(who["model"]), revision=str(who["revision"]), note=note)
 
     def _methods(self) -> list[page.Method]:
-        scores = {**self._metrics["zero_shot"]["methods"], **self._metrics["methods"]}
-        kept = ("top1", "interval", "top5", "mean_per_class")
+        kept = ("top1", "interval", "top5", "mean_per_class", "macro_f1", "permutation_p")
         methods = []
         for name in ("zero_shot_plain", "zero_shot_centred", *self._domain.method):
-            score = scores.get(name, {})
+            score = self._scores.get(name, {})
             seeds = () if name not in self._domain.method or name in SEEDLESS else score.get("seeds", ())
             found = {key: score[key] for key in kept if score.get(key) is not None}
+            if "mcnemar" in score:
+                found["mcnemar_p"] = score["mcnemar"]["p"]
+            if "calibration" in score:
+                found["calibration"] = _calibration(score["calibration"])
             methods.append(page.Method(id=name, label=LABELS[name], seeds=seeds, note=_gain(score), **found))
         return methods
 
-    def _per_class(self) -> list[page.ClassRow]:
-        if not self._metrics["n_test"]:
-            return []
-        before = self._metrics["zero_shot"]["methods"][self._better]["per_class"]
-        after = self._metrics["methods"][self._adapted]["per_class"]
+    def _details(self) -> list[page.Detail]:
+        confused = {name: self._metrics["confused"][name][:CONFUSED] for name in self._domain.method}
+        keys = [key for pairs in confused.values() for pair in pairs for key in pair["keys"][:CONFUSED_IMAGES]]
+        paths, pictures = self._thumbnails(self._test, keys)
+        texts = {key: text for key, (_, text) in self._told(sorted(set(keys))).items()}
+        names = self._domain.classes
+        return [
+            page.Detail(
+                id=method,
+                per_class=self._per_class(method),
+                confusion=self._confusion(method),
+                confused=[
+                    page.Confused(
+                        truth=names[pair["truth"]],
+                        predicted=names[pair["answer"]],
+                        n=pair["n"],
+                        before=pair["before"],
+                        shown=[
+                            page.Mistaken(image=pictures[key], path=paths[key], text=texts[key])
+                            for key in pair["keys"][:CONFUSED_IMAGES]
+                        ],
+                    )
+                    for pair in confused[method]
+                ],
+            )
+            for method in self._domain.method
+        ]
+
+    def _confusion(self, method: str) -> list[list[int]]:
+        n = len(self._domain.classes)
+        matrix = [[0] * n for _ in range(n)]
+        for truth, answer, count in self._metrics["confusion"][method]:
+            matrix[truth][answer] = count
+        return matrix
+
+    def _per_class(self, method: str) -> list[page.ClassRow]:
+        before, after = (self._scores[name]["per_class"] for name in (self._better, method))
         return [
             page.ClassRow(
                 name=name,
@@ -174,6 +219,39 @@ class _Findings:
             )
             for number, name in enumerate(self._domain.classes)
         ]
+
+    def _atlas(self) -> list[Placed]:
+        """Images and prototypes of the first model on a plane; the images are a draw by key, which is a digest."""
+        found = self._features
+        rows = np.sort(np.argsort(np.array(found.keys))[:ON_THE_MAP])  # towers read images in the order of the shards
+        some = replace(
+            found,
+            keys=[found.keys[row] for row in rows],
+            features=found.features[rows],
+            norms=found.norms[rows],
+        )
+        tuned = read_tuned(self._open["tune"], self._domain.method[0], self._domain.seeds_of(self._domain.method[0])[0])
+        features = tuned_features(self._domain, tuned, self._test, some)
+        points = flat([features, tuned.prototypes])
+        table = dict(zip(self._table["key"], self._table.iter_rows(named=True), strict=True))
+        names = self._domain.classes
+        placed = []
+        for key, (x, y) in zip(some.keys, points.tolist(), strict=False):
+            kind, told = self._on_the_map(table[key])
+            placed.append(Placed(x, y, kind, told))
+        for name, (x, y) in zip(names, points[len(placed) :].tolist(), strict=False):
+            placed.append(Placed(x, y, "prototype", f"prototype of {name}", name))
+        return placed
+
+    def _on_the_map(self, row: Mapping[str, Any]) -> tuple[str, str]:
+        """What became of an image, and the same in words."""
+        names, truth = self._domain.classes, row["truth"]
+        before, after = row[self._better], row[self._adapted]
+        told = f"{names[after]} ({html.percent(row[f'{self._adapted}_probability'], 0)}), before {names[before]}"
+        if truth is None:
+            return ("gain" if before != after and not self._metrics["n_test"] else "same"), f"{told}: {row['path']}"
+        kind = "same" if (before == truth) == (after == truth) else "gain" if after == truth else "loss"
+        return kind, f"{told}, labelled {names[truth]}: {row['path']}"
 
     def _counts(self) -> page.Counts:
         shards = [self._train] if self._test is self._train else [self._train, self._test]
@@ -236,7 +314,7 @@ class _Findings:
 
     def _captioned(self, entries: pl.DataFrame) -> list[page.Captioned]:
         members = [keys.split() for keys in entries["members"]]
-        paths, pictures = self._thumbnails([key for keys in members for key in keys[:MEMBERS]])
+        paths, pictures = self._thumbnails(self._train, [key for keys in members for key in keys[:MEMBERS]])
         return [
             page.Captioned(
                 images=[pictures[key] for key in keys[:MEMBERS]],
@@ -257,7 +335,7 @@ class _Findings:
         )
         chosen = table.filter(turn).sort(pl.col("rule").is_not_null(), "rule", "pair_id")
         wanted = chosen["first"].to_list() + chosen["second"].to_list()
-        paths, pictures = self._thumbnails(wanted)
+        paths, pictures = self._thumbnails(self._train, wanted)
         return page.Pairs(
             texts=table.height,
             kept=table["rule"].null_count(),
@@ -273,13 +351,12 @@ class _Findings:
             ],
         )
 
-    def _thumbnails(self, keys: Sequence[str]) -> tuple[dict[str, str], dict[str, bytes]]:
-        """Paths and small pictures of training images, by key."""
-        index = read_index(self._train).filter(pl.col("key").is_in(list(set(keys))))
-        pictures = {
-            record.key: page.thumbnail(open_image(record.data), CAPTION_THUMBNAIL)
-            for record in read_records(self._train, index)
-        }
+    def _thumbnails(
+        self, images: Artifact, keys: Sequence[str], side: int = CAPTION_THUMBNAIL
+    ) -> tuple[dict[str, str], dict[str, bytes]]:
+        """Paths and small pictures of images, by key."""
+        index = read_index(images).filter(pl.col("key").is_in(list(set(keys))))
+        pictures = {record.key: html.thumbnail(open_image(record.data), side) for record in read_records(images, index)}
         return dict(index.select("key", "path").iter_rows()), pictures
 
     def _quarantine(self) -> list[page.QuarantineRow]:
@@ -292,6 +369,7 @@ class _Findings:
     def _stage(self, stage: StageResult) -> page.StageRow:
         count = stage.counts.get("texts") or stage.counts.get("images")
         wait = statistic(self._store, self._open[stage.label], "engine_wait")
+        tokens = _tokens(self._open[stage.label])
         return page.StageRow(
             name=stage.label,
             status="cached" if stage.cached else "computed",
@@ -300,6 +378,8 @@ class _Findings:
             fingerprint=stage.ref.fingerprint,
             counts=stage.counts,
             engine_wait=wait if wait is not None and 0 <= wait <= 1 else None,
+            tokens=tokens,
+            cost=_cost(self._domain, tokens) if tokens else "",
         )
 
     def _history(self) -> dict[str, list[float]]:
@@ -320,21 +400,15 @@ class _Findings:
             moved.head(0 if self._metrics["n_test"] else EXAMPLES),
         ]
         chosen = pl.concat(picks)["key"].to_list()
-        index = read_index(self._test)
-        pictures = {
-            record.key: page.thumbnail(open_image(record.data), THUMBNAIL)
-            for record in read_records(self._test, index.filter(pl.col("key").is_in(chosen)))
-        }
-        nearest = self._nearest(chosen)
-        return tuple([self._example(row, pictures, nearest) for row in pick.iter_rows(named=True)] for pick in picks)  # type: ignore[return-value]
+        _, pictures = self._thumbnails(self._test, chosen, THUMBNAIL)
+        told = self._told(chosen)
+        return tuple([self._example(row, pictures, told) for row in pick.iter_rows(named=True)] for pick in picks)  # type: ignore[return-value]
 
     def _example(
-        self, row: Mapping[str, Any], pictures: Mapping[str, bytes], nearest: Mapping[str, str]
+        self, row: Mapping[str, Any], pictures: Mapping[str, bytes], told: Mapping[str, tuple[str, str]]
     ) -> page.Example:
         names, key = self._domain.classes, row["key"]
-        own = key in self._texts
-        text = self._texts.get(key if own else nearest[key], "")
-        kind = "image" if own else "nearest training image"
+        kind, text = told[key]
         return page.Example(
             image=pictures[key],
             path=row["path"],
@@ -346,13 +420,59 @@ class _Findings:
             texts=[page.Text(kind=kind, text=text)] if text else [],
         )
 
-    def _nearest(self, keys: Sequence[str]) -> dict[str, str]:
-        """The most similar training image of some images (itself, where it is one)."""
-        train = read_features(self._open["embed train"])
-        test: Features = read_features(self._open.get("embed test", self._open["embed train"]))
+    def _told(self, keys: Sequence[str]) -> dict[str, tuple[str, str]]:
+        """A text for each of some images, and whose it is: its own, or that of the training image nearest to it."""
+        train, test = read_features(self._open["embed train"]), self._features
         place = {key: row for row, key in enumerate(test.keys)}
-        rows = test.features[[place[key] for key in keys]]
-        return dict(zip(keys, (train.keys[i] for i in np.argmax(rows @ train.features.T, axis=1)), strict=True))
+        near, _ = nearest(test.features[[place[key] for key in keys]], train.features)
+        beside = {key: train.keys[row] for key, row in zip(keys, near, strict=True)}
+        return {
+            key: ("image", self._texts[key])
+            if key in self._texts
+            else ("nearest training image", self._texts.get(beside[key], ""))
+            for key in keys
+        }
+
+    @functools.cached_property
+    def _features(self) -> Features:
+        """Of the images that were evaluated."""
+        return read_features(self._open.get("embed test", self._open["embed train"]))
+
+
+def _calibration(found: Mapping[str, Any]) -> page.Calibration:
+    bins = {
+        name: [(each["confidence"], each["accuracy"], each["n"]) for each in found[name]["bins"]]
+        for name in ("as_is", "matched")
+    }
+    return page.Calibration(
+        confidence=found["as_is"]["confidence"],
+        error=found["as_is"]["ece"],
+        matched_error=found["matched"]["ece"],
+        temperature=float(np.mean(found["temperatures"])),
+        bins=bins["as_is"],
+        matched_bins=bins["matched"],
+    )
+
+
+def _tokens(artifact: Artifact) -> tuple[int, int] | None:
+    """Of the prompts and the answers of the texts in an artifact; None where no language model wrote any."""
+    if artifact.stage not in ("describe", "group", "pair"):
+        return None
+    tables = [read_parquet(artifact.read(name)) for name in artifact.names(".parquet")]
+    sums = [
+        table.select(pl.sum("prompt_tokens", "output_tokens")).row(0) for table in tables if "prompt_tokens" in table
+    ]
+    prompt, output = (sum(int(each[place] or 0) for each in sums) for place in (0, 1))
+    return (prompt, output) if prompt else None
+
+
+def _cost(domain: Domain, tokens: tuple[int, int]) -> str:
+    """By the token, where the domain file has prices."""
+    prices = domain.prices.million_prompt_tokens, domain.prices.million_output_tokens
+    if None in prices:
+        return ""
+    whole = sum(count * (price or 0.0) for count, price in zip(tokens, prices, strict=True)) / 1e6
+    return f"{whole:.2f} {domain.prices.currency}"
 
 
 def _gain(score: Mapping[str, Any]) -> str:
@@ -360,7 +480,7 @@ def _gain(score: Mapping[str, Any]) -> str:
     if "gain" not in score:
         return ""
     low, high = score["gain_interval"]
-    return f"{page.points(score['gain'])} points ({page.points(low)} to {page.points(high)}) over the better baseline"
+    return f"{html.points(score['gain'])} points ({html.points(low)} to {html.points(high)}) over the better baseline"
 
 
 def _effect(flag: str) -> str:

@@ -3,8 +3,6 @@
 import base64
 import importlib.util
 import random
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +12,6 @@ import pytest
 from tasks.page import html, render
 from tasks.preview import Answered, Row
 from tasks.rank import Place, Ranked
-
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 spec = importlib.util.spec_from_file_location("report_data", Path(__file__).parents[1] / "tasks" / "test_page.py")
 assert spec and spec.loader
@@ -47,7 +39,20 @@ def hostile_ranking() -> str:
 
 
 PREVIEW, RANKING = "hostile preview", "hostile ranking"
+
+
+def two_methods() -> Any:
+    """A report in which two methods are looked at."""
+    report = data.make_report()
+    other = data.replace(report.methods[-1], id="clamp", label="CLAMP")
+    second = data.replace(report.details[0], id="clamp")
+    return data.replace(
+        report, methods=[*report.methods, other], details=[*report.details, second], slices=[], history={}
+    )
+
+
 REPORTS = {
+    "two methods": two_methods,
     "labelled": lambda: data.make_report(),
     "unlabelled": lambda: data.make_report(n_test=0),
     "many": lambda: data.make_report(100, 1000),
@@ -63,50 +68,6 @@ def urls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name, page in pages.items():
         (folder / f"{name}.html").write_text(page, encoding="utf-8")
     return {name: (folder / f"{name}.html").as_uri() for name in pages}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM)
-        yield browser
-        browser.close()
-
-
-class Tab:
-    """A page that remembers every request, complaint and dialog."""
-
-    def __init__(self, browser: Any, **context: Any) -> None:
-        self.context = browser.new_context(
-            **{"viewport": {"width": 1280, "height": 900}, "color_scheme": "light", **context}
-        )
-        self.page = self.context.new_page()
-        self.requests: list[str] = []
-        self.complaints: list[str] = []
-        self.context.on("request", lambda r: self.requests.append(r.url))
-        self.blocked: list[str] = []
-        self.context.on("requestfailed", lambda r: self.blocked.append(f"{r.url} {r.failure}"))
-        self.page.on("console", lambda m: self.complaints.append(m.text))
-        self.page.on("pageerror", lambda e: self.complaints.append(str(e)))
-        self.page.on("dialog", self.dismiss)
-
-    def dismiss(self, dialog: Any) -> None:
-        self.complaints.append(dialog.message)
-        dialog.dismiss()
-
-
-@pytest.fixture
-def open_tab(browser: Any) -> Iterator[Any]:
-    tabs: list[Tab] = []
-
-    def open_tab(url: str, **context: Any) -> Tab:
-        tabs.append(tab := Tab(browser, **context))
-        tab.page.goto(url)
-        return tab
-
-    yield open_tab
-    for tab in tabs:
-        tab.context.close()
 
 
 def background(page: Any) -> str:
@@ -255,6 +216,9 @@ def test_look_through_the_texts(open_tab: Any, urls: dict[str, str]) -> None:
     assert shown(page) == [f"incoming/{i}.png" for i in (3,)]
     page.locator("[data-by=flags]").select_option("any")
     assert shown(page) == [f"incoming/{i}.png" for i in (3, 13, 23)]
+    page.locator("[data-by=kind]").select_option("group")
+    assert shown(page) == [f"incoming/{i}.png" for i in (13,)]
+    page.locator("[data-by=kind]").select_option("any")
     page.locator("[data-by=state]").select_option("used")
     assert shown(page) == [f"incoming/{i}.png" for i in (13, 23)]
     page.get_by_role("searchbox", name="Search").fill("  NUMBER 23 ")
@@ -290,6 +254,28 @@ def test_hostile_texts_are_looked_through_like_others(open_tab: Any, urls: dict[
     page.get_by_role("searchbox", name="Search").fill("<img src=x onerror='window.pwned = 2'>")
     assert page.evaluate("window.pwned") is None and tab.complaints == []
     assert [url for url in tab.requests if not url.startswith("data:")] == [urls["hostile"]]
+
+
+def test_choose_a_method(open_tab: Any, urls: dict[str, str]) -> None:
+    page = open_tab(urls["two methods"]).page
+    shown = lambda: [block.get_attribute("data-method") for block in page.locator("[data-method]:visible").all()]  # noqa: E731
+    assert shown() == ["0", "0"]
+    page.locator("#confusion [data-choose]").select_option("CLAMP")
+    assert shown() == ["1", "1"] and page.locator("#classes [data-choose]").input_value() == "1"
+    page.locator("label[for='1-matrix-change']").click()
+    assert page.locator("#confusion .panel-change:visible").count() == 1
+    page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert shown() == ["0", "1", "0", "1"]
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert shown() == ["1", "1"]
+
+
+def test_the_map_says_what_its_marks_are(open_tab: Any, urls: dict[str, str]) -> None:
+    page = open_tab(urls["labelled"]).page
+    said = page.locator("#atlas path title").all_text_contents()
+    assert len(said) == 50 and "prototype of dress" in said and "gain 3" in said
+    assert page.locator("#atlas svg").get_attribute("role") == "img"
 
 
 def test_find_a_class(open_tab: Any, urls: dict[str, str]) -> None:

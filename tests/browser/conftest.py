@@ -1,0 +1,58 @@
+"""A real browser, and pages opened in it that remember what they asked for."""
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM)
+        yield browser
+        browser.close()
+
+
+class Tab:
+    """A page that remembers every request, complaint and dialog."""
+
+    def __init__(self, browser: Any, **context: Any) -> None:
+        self.context = browser.new_context(
+            **{"viewport": {"width": 1280, "height": 900}, "color_scheme": "light", **context}
+        )
+        self.page = self.context.new_page()
+        self.requests: list[str] = []
+        self.complaints: list[str] = []
+        self.context.on("request", lambda r: self.requests.append(r.url))
+        self.blocked: list[str] = []
+        self.context.on("requestfailed", lambda r: self.blocked.append(f"{r.url} {r.failure}"))
+        self.page.on("console", lambda m: self.complaints.append(m.text))
+        self.page.on("pageerror", lambda e: self.complaints.append(str(e)))
+        self.page.on("dialog", self.dismiss)
+
+    def dismiss(self, dialog: Any) -> None:
+        self.complaints.append(dialog.message)
+        dialog.dismiss()
+
+
+@pytest.fixture
+def open_tab(browser: Any) -> Iterator[Any]:
+    tabs: list[Tab] = []
+
+    def open_tab(url: str, **context: Any) -> Tab:
+        tabs.append(tab := Tab(browser, **context))
+        tab.page.goto(url)
+        return tab
+
+    yield open_tab
+    for tab in tabs:
+        tab.context.close()
