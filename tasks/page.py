@@ -85,6 +85,16 @@ class Method:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What the gate thinks of one adapted model; ``estimates`` by name, see :func:`models.selection.estimates`."""
+
+    model: str
+    accepted: bool
+    reason: str
+    estimates: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClassRow:
     """Accuracy of one class in [0, 1] with the better baseline and after adaptation; None without test images."""
 
@@ -337,6 +347,7 @@ class Report:
     label_free: LabelFree
     gain_interval: Interval | None = None
     selection: str = ""
+    judged: Sequence[Judged] = ()
     """What was kept without labels, and why, as the end of a sentence."""
     confusion_before: Sequence[Sequence[int]] = ()
     details: Sequence[Detail] = ()

@@ -108,6 +108,7 @@ class _Findings:
         self._screened = {kind: read_screened(self._open["screen"], kind) for kind in ("images", "groups")}
         used = usable(self._screened["images"])
         self._texts = dict(zip(used["member_keys"].list.first(), used["text"], strict=True))
+        self._selection = read_selection(self._open["select"])
         self._adapted, self._better = domain.method[0], self._metrics["zero_shot"]["better"]
         self._scores = {**self._metrics["zero_shot"]["methods"], **self._metrics["methods"]}
 
@@ -126,7 +127,8 @@ class _Findings:
             methods=self._methods(),
             adapted=self._adapted,
             best_baseline=self._better,
-            selection=read_selection(self._open["select"]).told,
+            selection=self._selection.told,
+            judged=self._judged(),
             counts=self._counts(),
             label_free=page.LabelFree(**found["label_free"]),
             gain_interval=tuple(found["methods"][self._adapted]["gain_interval"]) if found["n_test"] else None,
@@ -172,6 +174,20 @@ class _Findings:
                 found["calibration"] = _calibration(score["calibration"])
             methods.append(page.Method(id=name, label=LABELS[name], seeds=seeds, note=_gain(score), **found))
         return methods
+
+    def _judged(self) -> list[page.Judged]:
+        def name(method: str, seed: int | None) -> str:
+            return LABELS[method] if seed is None else f"{LABELS[method]}, seed {seed}"
+
+        return [
+            page.Judged(
+                model=name(each.method, each.seed),
+                accepted=each.accepted,
+                reason=each.reason,
+                estimates=each.estimates,
+            )
+            for each in self._selection.models
+        ]
 
     def _details(self) -> list[page.Detail]:
         confused = {name: self._metrics["confused"][name][:CONFUSED] for name in self._domain.method}

@@ -30,6 +30,7 @@ from tasks.page import (
     Example,
     FewLabels,
     FlagRow,
+    Judged,
     LabelFree,
     Method,
     Mistaken,
@@ -214,6 +215,13 @@ def make_report(n_classes: int = 10, n_test: int = 1000, skill: float = 0.09, se
                 seeds=[right_after + d for d in (-0.008, 0.0, 0.006)],
             ),
         ),
+        judged=[
+            Judged(
+                model=f"LatteCLIP, seed {seed}", accepted=seed == 0, reason="neighbours <b>vouch</b> for it",
+                estimates={"vouched": 0.4321, "agreement": 0.5},
+            )
+            for seed in (0, 1)
+        ],
         adapted="latteclip",
         best_baseline="zero_shot_centred",
         gain_interval=(gain - half, gain + half) if n_test else None,
@@ -486,6 +494,15 @@ def test_headline_is_honest(
     words = {"It helped.", "It did not help.", "Too close to call.", "Accuracy is unknown."}
     assert [w for w in words if w in text] == [word]
     assert phrase in text
+
+
+def test_the_gate_tells_what_it_thinks() -> None:
+    for n_test in (1000, 0):
+        html = render(make_report(n_test=n_test))
+        text = check_page(html).text
+        assert all(part in text for part in ("LatteCLIP, seed 1", "accepted", "refused", "vouched", "0.432"))
+        assert "<b>vouch</b>" not in html and "neighbours <b>vouch</b> for it" in text
+    assert 'id="judged"' not in render(replace(make_report(), judged=()))
 
 
 def test_without_labels_no_accuracy_is_claimed() -> None:
