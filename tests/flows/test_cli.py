@@ -258,7 +258,6 @@ def test_a_missing_domain_file_is_one_message(latteflow: Latteflow, command: str
 @pytest.mark.parametrize(
     "command",
     [
-        "",
         "run",
         "plan",
         "preview",
@@ -271,7 +270,9 @@ def test_a_missing_domain_file_is_one_message(latteflow: Latteflow, command: str
         "predict",
         "serve",
         "captions",
-    ],
+        "compare",
+    ]
+    + [""],
 )
 def test_help_is_there(latteflow: Latteflow, command: str) -> None:
     code, said, _ = latteflow(*filter(None, [command]), "--help")

@@ -75,7 +75,7 @@ def test_every_method_is_scored_and_shown(domain: Domain) -> None:
         assert score["gain"] == pytest.approx(score["top1"] - metrics["zero_shot"]["top1"])
         assert sum(score["label_free"]["predicted_after"]) == 12
     assert metrics["label_free"] == metrics["methods"]["transduction"]["label_free"]
-    assert set(metrics["confusion"]) == {metrics["zero_shot"]["better"], "transduction"}
+    assert set(metrics["confusion"]) == {*metrics["zero_shot"]["methods"], *domain.method}
     table = read_parquet(store.open(results["evaluate"].ref).read("predictions.parquet"))
     assert {f"{name}_probability" for name in domain.method} < set(table.columns)
     page = (folder / "report.html").read_text()
