@@ -258,9 +258,21 @@ def test_a_missing_domain_file_is_one_message(latteflow: Latteflow, command: str
 @pytest.mark.parametrize(
     "command",
     [
-        "", "run", "plan", "preview", "show", "explain", "replay", "verify", "gc", "export", "predict", "serve",
-        "captions", "compare",
-    ],  # fmt: skip
+        "",
+        "run",
+        "plan",
+        "preview",
+        "show",
+        "explain",
+        "replay",
+        "verify",
+        "gc",
+        "export",
+        "predict",
+        "serve",
+        "captions",
+        "compare",
+    ],
 )
 def test_help_is_there(latteflow: Latteflow, command: str) -> None:
     code, said, _ = latteflow(*filter(None, [command]), "--help")
