@@ -20,7 +20,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -312,7 +313,7 @@ def save(model: EmbeddedClip, folder: Path) -> None:
     """Writes a model that loads without any package: ``latteflow_embedded.json`` (last), weights and tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, folder / STATE_FILE)
+    (folder / STATE_FILE).write_bytes(to_bytes(state))  # save_file's can be read by their owner only
     (folder / TOKENIZER_FILE).write_text(model.tokenizer_json, encoding="utf-8")
     config = {
         "schema": SCHEMA,

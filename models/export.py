@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from models.clip import Clip, digest_of_file
@@ -82,7 +82,8 @@ def export(
     else:
         _save_open_clip(clip, model, folder)
     head = {"prototypes": prototypes, "centre": centre, "scale": torch.tensor([scale])}
-    save_file({name: tensor.contiguous() for name, tensor in head.items()}, folder / HEAD_FILE)
+    # Not save_file, whose files nobody but their owner can read.
+    (folder / HEAD_FILE).write_bytes(save({name: tensor.contiguous() for name, tensor in head.items()}))
     _write_json(folder / CLASSES_FILE, list(classes))
     weights = [path for path in sorted(folder.iterdir()) if path.suffix == ".safetensors"]
     settings = {
@@ -126,7 +127,7 @@ def _save_open_clip(clip: Clip, model: nn.Module, folder: Path) -> None:
     name = clip.name if not Path(clip.name).is_dir() else f"local-dir:{clip.name}"
     config = {"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": dict(model.visual.preprocess_cfg)}  # type: ignore[union-attr,arg-type]
     state = {key: tensor.contiguous().clone() for key, tensor in model.state_dict().items()}
-    save_file(state, folder / OPEN_CLIP_WEIGHTS)
+    (folder / OPEN_CLIP_WEIGHTS).write_bytes(save(state))
     _write_json(folder / OPEN_CLIP_CONFIG, config)
     if hasattr(clip.tokenizer, "save_pretrained"):  # of Hugging Face; open_clip looks for it in the folder
         clip.tokenizer.save_pretrained(str(folder))

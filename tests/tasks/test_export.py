@@ -77,6 +77,7 @@ def test_zero_shot_and_the_embedded_model(domain: Domain, tmp_path: Path) -> Non
     assert "not at all" in card and "Unknown: it was not measured" in card and "The gate was not asked" in card
     export_tuned(domain, results["tune"], None, tmp_path / "model", formats=["onnx"])
     assert "ONNX Runtime, noise" in (tmp_path / "model" / "README.md").read_text()
+    assert len({path.stat().st_mode for path in (tmp_path / "model").iterdir()}) == 1  # whoever reads one reads all
     assert Predictor.load(tmp_path / "model").predict([draw(0, "red")]).ranked.shape == (1, 3)
     with pytest.raises(ModelError, match="EmbeddedClip does not map to transformers"):
         export_tuned(domain, results["tune"], None, tmp_path / "model", formats=["transformers"])
