@@ -9,6 +9,7 @@ from flows.pipeline import run_plainly
 from storage.errors import DataError
 from tasks.domain import Domain
 
+pytestmark = pytest.mark.slow
 OPENS_LABELS = {"evaluate", "report"}
 
 

@@ -11,6 +11,8 @@ from PIL import Image
 from flows.pipeline import run_plainly
 from tasks.domain import Domain
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("templates", [["a {} shape."], ["a {} shape.", "a photo of something {}.", "{}"]])
 def test_zero_shot_is_what_open_clip_says(

@@ -11,6 +11,8 @@ from storage.errors import DataError
 from tasks.compare import compare, page_of, read_run
 from tasks.domain import Domain
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def file(domain: Domain, tmp_path: Path) -> Path:
