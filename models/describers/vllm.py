@@ -87,7 +87,8 @@ class VllmEngine:
         except Exception as error:  # whatever the many loaders below raise
             raise ModelError(
                 f"vLLM cannot start with model {settings.model!r}: {_short(error)}. Check the name or path; "
-                "if memory is short, lower `max_context` or `max_batch`, or choose a smaller or quantized model"
+                "if memory is short, lower `gpu_memory` (without a GPU: the share of the machine's memory), "
+                "`max_context` or `max_batch`, or choose a smaller or quantized model"
             ) from error
 
         self._cores = [process for process in multiprocessing.active_children() if process not in others]
