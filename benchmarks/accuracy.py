@@ -47,9 +47,9 @@ from storage.tables import read_parquet
 from tasks.describe import describe
 from tasks.domain import Domain
 from tasks.embed import embed
-from tasks.evaluate import read_truth
 from tasks.features import Features, read_features
 from tasks.group import group
+from tasks.labels import read_truth
 from tasks.shard import Split, shard
 from tasks.stage import open_store
 

@@ -24,8 +24,8 @@ from models.images import to_rgb
 from models.settings import VllmSettings
 from storage.shards import read_index, read_records
 from tasks.domain import Domain
-from tasks.evaluate import read_truth
 from tasks.history import History
+from tasks.labels import read_truth
 from tasks.stage import open_store
 
 

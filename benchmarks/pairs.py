@@ -48,9 +48,9 @@ from storage.shards import read_index
 from tasks.describe import describe
 from tasks.domain import Domain
 from tasks.embed import embed
-from tasks.evaluate import read_truth
 from tasks.features import centred, read_features
 from tasks.group import group
+from tasks.labels import read_truth
 from tasks.pair import described
 from tasks.screen import screen
 from tasks.shard import Split, shard

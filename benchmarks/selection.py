@@ -119,8 +119,9 @@ def rows(name: str, case: Case, broken: bool, steps: int) -> Iterator[Row]:
         guesses["transduction"] = kappa(labels, together, n_classes)
         guesses["captions"] = kappa(labels[case.train.has_text], told, n_classes)
         guesses["vouched + captions"] = guesses["vouched"] + guesses["captions"]
-        accepted = None if model in shots else judge(features, labels, zero_shots, n_classes).accepted
-        yield Row(name, model, top1(found) - before, accepted, guesses)
+        verdict = judge(features, labels, zero_shots, n_classes)
+        guesses["duel"] = min(each.score for each in verdict.duels.values())
+        yield Row(name, model, top1(found) - before, None if model in shots else verdict.accepted, guesses)
 
 
 def summary(found: list[Row], chosen: Callable[[Row], bool]) -> str:

@@ -16,6 +16,7 @@ from flows import console
 from flows.console import fail, failures
 from flows.pipeline import TUNING, as_they_are, graph, repaired, run_plainly
 from models.errors import ModelError
+from models.settings import ZERO_SHOT
 from storage.artifacts import ArtifactStore
 from storage.captions import CaptionStore
 from storage.errors import DataError, StorageError
@@ -285,9 +286,9 @@ def export(
         selection = read_selection(selected)
         record = record_of(selected, evaluated, selection.told)
         if method is seed is None:
-            method, seed = (selection.best.method, selection.best.seed) if selection.best else ("zero_shot", None)
+            method, seed = (selection.best.method, selection.best.seed) if selection.best else (ZERO_SHOT, None)
             out.print(f"kept     {selection.told}")
-        if method == "zero_shot":
+        if method == ZERO_SHOT:
             export_zero_shot(settings, results["embed train"], folder, record, formats)
         else:
             export_tuned(settings, results["tune"], seed, folder, record, formats, method=method)

@@ -20,6 +20,10 @@ FilterMode = Literal["compat", "recommended"]
 
 Method = Literal["latteclip", "latteclip_plus", "pc_clip", "transduction", "clamp", "flyp", "wise_ft", "self_training"]
 """Ways to adapt: docs/methods.md."""
+ZERO_SHOT = "zero_shot"
+"""In place of a method: the model as it came."""
+ZERO_SHOTS = ("zero_shot_plain", "zero_shot_centred")
+"""What every method is compared with: on features as they are, and less the domain's mean."""
 SEEDLESS: frozenset[Method] = frozenset({"transduction"})
 """Methods without random numbers."""
 READS_TEXTS: frozenset[Method] = frozenset({"latteclip", "latteclip_plus"})

@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 
 from models import metrics
-from models.settings import Method
+from models.settings import ZERO_SHOTS, Method
 from storage.artifacts import Artifact
 from storage.errors import DataError
 from storage.images import open_image
@@ -29,7 +29,6 @@ from tasks.stage import open_store
 SHOWN = 60
 """Images of each kind of change that the page shows."""
 SIDE_PX = 96
-ZERO_SHOTS = ("zero_shot_plain", "zero_shot_centred")
 
 
 @dataclass(frozen=True)

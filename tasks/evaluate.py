@@ -16,7 +16,7 @@ import polars as pl
 from models import clip, metrics
 from models.few_labels import LABELS, few_labels, worth
 from models.metrics import Predictions
-from models.settings import Method
+from models.settings import ZERO_SHOTS, Method
 from storage.artifacts import ArtifactWriter
 from storage.shards import read_index
 from storage.tables import parquet
@@ -32,7 +32,6 @@ FORMAT = 2
 """Of ``metrics.json``: docs/formats.md says what is in it."""
 FLOOR = 1e-300
 """A probability of 0 has a logarithm all the same."""
-ZERO_SHOTS = ("zero_shot_plain", "zero_shot_centred")
 CONFUSED = 12
 """Pairs of classes of which images are named, of each method."""
 CONFUSED_IMAGES = 4

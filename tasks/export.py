@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from models import clip
+from models.settings import ZERO_SHOT
 from storage.artifacts import Artifact, ArtifactStore
 from storage.errors import DataError
 from storage.images import open_image
@@ -25,7 +26,6 @@ from tasks.tune import Tuned, chosen_model, part_name, tuned_clip, tuned_feature
 if TYPE_CHECKING:
     from models.predictor import Predictor
 
-ZERO_SHOT = "zero_shot"
 Format = Literal["onnx", "transformers"]
 CHECKED = 8
 """Training images whose answers by the folder are compared with those by the store."""
@@ -192,8 +192,7 @@ class _Export:
         theirs = predictor.answers(pixels, len(self.domain.classes))
         head = self.model
         logits = head.scale * self.features[[row[record.key] for record in some]] @ head.prototypes.T
-        ours = np.exp(logits - logits.max(1, keepdims=True))
-        ours /= ours.sum(1, keepdims=True)
+        ours = torch.from_numpy(logits).softmax(1).numpy()
         return float(np.abs(theirs.probabilities - np.take_along_axis(ours, theirs.ranked, 1)).max())
 
 

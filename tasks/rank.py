@@ -11,6 +11,7 @@ import polars as pl
 
 from models import clip
 from models.comparative import projections, ranking
+from models.settings import ZERO_SHOT
 from storage.errors import DataError
 from storage.images import open_image
 from storage.shards import read_index, read_records
@@ -23,7 +24,6 @@ from tasks.tune import chosen_model, text_reader, tuned_features
 LONGEST = 500
 """Characters of an attribute; more is a mistake, and no CLIP reads it."""
 SIDE_PX = 112
-ZERO_SHOT = "zero_shot"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from models import clip
 from models.differences import RULES
 from models.flat import flat
 from models.screening import FLAGS, FLOOR_WEIGHT
-from models.settings import SEEDLESS
+from models.settings import SEEDLESS, ZERO_SHOTS
 from storage.artifacts import Artifact, ArtifactStore, ArtifactWriter
 from storage.images import open_image
 from storage.objects import ObjectStore
@@ -164,7 +164,7 @@ class _Findings:
     def _methods(self) -> list[page.Method]:
         kept = ("top1", "interval", "top5", "mean_per_class", "macro_f1", "permutation_p")
         methods = []
-        for name in ("zero_shot_plain", "zero_shot_centred", *self._domain.method):
+        for name in (*ZERO_SHOTS, *self._domain.method):
             score = self._scores.get(name, {})
             seeds = () if name not in self._domain.method or name in SEEDLESS else score.get("seeds", ())
             found = {key: score[key] for key in kept if score.get(key) is not None}
