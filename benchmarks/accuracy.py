@@ -86,13 +86,13 @@ class Case:
 
     Args:
         class_texts: unit rows `(classes, dim)`.
-        other_texts: the same by another prompt.
+        other_texts: the same by other prompts; made when they are first asked for, as a language model writes some.
     """
 
     train: Images
     test: Images
     class_texts: Tensor
-    other_texts: Mapping[str, Tensor]
+    other_texts: Callable[[], Mapping[str, Tensor]]
     scale: float
     centred: bool
 
@@ -133,7 +133,7 @@ def zero_shot(centred: bool) -> Predict:
 
 
 def prompted(prompt: str) -> Predict:
-    return lambda case, seed: case.features(case.test, case.centred) @ case.other_texts[prompt].T
+    return lambda case, seed: case.features(case.test, case.centred) @ case.other_texts()[prompt].T
 
 
 @functools.lru_cache(maxsize=8)
@@ -273,7 +273,8 @@ def build(
 ) -> list[tuple[str, list[Case]]]:
     """The cases of a domain; the variants are several draws each."""
     train, test, class_texts = load(domain)
-    settings = class_texts, other_texts(domain), clip.load(domain.clip).scale, clip.is_centred(domain.clip)
+    prompts = functools.cache(functools.partial(other_texts, domain))
+    settings = class_texts, prompts, clip.load(domain.clip).scale, clip.is_centred(domain.clip)
     labelled = np.flatnonzero(test.truth >= 0)
     known = test.only(labelled) if len(labelled) < len(test.truth) else test
     found = []
