@@ -86,13 +86,13 @@ class Case:
 
     Args:
         class_texts: unit rows `(classes, dim)`.
-        other_texts: the same by other prompts; made when they are first asked for, as a language model writes some.
+        other_texts: the same by other prompts, made when they are first asked for, as a language model writes some.
     """
 
     train: Images
     test: Images
     class_texts: Tensor
-    other_texts: Callable[[], Mapping[str, Tensor]]
+    other_texts: Callable[[str], Tensor]
     scale: float
     centred: bool
 
@@ -133,7 +133,7 @@ def zero_shot(centred: bool) -> Predict:
 
 
 def prompted(prompt: str) -> Predict:
-    return lambda case, seed: case.features(case.test, case.centred) @ case.other_texts()[prompt].T
+    return lambda case, seed: case.features(case.test, case.centred) @ case.other_texts(prompt).T
 
 
 @functools.lru_cache(maxsize=8)
@@ -321,21 +321,16 @@ def load(domain: Domain) -> tuple[Images, Images, Tensor]:
     return train, test, torch.from_numpy(found.class_features)
 
 
-def other_texts(domain: Domain) -> dict[str, Tensor]:
-    """Class features of OpenAI's templates; and of a language model's descriptions, after the domain's own sentence."""
+def other_texts(domain: Domain, prompt: str) -> Tensor:
+    """Class features of OpenAI's templates, or of a language model's descriptions after the domain's own sentence."""
     names = [domain.prompt_name(name) for name in domain.classes]
-    said = class_descriptions(names)
-    sentences = {
-        "ensemble": [[template(name) for template in open_clip.OPENAI_IMAGENET_TEMPLATES] for name in names],
-        "descriptions": [
-            [f"{own[0]} {line}" for line in lines] for own, lines in zip(domain.prompts(), said, strict=True)
-        ],
-    }
-    encode = clip.load(domain.clip).text_features
-    return {
-        prompt: torch.from_numpy(clip.class_features(encode([t for texts in each for t in texts]), len(each[0])))
-        for prompt, each in sentences.items()
-    }
+    if prompt == "ensemble":
+        sentences = [[template(name) for template in open_clip.OPENAI_IMAGENET_TEMPLATES] for name in names]
+    else:
+        said = zip(domain.prompts(), class_descriptions(names), strict=True)
+        sentences = [[f"{own[0]} {line}" for line in lines] for own, lines in said]
+    features = clip.load(domain.clip).text_features([text for texts in sentences for text in texts])
+    return torch.from_numpy(clip.class_features(features, len(sentences[0])))
 
 
 def split(domain: Domain, name: Split, texts_of: Domain | None = None) -> tuple[Images, Features]:
