@@ -31,6 +31,7 @@ RULES: Mapping[str, str] = {
     "markup": "has a code fence, an HTML tag or an address",
     "speaks_of_captions": "speaks about captions or descriptions, not about what is seen",
     "copies_caption": "is nearly word for word one of the two descriptions",
+    "copies_prompt": "is in the question, where it stood as an example",
     "refusal": "the model declines to answer",
 }
 """Every rule that rejects a text, and what it says. Those from not_ascii to off_topic are of compat alone."""
@@ -69,12 +70,15 @@ class Difference:
     rule: str | None = None
 
 
-def read_difference(raw: str, captions: Sequence[str] = (), mode: FilterMode = "recommended") -> Difference:
+def read_difference(
+    raw: str, captions: Sequence[str] = (), mode: FilterMode = "recommended", prompt: str = ""
+) -> Difference:
     """Clean up an answer, or say why it is not used.
 
     Args:
         raw: the answer.
         captions: the two descriptions that it is about; only `recommended` looks at them.
+        prompt: the question as it was asked; only `recommended` looks at it.
         mode: compat: the rules of the released code, made for Llama 2 and English. recommended: for any model.
     """
     if mode == "compat":
@@ -83,7 +87,7 @@ def read_difference(raw: str, captions: Sequence[str] = (), mode: FilterMode = "
         text = _tidied(raw, "")
         return Difference(text, "too_short" if len(text) < LEAST_CHARACTERS else None)
     text = _tidied(raw, " ")
-    return Difference(text, _recommended(text, captions))
+    return Difference(text, _recommended(text, captions, prompt))
 
 
 def _compat(raw: str) -> str | None:
@@ -94,7 +98,7 @@ def _compat(raw: str) -> str | None:
     return next((rule for rule, literals in _COMPAT.items() if any(each in raw for each in literals)), None)
 
 
-def _recommended(text: str, captions: Sequence[str]) -> str | None:
+def _recommended(text: str, captions: Sequence[str], prompt: str) -> str | None:
     if is_refusal(text):
         return "refusal"
     if len(text) < LEAST_CHARACTERS:
@@ -111,7 +115,7 @@ def _recommended(text: str, captions: Sequence[str]) -> str | None:
     own = set(words(text))
     if any(len(own & other) > COPIED * len(own | other) for other in (set(words(each)) for each in captions)):
         return "copies_caption"
-    return None
+    return "copies_prompt" if text in prompt else None
 
 
 def _tidied(raw: str, newline: str) -> str:

@@ -24,7 +24,7 @@ from tasks.screen import read_screened, usable
 from tasks.stage import StageResult, open_store, run_stage
 from tasks.texts import Gallery, Question, Texts, describer_identity, questions_identity
 
-VERSION = 1
+VERSION = 2
 PART = 1000
 """Pairs in a part."""
 HOPELESS = 200
@@ -157,7 +157,7 @@ def _filtered(domain: Domain, table: pl.DataFrame, asked: Sequence[tuple[Questio
     members, raw = table["member_keys"].to_list(), table["text"].fill_null("").to_list()
     failed = (table["finish_reason"] == "error").to_list()
     found = [
-        read_difference(text, question.captions, domain.pairs.filter)
+        read_difference(text, question.captions, domain.pairs.filter, question.prompt)
         for text, (question, _) in zip(raw, asked, strict=True)
     ]
     rules = ["error" if is_failed else each.rule for each, is_failed in zip(found, failed, strict=True)]

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 AHEAD = 64
 """Prompts whose images are decoded before the engine takes them."""
 PATIENCE_S, LIVENESS_S = 0.005, 1.0
+_JUST_THE_PROMPT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+"""The chat template of a base model, which goes on with a text; its answer is the rest of the line."""
 
 
 def open_vllm(settings: VllmSettings) -> VllmEngine:
@@ -62,12 +64,6 @@ class VllmEngine:
         self.waited = 0.0
         self._model = settings.model
         self._batch, self._in_flight = settings.max_batch, 2 * settings.max_batch
-        self._sampling = functools.partial(
-            vllm.SamplingParams,
-            max_tokens=settings.max_tokens,
-            temperature=settings.temperature,
-            structured_outputs=StructuredOutputsParams(json=json.dumps(ANSWER)) if settings.structured else None,
-        )
         others = multiprocessing.active_children()
         try:
             self._llm = vllm.LLM(
@@ -90,7 +86,15 @@ class VllmEngine:
                 "if memory is short, lower `gpu_memory` (without a GPU: the share of the machine's memory), "
                 "`max_context` or `max_batch`, or choose a smaller or quantized model"
             ) from error
-
+        is_base = self._is_base()
+        self._template = _JUST_THE_PROMPT if is_base else None
+        self._sampling = functools.partial(
+            vllm.SamplingParams,
+            stop=["\n"] if is_base else None,
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            structured_outputs=StructuredOutputsParams(json=json.dumps(ANSWER)) if settings.structured else None,
+        )
         self._cores = [process for process in multiprocessing.active_children() if process not in others]
         self._steps = _Steps(self._llm.llm_engine.step)
 
@@ -98,6 +102,17 @@ class VllmEngine:
     def llm(self) -> Any:
         """vLLM's own object, for what is not describing."""
         return self._llm
+
+    def _is_base(self) -> bool:
+        """Whether there is no chat template for the model, neither its own nor one that vLLM knows for its family."""
+        try:
+            asked = self._llm.enqueue_chat([[{"role": "user", "content": "a"}]], use_tqdm=False)
+        except ValueError as error:
+            if "chat template" in str(error):
+                return True
+            raise
+        self._llm.llm_engine.abort_request([_number(each) for each in asked])
+        return False
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Text]]:
         """See :meth:`models.describers.Engine.generate`."""
@@ -145,10 +160,12 @@ class VllmEngine:
         content: list[dict[str, Any]] = [{"type": "image_pil", "image_pil": image} for image in images]
         message = {"role": "user", "content": [*content, {"type": "text", "text": prompt.text}]}
         try:
-            (request,) = self._llm.enqueue_chat([[message]], self._sampling(seed=prompt.seed), use_tqdm=False)
+            (request,) = self._llm.enqueue_chat(
+                [[message]], self._sampling(seed=prompt.seed), use_tqdm=False, chat_template=self._template
+            )
         except Exception as error:
             raise self._stopped(error) if _is_dead(error) else error from error
-        return str(request).split("-")[0]  # outputs come under the number, without vLLM's random ending
+        return _number(request)
 
     def _step(self) -> list[Any]:
         try:
@@ -164,6 +181,11 @@ class VllmEngine:
             f"vLLM with model {self._model!r} stopped: {_short(error)}. What was written is kept; run again to go on. "
             "If memory was short, lower `max_batch` or `max_context`"
         )
+
+
+def _number(request: Any) -> str:
+    """Outputs come under the number, without vLLM's random ending."""
+    return str(request).split("-")[0]
 
 
 class _Steps:

@@ -1,5 +1,6 @@
 """The real engine on CPU: what it is given, what comes back, and what it survives. Runs in the vLLM environment."""
 
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -128,6 +129,21 @@ def test_structured_answers_are_json_and_are_taken_out(settings: VllmSettings) -
     assert sorted(found) == list(range(6))
     for text in found.values():  # a tiny model may not find the end of its string
         assert text.flags == ("bad_json",) or (text.finish_reason == "stop" and "{" not in text.text[:1])
+
+
+def test_a_base_model_goes_on_with_the_question_to_the_end_of_the_line(
+    settings: VllmSettings, tiny_vlm: Path, tmp_path: Path
+) -> None:
+    from models.describers.vllm import open_vllm
+
+    folder = shutil.copytree(tiny_vlm, tmp_path / "base", ignore=shutil.ignore_patterns("chat_template.jinja"))
+    base = open_vllm(settings.model_copy(update={"model": str(folder), "temperature": 1.0, "max_tokens": 200}))
+    words, number = "Q: What is it?\nA:", len(base.llm.get_tokenizer()("Q: What is it?\nA:")["input_ids"])
+    shown, *found = ask(base, [Prompt(words, lambda: picture(1), 0), *(Prompt(words, list, n) for n in range(30))])
+    assert {each.prompt_tokens for each in found} == {number}  # no words of a template
+    assert shown.prompt_tokens > number and shown.finish_reason != "error"
+    assert not any("\n" in each.text for each in found)
+    assert any(each.finish_reason == "stop" for each in found)
 
 
 @pytest.mark.parametrize("model", ["/no/such/model", "no-such-organization/no-such-model"])

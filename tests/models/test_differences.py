@@ -36,11 +36,13 @@ def test_lines_are_joined_with_a_space() -> None:
         (f"```{GOOD}```", "markup"),
         ("The first description mentions a dog asleep on a sofa, and the second one does not.", "speaks_of_captions"),
         ("A brown dog that is asleep on a red sofa beside a lamp and a window", "copies_caption"),
+        (" The first image shows one small horse on a field, the second two cows in a stable.\n", "copies_prompt"),
     ],
 )
 def test_each_rule_of_recommended(raw: str, rule: str) -> None:
     captions = ["a brown dog that is asleep on a red sofa beside a lamp and a window.", "two cats"]
-    assert read_difference(raw, captions).rule == rule
+    prompt = "Q: ...\nA: The first image shows one small horse on a field, the second two cows in a stable.\n\nQ:"
+    assert read_difference(raw, captions, prompt=prompt).rule == rule
 
 
 def test_other_languages_pass_unless_the_filter_is_compat() -> None:

@@ -44,7 +44,7 @@ def test_a_pack_of_the_paper_asks_what_its_code_asks(name: str) -> None:
 
 
 def test_every_shipped_pack_loads_and_is_called_like_its_file() -> None:
-    assert shipped() == sorted([*PAPER, "generic"])
+    assert shipped() == sorted([*PAPER, "base", "generic"])
     assert [load(name).name for name in shipped()] == shipped()
 
 
@@ -110,7 +110,7 @@ def test_bytes_that_are_no_text_are_said(tmp_path: Path) -> None:
 
 
 def test_a_pack_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"prompt pack 'genric': known are caltech101, .*generic"):
+    with pytest.raises(ModelError, match=r"prompt pack 'genric': known are base, caltech101, .*generic"):
         load("genric")
     with pytest.raises(ModelError, match=r"there is no file .*none\.yaml"):
         load(str(tmp_path / "none.yaml"))
