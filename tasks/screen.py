@@ -17,7 +17,7 @@ from tasks.domain import Domain
 from tasks.features import Features, read_features
 from tasks.stage import StageResult, open_store, run_stage
 
-VERSION = 1
+VERSION = 2
 _COLUMNS = ("caption_key", "member_keys", "index", "label", "text", "detail", "flags", "weight")
 
 
