@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from models.clamp.training import ClampData
 
 log = logging.getLogger("latteflow.tasks")
+VERSION = 2
+"""Of what a tower is given; raised when it changes."""
 _NOT_OF_THE_MODEL = {"lm", "revision", "cache_gb"}
 """Settings that a model does not depend on, or that are in the language model's identity."""
 
@@ -35,6 +37,7 @@ def made_from(domain: Domain, screened: StageResult) -> dict[str, Any]:
         "screen": screened.ref.digest,
         "language_model": lm.identity(domain.clamp),
         "clamp": domain.clamp.model_dump(mode="json", exclude=_NOT_OF_THE_MODEL),
+        "version": VERSION,
     }
 
 
@@ -65,7 +68,7 @@ def train(
     log.info("tune %s texts=%d cut=%d", name, len(data.texts), method.tokens.n_cut)
     history = training.train(method, domain.training, seed=seed, checkpoint=kept, on_step=progress)
     tower = method.tower.eval()
-    classes = tower.text_features([domain.prompt_name(each) for each in domain.classes])
+    classes = tower.text_features(class_names(domain))
     return {
         f"{name}.safetensors": safetensors(
             prototypes=classes.cpu().numpy(), centre=centre, scale=np.array([clip.scale], np.float32)
@@ -76,18 +79,22 @@ def train(
 
 
 def clamp_data(domain: Domain, clip: Clip, found: Features, centre: np.ndarray, screened: Artifact) -> ClampData:
-    """Images with the texts that passed the screen, and the CLIP's own reading of all texts."""
+    """Images with the texts that passed the screen, and the CLIP's own reading of all texts.
+
+    A class is its name, as in evaluation: the wrapper is its sentence. The teacher reads it in the domain's sentences.
+    """
     import torch
 
     from models.clamp.training import ClampData
 
     captions, groups = (usable(read_screened(screened, kind)) for kind in ("images", "groups"))
     own = dict(zip(captions["member_keys"].list.first(), captions["text"], strict=True))
-    sentences = domain.prompts()
+    names = class_names(domain)
+    row = {name: number for number, name in enumerate(names)}
     kinds: list[tuple[Sequence[str], Any]] = [
         (captions["text"].to_list(), lambda texts: read_text_features(screened, "images", texts)),
         (groups["text"].to_list(), lambda texts: read_text_features(screened, "groups", texts)),
-        ([text for prompts in sentences for text in prompts], clip.text_features),
+        (names, lambda new: found.class_features[[row[name] for name in new]]),
     ]
     number: dict[str, int] = {}
     teacher = []
@@ -106,9 +113,14 @@ def clamp_data(domain: Domain, clip: Clip, found: Features, centre: np.ndarray, 
         teacher_scale=clip.scale,
         image_texts=torch.tensor([number[own[key]] if key in own else -1 for key in found.keys]),
         group_texts=[of_image.get(key, []) for key in found.keys],
-        class_texts=[[number[text] for text in prompts] for prompts in sentences],
+        class_texts=[[number[name]] for name in names],
         pseudo_labels=torch.from_numpy(found.zero_shot.copy()),
     )
+
+
+def class_names(domain: Domain) -> list[str]:
+    """The classes as the tower reads them."""
+    return [domain.prompt_name(name) for name in domain.classes]
 
 
 def text_reader(domain: Domain, adapter: bytes) -> Callable[[Sequence[str]], np.ndarray]:
