@@ -87,7 +87,10 @@ def run(
     out.print(console.results(results))
     if results[-1].label == "report":
         folder = Path(settings.output) / settings.name
-        out.print(console.scores(json.loads((folder / "metrics.json").read_text())))
+        metrics = json.loads((folder / "metrics.json").read_text())
+        out.print(console.scores(metrics))
+        if "general" in metrics:
+            out.print(console.forgotten(metrics["general"]))
         found = {result.label: result for result in results}
         out.print(f"kept     {read_selection(open_store(settings).open(found['select'].ref)).told}")
         out.print(f"report   {folder / 'report.html'}\nmetrics  {folder / 'metrics.json'}")

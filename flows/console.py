@@ -87,6 +87,17 @@ def scores(metrics: Mapping[str, Any]) -> Table | str:
     return table
 
 
+def forgotten(general: Mapping[str, Any]) -> Table:
+    """What became of the accuracy on images of another kind."""
+    table = _table(f"on {general['n']} general images", "top-1>", "change>")
+    table.add_row("zero shot", f"{100 * general['top1']:.1f}", "")
+    for name, own in general["methods"].items():
+        low, high = own["change_interval"]
+        change = f"{100 * own['change']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        table.add_row(name.replace("_", " "), f"{100 * own['top1']:.1f}", change)
+    return table
+
+
 def plan(planned: Sequence[Planned]) -> Table:
     """What a run would do, and why."""
     table = _table("stage", "", "to make>", "time>", "why")

@@ -49,10 +49,14 @@ def pipeline(domain: Domain, run: Run) -> list[Any]:
     if domain.evaluation and domain.evaluation.source:
         unseen = run(shard, domain, "test")
         unseen_features = run(embed, domain, unseen)
-    scores = run(evaluate, domain, unseen, unseen_features, features, tuned)
-    made = [images, unseen, features, unseen_features, texts, groups, screened, *pairs, tuned, selected, scores]
-    page = run(report, domain, *made)
-    return [*made, page]
+    general = []
+    if domain.evaluation and domain.evaluation.general:
+        others = run(shard, domain, "general")
+        general = [others, run(embed, domain, others)]
+    scores = run(evaluate, domain, unseen, unseen_features, features, tuned, *general)
+    made = [images, unseen, features, unseen_features, texts, groups, screened, *pairs, tuned, selected]
+    page = run(report, domain, *made, *general, scores)
+    return [*made, *general, scores, page]
 
 
 @dataclass(frozen=True, eq=False)

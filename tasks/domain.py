@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -51,6 +51,59 @@ OneOrMore = Annotated[
 ]
 
 
+class Classes(Settings):
+    """The names of some classes, and the sentences that they stand in."""
+
+    classes: list[str]
+    """Names, or the path of a text file with one on each line."""
+    templates: OneOrMore = Field(default=["a photo of a {}."])
+    """Sentences with one {} for the class name."""
+
+    @model_validator(mode="after")
+    def _classes_are_distinct_names(self) -> Self:
+        if len(self.classes) < 2:
+            raise PydanticCustomError("classes", f"`classes`: {len(self.classes)} given, at least 2 are needed")
+        empty = [index for index, name in enumerate(self.classes) if not name.strip()]
+        if empty:
+            raise PydanticCustomError("classes", f"`classes`: number {empty[0] + 1} is empty")
+        counts = Counter(self.prompt_name(name) for name in self.classes)
+        twice = [name for name in self.classes if counts[self.prompt_name(name)] > 1]
+        if twice:
+            raise PydanticCustomError(
+                "classes", f"`classes`: {', '.join(map(repr, twice))} say the same thing; keep one, or tell them apart"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _templates_have_one_gap(self) -> Self:
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise PydanticCustomError(
+                    "templates", f"`templates`: {template!r} needs exactly one {{}} for the class name"
+                )
+        return self
+
+    @staticmethod
+    def prompt_name(name: str) -> str:
+        """The class name as it stands in a sentence: lower case (tokenizers fold it anyway), underscores as spaces."""
+        return " ".join(name.replace("_", " ").lower().split())
+
+    def prompts(self) -> list[list[str]]:
+        """For each class, its sentences."""
+        return [
+            [template.replace("{}", self.prompt_name(name)) for template in self.templates] for name in self.classes
+        ]
+
+
+class GeneralSettings(Classes):
+    """Images of another kind, with labels: what adapting to the domain made the model forget."""
+
+    source: OneOrMore
+    """Images of these classes."""
+    labels: str
+    """CSV or Parquet with columns ``path`` and ``class``."""
+
+
 class EvaluationSettings(Settings):
     """What only `evaluate` reads."""
 
@@ -60,6 +113,8 @@ class EvaluationSettings(Settings):
     """Images that nothing was tuned on. Default: the training images themselves (transductive)."""
     few_labels: bool = False
     """Whether to learn from a few of the labels too, on the side, to say how many the adaptation is worth."""
+    general: GeneralSettings | None = None
+    """What the adapted towers are tried on as well, before and after."""
 
 
 class GroupSettings(Settings):
@@ -134,17 +189,13 @@ _KINDS: dict[str, type[BaseModel]] = {
 }
 
 
-class Domain(Settings):
-    """One image domain: its images, its class names, and how to adapt to it. Only the first three are required."""
+class Domain(Classes):
+    """One image domain: its images, its class names, and how to adapt to it. The first three are required."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
     """Lower-case letters, digits, - and _; names the folder of the results."""
     source: OneOrMore
     """Folder(s), file(s) or fsspec URL(s) with the unlabelled images: see docs/sources.md."""
-    classes: list[str]
-    """Class names, or the path of a text file with one name on each line."""
-    templates: OneOrMore = Field(default=["a photo of a {}."])
-    """Sentences with one {} for the class name."""
     evaluation: EvaluationSettings | None = None
     """Labels for evaluation; nothing that trains ever sees them."""
     clip: ClipSettings = ClipSettings()
@@ -179,30 +230,6 @@ class Domain(Settings):
     """Accept a store without atomic create; only for one process at a time."""
     output: str = "runs"
     """Local folder for what people read: OUTPUT/<name>/report.html and metrics.json."""
-
-    @model_validator(mode="after")
-    def _classes_are_distinct_names(self) -> Domain:
-        if len(self.classes) < 2:
-            raise PydanticCustomError("classes", f"`classes`: {len(self.classes)} given, at least 2 are needed")
-        empty = [index for index, name in enumerate(self.classes) if not name.strip()]
-        if empty:
-            raise PydanticCustomError("classes", f"`classes`: number {empty[0] + 1} is empty")
-        counts = Counter(self.prompt_name(name) for name in self.classes)
-        twice = [name for name in self.classes if counts[self.prompt_name(name)] > 1]
-        if twice:
-            raise PydanticCustomError(
-                "classes", f"`classes`: {', '.join(map(repr, twice))} say the same thing; keep one, or tell them apart"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _templates_have_one_gap(self) -> Domain:
-        for template in self.templates:
-            if template.count("{}") != 1:
-                raise PydanticCustomError(
-                    "templates", f"`templates`: {template!r} needs exactly one {{}} for the class name"
-                )
-        return self
 
     @model_validator(mode="after")
     def _questions_can_be_asked(self) -> Domain:
@@ -264,6 +291,25 @@ class Domain(Settings):
         return self
 
     @property
+    def general(self) -> Domain | None:
+        """The images of `evaluation.general` under the settings of this domain; None without any."""
+        own = self.evaluation.general if self.evaluation else None
+        if own is None:
+            return None
+        return self.model_copy(
+            update={
+                "source": own.source,
+                "classes": own.classes,
+                "templates": own.templates,
+                "evaluation": EvaluationSettings(labels=own.labels),
+            }
+        )
+
+    def of_split(self, split: str) -> Domain:
+        """With the classes of the images of a split."""
+        return (self.general if split == "general" else None) or self
+
+    @property
     def compares(self) -> bool:
         """Whether a method needs texts about pairs."""
         return bool(READS_PAIRS & {*self.method})
@@ -289,17 +335,6 @@ class Domain(Settings):
         found = self.model_copy(update={"describer": writer})
         found.__dict__.pop("prompt_pack", None)  # it was of the other describer
         return found
-
-    @staticmethod
-    def prompt_name(name: str) -> str:
-        """The class name as it stands in a sentence: lower case (tokenizers fold it anyway), underscores as spaces."""
-        return " ".join(name.replace("_", " ").lower().split())
-
-    def prompts(self) -> list[list[str]]:
-        """For each class, its sentences."""
-        return [
-            [template.replace("{}", self.prompt_name(name)) for template in self.templates] for name in self.classes
-        ]
 
     @classmethod
     def load(cls, path: str | Path) -> Domain:
@@ -361,6 +396,8 @@ def _resolve(raw: dict[str, Any], folder: Path) -> None:
         (raw, "output"),
         (raw.get("evaluation"), "source"),
         (raw.get("evaluation"), "labels"),
+        (_below(raw, "evaluation", "general"), "source"),
+        (_below(raw, "evaluation", "general"), "labels"),
         (raw.get("describer"), "texts"),
     ]:
         if isinstance(section, dict) and section.get(field) is not None:
@@ -376,17 +413,19 @@ def _resolve(raw: dict[str, Any], folder: Path) -> None:
         value = section.get(field) if isinstance(section, dict) else None
         if isinstance(value, str) and is_path(value):
             section[field] = absolute(value)
-    if isinstance(raw.get("classes"), str):
-        file = Path(absolute(raw["classes"]))
-        try:
-            raw["classes"] = [
-                line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()
-            ]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"`classes: {raw['classes']}`: the class list cannot be read ({error}); "
-                "give a text file with one name on each line, or the names themselves as [a, b, ...]"
-            ) from error
+    for section in (raw, _below(raw, "evaluation", "general")):
+        if isinstance(section, dict) and isinstance(section.get("classes"), str):
+            section["classes"] = _class_list(section["classes"], Path(absolute(section["classes"])))
+
+
+def _class_list(given: str, file: Path) -> list[str]:
+    try:
+        return [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"`classes: {given}`: the class list cannot be read ({error}); give a text file with one name on each "
+            "line, or the names themselves as [a, b, ...]"
+        ) from error
 
 
 def _below(raw: Any, *names: str) -> Any:

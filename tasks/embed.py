@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import polars as pl
@@ -30,6 +30,7 @@ def embed(domain: Domain, shards: StageResult) -> StageResult:
     """
     store = open_store(domain)
     images = store.open(shards.ref)
+    domain = domain.of_split(images.inputs["split"])
     who = clip.identity(domain.clip)
     model = _Lazy(domain)
     inputs = {
@@ -55,7 +56,7 @@ def embed(domain: Domain, shards: StageResult) -> StageResult:
                 features = read_parquet(writer.read(found, name))
             frames.append(features)
         live = index.select("key").join(pl.concat(frames), on="key", how="inner", maintain_order="left")
-        text = class_text_features(domain, model.loaded)
+        text = class_text_features(domain, model.loaded.text_features)
         labels, centre = _zero_shot(live, text, model.loaded.scale, bool(inputs["centred"]))
         writer.put(
             "zero_shot",
@@ -102,10 +103,14 @@ def _features(domain: Domain, model: _Lazy, images: Artifact, shard: str) -> pl.
     )
 
 
-def class_text_features(domain: Domain, model: clip.Clip) -> np.ndarray:
-    """Unit text feature of each class, the mean direction over the templates, ``(classes, dim)``."""
+def class_text_features(domain: Domain, read: Callable[[Sequence[str]], np.ndarray]) -> np.ndarray:
+    """Unit text feature of each class, the mean direction over the templates, ``(classes, dim)``.
+
+    Args:
+        read: n texts -> unit rows ``(n, dim)``.
+    """
     texts = [text for prompts in domain.prompts() for text in prompts]
-    return clip.class_features(model.text_features(texts), len(domain.templates))
+    return clip.class_features(read(texts), len(domain.templates))
 
 
 def _zero_shot(

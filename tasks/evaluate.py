@@ -17,11 +17,12 @@ from models import clip, metrics
 from models.few_labels import LABELS, few_labels, worth
 from models.metrics import Predictions
 from models.settings import ZERO_SHOTS, Method
-from storage.artifacts import ArtifactWriter
+from storage.artifacts import Artifact, ArtifactWriter
 from storage.shards import read_index
-from storage.tables import parquet
+from storage.tables import parquet, read_parquet
 from tasks.domain import Domain
 from tasks.features import centred, read_features
+from tasks.forgetting import general_answers
 from tasks.labels import digest_of_labels, read_truth
 from tasks.slices import Slice, slices
 from tasks.stage import StageResult, open_store, run_stage
@@ -65,7 +66,12 @@ class Answers:
 
 
 def evaluate(
-    domain: Domain, shards: StageResult, embedded: StageResult, trained_on: StageResult, tuned: StageResult
+    domain: Domain,
+    shards: StageResult,
+    embedded: StageResult,
+    trained_on: StageResult,
+    tuned: StageResult,
+    *general: StageResult,
 ) -> StageResult:
     """Zero-shot, plain and centred, and every adapted model on the same images.
 
@@ -73,6 +79,7 @@ def evaluate(
         shards, embedded: the images to evaluate on.
         trained_on: features of the training images, whose mean is the centre (a test image is never averaged over).
         tuned: the adapted models, of each method one for each seed.
+        general: shards and features of ``evaluation.general``, if there is one.
 
     Files: ``metrics.json`` and ``predictions.parquet`` (one row for each image, columns for each method).
 
@@ -80,7 +87,7 @@ def evaluate(
         DataError: labels are unreadable, name unknown classes, or fit no image.
     """
     store = open_store(domain)
-    inputs = {
+    inputs: dict[str, Any] = {
         "shards": shards.ref.digest,
         "embed": embedded.ref.digest,
         "trained_on": trained_on.ref.digest,
@@ -91,6 +98,8 @@ def evaluate(
         "method": domain.method,
         "seeds": domain.seeds,
     }
+    if general:
+        inputs["general"] = {"embed": general[1].ref.digest, "labels": digest_of_labels(domain.of_split("general"))}
 
     def body(writer: ArtifactWriter) -> Mapping[str, int]:
         images, models = store.open(shards.ref), store.open(tuned.ref)
@@ -126,6 +135,8 @@ def evaluate(
             report["slices"] = _slices(slices(images, keys, middle[labelled], others), said, known, labelled)
             if inputs["few_labels"] and len(labelled) > 1:  # one half to learn from, one to be tested on
                 report["few_labels"] = _few_labels(report, few_labels(middle[labelled], known))
+        if general:
+            report["general"] = _forgotten(domain, models, *(store.open(each.ref) for each in general))
         table = _table(found.keys, [paths[key] for key in found.keys], truth, said)
         found_out = json.dumps(report, indent=1, allow_nan=False).encode()
         writer.put(
@@ -257,6 +268,35 @@ def _slices(
         }
         for each in found
     ]
+
+
+def _forgotten(domain: Domain, models: Artifact, images: Artifact, embedded: Artifact) -> dict[str, Any]:
+    """Top-1 on other images before and after, and what changed."""
+    keys = read_parquet(embedded.read("zero_shot.parquet"))["key"].to_list()
+    paths = dict(read_index(images).select("key", "path").iter_rows())
+    truth = read_truth(domain.of_split("general"), [paths[key] for key in keys])
+    labelled = truth >= 0
+
+    def right(method: Method | None, seeds: Sequence[int | None]) -> np.ndarray:
+        said = (general_answers(domain, models, images, embedded, method, seed) for seed in seeds)
+        return np.mean([(each == truth)[labelled] for each in said], axis=0)
+
+    before = right(None, [None])
+    after = {method: right(method, domain.seeds_of(method)) for method in domain.method}
+    return {
+        "n": int(labelled.sum()),
+        "classes": len(domain.of_split("general").classes),
+        "top1": float(before.mean()),
+        "interval": metrics.bootstrap_interval(before),
+        "methods": {
+            name: {
+                "top1": float(own.mean()),
+                "change": float((own - before).mean()),
+                "change_interval": metrics.bootstrap_interval(own - before),
+            }
+            for name, own in after.items()
+        },
+    }
 
 
 def _few_labels(report: Mapping[str, Any], curves: Mapping[str, list[list[float]]]) -> dict[str, Any]:

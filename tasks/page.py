@@ -157,6 +157,26 @@ class FewLabels:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ForgottenRow:
+    """Top-1 of an adapted model on images of another kind, and how it changed."""
+
+    id: str
+    top1: float
+    change: float
+    change_interval: Interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class General:
+    """``n`` labelled images of another kind: top-1 of the untouched model, and what adapting made of it."""
+
+    n: int
+    classes: int
+    top1: float
+    methods: Sequence[ForgottenRow]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Text:
     """One text that was used for an image. ``kind``: image, group, class, pair or tags."""
 
@@ -353,6 +373,7 @@ class Report:
     details: Sequence[Detail] = ()
     slices: Sequence[SliceRow] = ()
     few_labels: FewLabels | None = None
+    general: General | None = None
     atlas: Sequence[Placed] = ()
     examples_better: Sequence[Example] = ()
     examples_worse: Sequence[Example] = ()

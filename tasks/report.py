@@ -136,6 +136,7 @@ class _Findings:
             details=self._details() if found["n_test"] else (),
             slices=[page.SliceRow(**each) for each in found.get("slices", ())],
             few_labels=page.FewLabels(**found["few_labels"]) if "few_labels" in found else None,
+            general=self._general(),
             atlas=self._atlas(),
             examples_better=better,
             examples_worse=worse,
@@ -235,6 +236,13 @@ class _Findings:
             )
             for number, name in enumerate(self._domain.classes)
         ]
+
+    def _general(self) -> page.General | None:
+        found = self._metrics.get("general")
+        if found is None:
+            return None
+        rows = [page.ForgottenRow(id=name, **own) for name, own in found["methods"].items()]
+        return page.General(n=found["n"], classes=found["classes"], top1=found["top1"], methods=rows)
 
     def _atlas(self) -> list[Placed]:
         """Images and prototypes of the first model on a plane; the images are a draw by key, which is a digest."""

@@ -18,7 +18,8 @@ from tasks.domain import Domain
 from tasks.stage import StageResult, anew, open_store, run_stage
 
 VERSION = 2
-Split = Literal["train", "test"]
+Split = Literal["train", "test", "general"]
+"""What is adapted to, what only evaluation sees, and what shows what the model forgot."""
 
 
 def shard(domain: Domain, split: Split) -> StageResult:
@@ -74,8 +75,9 @@ def replay(domain: Domain, split: Split) -> StageResult:
 
 def open_source(domain: Domain, split: Split) -> Source:
     """Where the images of a split come from."""
-    urls = domain.source if split == "train" or domain.evaluation is None else domain.evaluation.source
-    return Source(urls or domain.source, domain.shard.image_column)
+    own = domain.of_split(split)
+    urls = own.evaluation.source if split == "test" and own.evaluation else None
+    return Source(urls or own.source, domain.shard.image_column)
 
 
 def look(store: ArtifactStore, domain: Domain, split: Split, source: Source | None = None) -> Listing:

@@ -30,6 +30,8 @@ from tasks.page import (
     Example,
     FewLabels,
     FlagRow,
+    ForgottenRow,
+    General,
     Judged,
     LabelFree,
     Method,
@@ -243,6 +245,10 @@ def make_report(n_classes: int = 10, n_test: int = 1000, skill: float = 0.09, se
         few_labels=FewLabels(
             labels=(1, 2, 4), worth={"latteclip": 4},
             top1={name: [[0.3, 0.34], [0.4, 0.42], [0.5, 0.56]] for name in ("nearest_mean", "linear_probe")},
+        ) if n_test else None,
+        general=General(
+            n=480, classes=36, top1=0.211,
+            methods=[ForgottenRow(id="latteclip", top1=0.188, change=-0.023, change_interval=(-0.041, -0.004))],
         ) if n_test else None,
         atlas=[
             *(Placed(rng.random(), rng.random(), kind, f"{kind} {i}") for i in range(20) for kind in ("same", "gain")),
