@@ -30,12 +30,15 @@ def adapt(
 ) -> Adapted:
     """Adapt by one of the methods; arguments as for :func:`models.latteclip.tune`.
 
-    Transduction has no randomness and does not look at ``seed``, nor, as nothing is trained, at ``latteclip``. CLAMP
-    reads texts, not their features, and is not one of these: see :mod:`models.clamp`.
+    Transduction has no randomness and does not look at ``seed``, nor, as nothing is trained, at ``latteclip``; class
+    descriptions are zero-shot with other class texts. CLAMP reads texts, not their features, and is not one of these:
+    see :mod:`models.clamp`.
     """
     if method == "transduction":
         found = transduce(transduction, data.image_features, data.class_features, scale)
         return Adapted(prototypes=found.prototypes, scale=scale, assignments=found.assignments)
+    if method == "class_descriptions":
+        return Adapted(prototypes=data.class_features, scale=scale)
     options |= {"seed": seed, "scale": scale}
     if method == "pc_clip":
         return tune_pairs(pc_clip or PcClipSettings(), data, training, clip=clip, **options)

@@ -379,6 +379,17 @@ def is_refusal(text: str) -> bool:
     return any(sign in text for sign in _SIGNS) and _REFUSALS.search(text) is not None
 
 
+_LEAST_DESCRIPTION = 5
+_CODE = re.compile(r"[{}<>=]|#\w|\w\(\)|::|;\s*(?:\n|$)|```|iostream")
+
+
+def describes_class(text: str) -> bool:
+    """Whether a text can stand behind the sentence of a class (PC-CLIP 5.2): five words or more, and no program code,
+    no refusal, no loop."""
+    is_long = len(words(text)) >= _LEAST_DESCRIPTION
+    return is_long and not (_CODE.search(text) or is_refusal(text) or is_loop(text))
+
+
 _RUN = 8
 """Times that one word must follow itself."""
 _GRAM = 4

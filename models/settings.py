@@ -18,13 +18,16 @@ PairPolicy = Literal["uniform", "within_group", "mixed"]
 FilterMode = Literal["compat", "recommended"]
 """Rules for texts about pairs: those of PC-CLIP's released code, or some for any language model."""
 
-Method = Literal["latteclip", "latteclip_plus", "pc_clip", "transduction", "clamp", "flyp", "wise_ft", "self_training"]
+Method = Literal[
+    "latteclip", "latteclip_plus", "pc_clip", "transduction", "clamp", "flyp", "wise_ft", "self_training",
+    "class_descriptions",
+]  # fmt: skip
 """Ways to adapt: docs/methods.md."""
 ZERO_SHOT = "zero_shot"
 """In place of a method: the model as it came."""
 ZERO_SHOTS = ("zero_shot_plain", "zero_shot_centred")
 """What every method is compared with: on features as they are, and less the domain's mean."""
-SEEDLESS: frozenset[Method] = frozenset({"transduction"})
+SEEDLESS: frozenset[Method] = frozenset({"transduction", "class_descriptions"})
 """Methods without random numbers."""
 READS_TEXTS: frozenset[Method] = frozenset({"latteclip", "latteclip_plus"})
 """Methods that use features of the texts of images and groups."""

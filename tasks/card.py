@@ -23,6 +23,7 @@ _HOW = {
     "pc_clip": "PC-CLIP, on texts about how two images differ",
     "transduction": "anchored transduction: prototypes from all images at once",
     "clamp": "CLAMP (arXiv 2312.01629): the class names were read by a language model",
+    "class_descriptions": "not at all: the classifier is the text tower's reading of the class names, described",
     "flyp": "FLYP (arXiv 2212.00638) on zero-shot pseudo-labels",
     "wise_ft": "the mean of FLYP's weights and zero-shot's (arXiv 2109.01903)",
     "self_training": "self-training on its own labels",

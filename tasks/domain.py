@@ -281,6 +281,12 @@ class Domain(Classes):
                 "`method`: clamp needs a language model: `clamp: {lm: NAME}` with a causal one from the model hub, a "
                 "folder, or `embedded`",
             )
+        if "class_descriptions" in self.method and not (self.prompt_pack and self.prompt_pack.classes):
+            raise PydanticCustomError(
+                "method",
+                "`method`: class_descriptions needs a language model that is asked about classes: `describer: {kind: "
+                "vllm}` or `{kind: openai}`, with a prompt pack that has `classes`, as `generic`",
+            )
         frozen = [name for name in self.method if name in ("latteclip_plus", "self_training")]
         if frozen and self.latteclip.trains_towers:
             raise PydanticCustomError(

@@ -47,6 +47,7 @@ LABELS = {
     "pc_clip": "PC-CLIP",
     "transduction": "anchored transduction",
     "clamp": "CLAMP",
+    "class_descriptions": "zero-shot with class descriptions",
     "flyp": "FLYP",
     "wise_ft": "FLYP averaged with zero-shot",
     "self_training": "self-training",

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 
 from models import clip
-from models.screening import Rows, Subjects, Texts
+from models.screening import Rows, Subjects, Texts, describes_class
 from models.screening import screen as screened
 from storage.artifacts import Artifact, ArtifactWriter
 from storage.shards import read_index
@@ -30,7 +30,8 @@ def screen(
     several texts), label (pseudo-class), text, detail (why there is none), flags (the describer's and those of
     :mod:`models.screening`), weight (0: not used), clip_score and clip_score_shuffled (cosines of the text with its own
     and with other images). Beside each, ``*.features.parquet`` with the distinct texts and their unit features, so that
-    no later stage reads them.
+    no later stage reads them. ``classes.parquet``, where there are texts about classes: the describer's table with a
+    weight of 0 or 1.
     """
     store = open_store(domain)
     names = [domain.prompt_name(name) for name in domain.classes]
@@ -55,9 +56,21 @@ def screen(
                 table, features = _screened(domain, names, found, contents, texts(store.open(source.ref)))
                 files = {f"{part}.parquet": parquet(table), f"{part}.features.parquet": parquet(features)}
                 writer.put(part, own, files, rows=table.height, counts=_counts(table))
+        _class_texts(writer, store.open(described.ref))
         return {"images": len(found.keys)}
 
     return run_stage(store, domain, "screen", VERSION, inputs, body)
+
+
+def _class_texts(writer: ArtifactWriter, described: Artifact) -> None:
+    if "classes.parquet" not in described.files:
+        return
+    own = {"texts": described.files["classes.parquet"][1].sha256}
+    if writer.find("classes", own) is None:
+        table = read_parquet(described.read("classes.parquet")).with_columns(text=pl.col("text").fill_null(""))
+        weights = [float(describes_class(text)) for text in table["text"]]
+        table = table.with_columns(weight=pl.Series(weights, dtype=pl.Float32))
+        writer.put("classes", own, {"classes.parquet": parquet(table)}, rows=table.height)
 
 
 def _image_texts(described: Artifact) -> pl.DataFrame:
@@ -137,10 +150,10 @@ def _counts(table: pl.DataFrame) -> dict[str, int]:
 
 
 def read_screened(artifact: Artifact, kind: str) -> pl.DataFrame:
-    """The table of image or of group texts.
+    """The table of image, group or class texts.
 
     Args:
-        kind: images or groups.
+        kind: images, groups or classes.
     """
     return read_parquet(artifact.read(f"{kind}.parquet"))
 

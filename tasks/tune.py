@@ -180,7 +180,7 @@ def _made_from(
         own |= clamp.made_from(domain, screened)
     if method == "clamp":
         return own
-    if method in READS_TEXTS:
+    if method in READS_TEXTS or method == "class_descriptions":
         own["screen"] = screened.ref.digest
     if _reads_pairs(domain, method):
         assert paired is not None
@@ -329,8 +329,24 @@ class Trainer:
             return self._clip.tokenizer(list(texts))
         return torch.from_numpy(features(texts))
 
+    @functools.cached_property
+    def _class_described(self) -> TuneData:
+        """The images, and class sentences with a description behind each; one that is none is left out."""
+        import torch
+
+        about = read_screened(self._screened, "classes").select("label", "text", "weight")
+        texts = [
+            f"{sentence.rstrip(' .')}. {text}" if weight else sentence
+            for label, text, weight in about.iter_rows()
+            for sentence in self._domain.prompts()[label]
+        ]
+        features = torch.from_numpy(self._clip.text_features(texts))
+        return replace(self._plain, class_texts=features.unflatten(0, (len(self._domain.classes), -1)))
+
     def data(self, method: Method) -> TuneData:
         """What a method is given."""
+        if method == "class_descriptions":
+            return self._class_described
         if method in READS_PAIRS:
             return self._compared
         return self._described if method in READS_TEXTS else self._plain if method in SEEDLESS else self._trained

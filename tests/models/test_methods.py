@@ -1,4 +1,4 @@
-"""Methods by name: each adapts, has its own answer, and only transduction has none to a seed."""
+"""Methods by name: each adapts, has its own answer, and some have none to a seed."""
 
 from __future__ import annotations
 
