@@ -207,7 +207,8 @@ def _svg(chart: Any, id: str, title: str, description: str, *, hover: bool = Fal
         labelColor=MUTED, titleColor=MUTED, gridColor=LINE, domainColor=LINE, tickColor=LINE,
         labelFontSize=11, titleFontSize=11, titleFontWeight="normal", titlePadding=8, tickSize=4,
     )  # fmt: skip
-    root = ElementTree.fromstring(vl_convert.vegalite_to_svg({**styled.to_dict(), "background": None}))
+    spec = styled.to_dict(validate=False)  # half of the time of a page; the converter refuses what it cannot draw
+    root = ElementTree.fromstring(vl_convert.vegalite_to_svg({**spec, "background": None}))
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
         told = element.attrib.pop("aria-label", "")

@@ -6,6 +6,7 @@ the hashes of the one style sheet and the one script, is the second line of defe
 """
 
 import base64
+import functools
 import hashlib
 import math
 import unicodedata
@@ -32,17 +33,6 @@ def html(template: str, **view: Any) -> str:
     css, js = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     if "</style" in css.lower() or "</script" in js.lower():
         raise ValueError("page.css and page.js are inlined and must not hold a closing style or script tag")
-    env = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    env.filters |= {
-        "name": name_html, "plain": plain, "clean": clean, "percent": percent, "points": points, "number": number,
-        "decimal": decimal, "duration": duration, "p_value": p_value, "thumbnail": thumbnail_html,
-    }  # fmt: skip
     policy = [
         "default-src 'none'",
         "img-src data:",
@@ -51,8 +41,28 @@ def html(template: str, **view: Any) -> str:
         "base-uri 'none'",
         "form-action 'none'",
     ]
-    page = env.get_template(template).render(css=Markup(css), js=Markup(js), policy="; ".join(policy), **view)
+    page = (
+        _templates(folder)
+        .get_template(template)
+        .render(css=Markup(css), js=Markup(js), policy="; ".join(policy), **view)
+    )
     return page.strip() + "\n"
+
+
+@functools.cache
+def _templates(folder: Path) -> Environment:
+    found = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters |= {
+        "name": name_html, "plain": plain, "clean": clean, "percent": percent, "points": points, "number": number,
+        "decimal": decimal, "duration": duration, "p_value": p_value, "thumbnail": thumbnail_html,
+    }  # fmt: skip
+    return found
 
 
 def _sha256(text: str) -> str:

@@ -46,6 +46,7 @@ def test_the_second_run_makes_nothing(domain: Domain, tmp_path: Path) -> None:
     assert [result.ref for result in second] == [result.ref for result in first]
 
 
+@pytest.mark.slow
 def test_one_new_image_runs_what_depends_on_it(domain: Domain, tmp_path: Path) -> None:
     before = {result.label: result for result in run_plainly(domain)}
     draw(500, "red").save(tmp_path / "train" / "new.png")
@@ -69,6 +70,7 @@ def test_other_seeds_or_classes_do_not_embed_again(domain: Domain) -> None:
     assert features == {path.name for path in (store / "embed" / "data").glob("*.features.parquet")}
 
 
+@pytest.mark.slow
 def test_labels_change_nothing_but_the_evaluation(domain: Domain, tmp_path: Path) -> None:
     run_plainly(domain)
     labels = (tmp_path / "labels.csv").read_text()
@@ -85,6 +87,7 @@ def test_without_labels_nothing_is_claimed(domain: Domain) -> None:
     assert 0 <= metrics["label_free"]["agreement"] <= 1
 
 
+@pytest.mark.slow
 def test_bad_images_are_counted_and_the_run_goes_on(domain: Domain, tmp_path: Path) -> None:
     (tmp_path / "train" / "zero.png").write_bytes(b"")
     (tmp_path / "train" / "text.jpg").write_text("not a picture")
@@ -93,6 +96,7 @@ def test_bad_images_are_counted_and_the_run_goes_on(domain: Domain, tmp_path: Pa
     assert results["tune"].counts["models"] == 2
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_set_aside_and_made_again(domain: Domain) -> None:
     first = run_plainly(domain)
     store = Path(domain.store) / "shapes"
@@ -120,12 +124,14 @@ def test_bad_labels_are_one_clear_error(domain: Domain, tmp_path: Path, labels: 
         run_plainly(domain)
 
 
+@pytest.mark.slow
 def test_a_class_with_one_image_and_a_few_images_in_all(domain: Domain, tmp_path: Path) -> None:
     for path in sorted((tmp_path / "train").iterdir())[2:]:
         path.unlink()
     assert {result.label for result in run_plainly(domain)} == ALL
 
 
+@pytest.mark.slow
 def test_images_are_their_own_test_set_without_another(domain: Domain, tmp_path: Path) -> None:
     truth = draw_folder(tmp_path / "train", 24)
     rows = "".join(f"train/{path},{name}\n" for path, name in truth.items())

@@ -213,6 +213,7 @@ def test_projections_with_learning_rate_0_are_prototypes():
     )
 
 
+@pytest.mark.slow
 def test_descriptions_near_the_truth_help():
     gains = []
     for seed in range(5):

@@ -41,6 +41,7 @@ def described(domain: Domain, tmp_path: Path) -> Iterator[Domain]:
     server.close()
 
 
+@pytest.mark.slow
 def test_a_description_stands_behind_its_class_sentence_unless_it_is_none(described: Domain) -> None:
     results = {each.label: each for each in run_plainly(described)}
     model = clip.load(described.clip)

@@ -97,7 +97,10 @@ def test_a_class_file(tmp_path: Path) -> None:
         (GOOD + "describer: {kind: sidecar}\n", "line 4: `describer.texts` is missing"),
         (GOOD + "describer: {kind: vlm}\n", "`describer.kind` 'vlm' is none of tags, sidecar, vllm, openai; did you"),
         (GOOD + "describer: {kind: vllm, modle: a}\n", "did you mean `model`?"),
-        (GOOD + "describer: {kind: vllm, model: a, prompts: cars}\n", "prompt pack 'cars': known are caltech101, "),
+        (
+            GOOD + "describer: {kind: vllm, model: a, prompts: cars}\n",
+            "prompt pack 'cars': known are base, caltech101, ",
+        ),
         (GOOD + "describer: {kind: openai, model: a, url: localhost}\n", "`describer.url`"),
         (GOOD + "group: {size: 9, view: images}\ndescriber: {kind: vllm, model: a}\n", "`describer.max_images`"),
         (GOOD + "describer: {kind: tags, texts: x.csv}\n", "goes with `kind: sidecar`"),
