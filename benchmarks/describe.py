@@ -1,8 +1,8 @@
-"""How much of the engine's speed the describe stage keeps: against a bare ``LLM.chat`` over the same images in memory.
+"""How much of the engine's speed the stages describe and pair keep: against a bare ``LLM.chat`` over the same prompts.
 
 Makes shards and features here, then measures in the environment of ``make test-vllm``, whose engine runs on CPU with a
 tiny model of random weights: the engine is as fast as it gets, and all else shows. The two ways take turns in one
-process, with the engine's caches emptied before each. Then the same stage against a server of the same engine.
+process, with the engine's caches emptied before each. Then describing against a server of the same engine.
 
     python -m benchmarks.describe [FOLDER] [--images 600] [--rounds 4]
 """
@@ -10,8 +10,10 @@ process, with the engine's caches emptied before each. Then the same stage again
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import random
 import resource
 import shutil
 import statistics
@@ -20,11 +22,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tasks.domain import Domain
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests"))
 CONTEXT, BATCH, TOKENS = 512, 64, 32
-LEAST = {"stage / bare": 0.9, "server / stage": 0.8, "server / requests": 0.9}
+WORDS = "red blue small large round wooden metal plate chair table lamp window dog cat boat under near with dark"
+LEAST = {"stage / bare": 0.9, "pair stage / bare pairs": 0.9, "server / stage": 0.8, "server / requests": 0.9}
 """What is aimed at. A server needs processor time of its own, which a machine of two cores does not have to spare: what
 such a machine can give is in ``requests``, the same bodies made before and posted by bare threads."""
 AS_USERS_DO = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
@@ -51,15 +58,28 @@ def prepare(images: Path, count: int, folder: Path) -> Path:
     domain = write_domain(folder, "in_process", engine, count)
     for stage in ("shard", "embed"):
         run_plainly(Domain.load(domain), only=stage)
+    for stage in ("describe", "group", "screen"):
+        run_plainly(Domain.load(folder / "pairs.yaml"), only=stage)
     return domain
 
 
-def write_domain(folder: Path, file: str, describer: str, count: int) -> Path:
+def write_domain(folder: Path, file: str, engine: str, count: int) -> Path:
+    """A domain file, and ``pairs.yaml`` beside it, where the engine writes about pairs from texts that are there."""
     path = folder / f"{file}.yaml"
-    path.write_text(
+    shared = (
         f"name: bench\nsource: train\nclasses: [one, two, three]\nclip: {{model: ./clip, resize: pad}}\n"
-        f"describer: {{{describer}, max_tokens: {TOKENS}, prompts: caltech101}}\n"
         f"shard: {{images: {max(count // 4, 1)}}}\nstore: store\n"
+    )
+    path.write_text(f"{shared}describer: {{{engine}, max_tokens: {TOKENS}, prompts: caltech101}}\n")
+    draw = random.Random(0)
+    rows = [
+        f"train/{each.name},a {' '.join(draw.choices(WORDS.split(), k=8))}"
+        for each in sorted((folder / "train").iterdir())
+    ]
+    (folder / "texts.csv").write_text("\n".join(["path,text", *rows]) + "\n")
+    (folder / "pairs.yaml").write_text(
+        f"{shared}describer: {{kind: sidecar, texts: texts.csv}}\nmethod: pc_clip\n"
+        f"pairs: {{budget: {count}, describer: {{{engine}, max_tokens: {TOKENS}}}}}\n"
     )
     return path
 
@@ -77,6 +97,37 @@ def describe_anew(file: Path) -> float:
     with rules(refresh=["describe"]):
         describe(domain, shards, embedded)
     return shards.counts["images"] / (time.perf_counter() - begin)
+
+
+def pair_anew(file: Path) -> float:
+    """Texts about pairs per second of the stage, everything counted. Noise is never usable, so the stage ends with an
+    error after its first part, which is all of them."""
+    from flows.pipeline import as_they_are
+    from storage.errors import DataError
+    from tasks.domain import Domain
+    from tasks.pair import pair
+    from tasks.stage import rules
+
+    domain = Domain.load(file)
+    shards, embedded, screened = as_they_are(domain, "shard", "embed", "screen")
+    begin = time.perf_counter()
+    with rules(refresh=["pair"]), contextlib.suppress(DataError):
+        pair(domain, shards, embedded, screened)
+    return domain.pairs.budget / (time.perf_counter() - begin)
+
+
+def pair_questions(domain: Domain) -> list[str]:
+    """What the stage asks, in words."""
+    from flows.pipeline import as_they_are
+    from tasks.pair import _questions, described
+    from tasks.stage import open_store
+    from tasks.texts import Gallery
+
+    images, features, screened = (
+        open_store(domain).open(each.ref) for each in as_they_are(domain, "shard", "embed", "screen")
+    )
+    gallery = Gallery(domain.of_pairs(), images, features)
+    return [each.prompt for each, _ in _questions(domain, images, gallery.labels, described(screened))]
 
 
 def bare_requests(file: Path) -> float:
@@ -146,9 +197,23 @@ def measure(file: Path, rounds: int) -> None:
         llm.chat(asked, SamplingParams(max_tokens=TOKENS, temperature=0, seed=0), use_tqdm=False)
         return len(pictures) / (time.perf_counter() - begin)
 
-    speeds: dict[str, list[float]] = {"bare": [], "stage": []}
+    def bare_pairs() -> float:
+        asked = [[{"role": "user", "content": each}] for each in questions]
+        begin = time.perf_counter()
+        llm.chat(asked, SamplingParams(max_tokens=TOKENS, temperature=0, seed=0), use_tqdm=False)
+        return len(questions) / (time.perf_counter() - begin)
+
+    pairs = file.with_name("pairs.yaml")
+    questions = pair_questions(Domain.load(pairs))
+    ways = {
+        "bare": bare,
+        "stage": lambda: describe_anew(file),
+        "bare pairs": bare_pairs,
+        "pair stage": lambda: pair_anew(pairs),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
-        for name, run in (("bare", bare), ("stage", lambda: describe_anew(file))):
+        for name, run in ways.items():
             llm.reset_mm_cache()
             llm.reset_prefix_cache()
             speed = run()
@@ -190,7 +255,7 @@ def main() -> None:
                     if number:
                         speeds[name].append(speed)
     middle = {name: statistics.median(each) for name, each in speeds.items()}
-    lines = [f"{name:16} {middle[name]:7.1f} images/s  ({min(s):.1f} - {max(s):.1f})" for name, s in speeds.items()]
+    lines = [f"{name:16} {middle[name]:7.1f} /s  ({min(s):.1f} - {max(s):.1f})" for name, s in speeds.items()]
     for ratio, least in LEAST.items():
         above, below = ratio.split(" / ")
         lines.append(f"{ratio:16} {middle[above] / middle[below]:7.2f}  (aim: {least})")

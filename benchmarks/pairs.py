@@ -1,13 +1,15 @@
 """PC-CLIP on domains: what its text tower learns of differences, and what that does to the classifier.
 
     python -m benchmarks.pairs domains/demo.yaml domains/clipart.yaml [--seeds 0 1 2] [--budget 5000] [--store URL]
+    python -m benchmarks.pairs own.yaml --written
 
 Images, features and descriptions come from the pipeline's own stages and its store. Texts about pairs are written by
-the rule that compares words (`words`), about training images to learn from and about evaluation images to be tested on;
-no language model takes part, so the table says nothing about one. Pairs and order of batches are drawn anew for each
-seed. In percent, means over seeds with their spread:
+the rule that compares words (`words`), about training images to learn from and about evaluation images to be tested on.
+With `--written` they are those that the stage `pair` of the domain file got, from whatever language model it names, and
+every fifth pair is held out. Pairs and order of batches are drawn anew for each seed. In percent, means over seeds with
+their spread:
 
-differences   share of held-out texts that the model holds to be true (6.1): those of the rule; and
+differences   share of held-out texts that the model holds to be true (6.1): those of the rule or model; and
 class names   "The first image shows A, while the second image shows B instead." of images with these labels
 zero-shot     top-1 of the plain class sentences
 confused      top-1 among the classes of the three pairs that the untouched model confuses most, found without labels,
@@ -19,6 +21,7 @@ oracle        the same with the official choice: each model's own three largest 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import torch
 
 from models import clip
@@ -51,26 +55,29 @@ from tasks.embed import embed
 from tasks.features import centred, read_features
 from tasks.group import group
 from tasks.labels import read_truth
-from tasks.pair import described
+from tasks.pair import described, pair, read_pairs
 from tasks.screen import screen
 from tasks.shard import Split, shard
 from tasks.stage import open_store
 
 HELD_OUT = 2000
 CONFUSED = 3
+Told = tuple[np.ndarray, np.ndarray, list[str]]
+"""First and second image of each pair, and the text about it."""
 
 
 @dataclass(frozen=True)
 class Images:
     """One split: features as the classifier sees them, pseudo-labels, truth (-1: none), descriptions ("": none)."""
 
+    keys: list[str]
     features: np.ndarray
     zero_shot: np.ndarray
     truth: np.ndarray
     captions: list[str]
 
-    def texts(self, budget: int, seed: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """First and second image of each pair, and what the rule says of it."""
+    def texts(self, budget: int, seed: int) -> Told:
+        """Pairs, and what the rule says of them."""
         number: dict[str, int] = {}
         said = [number.setdefault(text, len(number)) for text in self.captions]
         groups = np.where([text != "" for text in self.captions], self.zero_shot, -1)
@@ -89,6 +96,7 @@ def main() -> None:
     options.add_argument("domains", nargs="+", type=Path)
     options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options.add_argument("--budget", type=int, default=5000)
+    options.add_argument("--written", action="store_true", help="texts of the stage `pair`, which is run if it must be")
     options.add_argument("--averaging", type=float, default=1.0)
     options.add_argument("--lr-factor", type=float, default=1.0, help="times the default learning rate")
     options.add_argument("--store", help="instead of the domains' own")
@@ -101,7 +109,8 @@ def main() -> None:
         if chosen.store:
             domain = domain.model_copy(update={"store": str(Path(chosen.store).resolve())})
         cfg = PcClipSettings(train="projection", averaging=chosen.averaging)
-        rows[domain.name] = measured(domain, cfg, chosen.seeds, chosen.budget, chosen.lr_factor)
+        texts = written(domain) if chosen.written else None
+        rows[domain.name] = measured(domain, cfg, chosen.seeds, chosen.budget, chosen.lr_factor, texts)
     names = list(next(iter(rows.values())))
     lines = ["| | " + " | ".join(f"{name} {column}" for name in rows for column in columns) + " |"]
     lines.append("| --- |" + " --- |" * (2 * len(rows)))
@@ -111,8 +120,18 @@ def main() -> None:
     sys.stdout.write("\n".join(lines) + "\n")
 
 
+def written(domain: Domain) -> pl.DataFrame:
+    """Keys and texts of the pairs that the domain's own stage kept; what became of all goes to standard error."""
+    shards = shard(domain, "train")
+    embedded = embed(domain, shards)
+    texts, groups = describe(domain, shards, embedded), group(domain, shards, embedded)
+    result = pair(domain, shards, embedded, screen(domain, shards, embedded, texts, groups))
+    sys.stderr.write(f"{domain.name}: {json.dumps(dict(result.counts))}\n")
+    return read_pairs(open_store(domain).open(result.ref)).filter(pl.col("status") == "kept")
+
+
 def measured(
-    domain: Domain, cfg: PcClipSettings, seeds: Sequence[int], budget: int, factor: float
+    domain: Domain, cfg: PcClipSettings, seeds: Sequence[int], budget: int, factor: float, table: pl.DataFrame | None
 ) -> dict[str, tuple[list[float], list[float]]]:
     """For each row of the table the figures of the seeds, before and after."""
     assert domain.evaluation is not None and domain.evaluation.source is not None
@@ -136,13 +155,12 @@ def measured(
     label_free = confused_pairs(soft_confusion(probabilities), CONFUSED)
 
     for seed in seeds:
-        first, second, texts = train.texts(budget, seed)
-        cut = model.too_long(texts)
-        first, second, texts = (
-            first[~cut],
-            second[~cut],
-            [text for text, is_cut in zip(texts, cut, strict=True) if not is_cut],
-        )
+        if table is None:
+            learnt, held, images = train.texts(budget, seed), test.texts(HELD_OUT, 1000 + seed), test
+        else:
+            learnt, held = halves(table, train.keys, seed)
+            images = train
+        first, second, texts = fitting(model, learnt)
         data = TuneData(
             pseudo_labels=torch.from_numpy(train.zero_shot.copy()),
             class_texts=templates,
@@ -164,13 +182,14 @@ def measured(
         assert tuned.text_map is not None
         change, after = tuned.text_map.numpy(), tuned.prototypes.numpy()
 
-        def truths(i: np.ndarray, j: np.ndarray, said: list[str], change: np.ndarray = change) -> tuple[float, float]:
+        def truths(told: Told, images: Images, change: np.ndarray = change) -> tuple[float, float]:
+            i, j, said = told
             read = model.text_features(said)
-            scores = [difference_scores(test.features[i], test.features[j], text) for text in (read, read @ change)]
+            scores = [difference_scores(images.features[i], images.features[j], text) for text in (read, read @ change)]
             return difference_accuracy(scores[0]), difference_accuracy(scores[1])
 
-        add("differences, rule", *truths(*test.texts(HELD_OUT, 1000 + seed)))
-        add("differences, class names", *truths(*labelled(test, names, seed)))
+        add("differences", *truths(held, images))
+        add("differences, class names", *truths(labelled(test, names, seed), test))
         add("zero-shot", accuracy(test, base), accuracy(test, after))
         for kind in ("confused", "oracle"):
             results = []
@@ -185,13 +204,33 @@ def measured(
     return found
 
 
+def halves(table: pl.DataFrame, keys: Sequence[str], seed: int) -> tuple[Told, Told]:
+    """Four fifths of the pairs and the rest; a pair of the rest may share an image with the others."""
+    place = {key: row for row, key in enumerate(keys)}
+    order = np.random.default_rng(seed).permutation(table.height)
+
+    def told(rows: np.ndarray) -> Told:
+        own = table[rows]
+        first, second = (np.array([place[key] for key in own[name]]) for name in ("first", "second"))
+        return first, second, own["text"].to_list()
+
+    return told(order[len(order) // 5 :]), told(order[: len(order) // 5])
+
+
+def fitting(model: clip.Clip, told: Told) -> Told:
+    """Without the texts that are longer than the CLIP reads."""
+    first, second, texts = told
+    fits = ~model.too_long(texts)
+    return first[fits], second[fits], [text for text, is_whole in zip(texts, fits, strict=True) if is_whole]
+
+
 def scaled(cfg: PcClipSettings, n: int, factor: float) -> PcClipSettings:
     """With a multiple of the default learning rate."""
     lr = factor * drift_matched_lr(PROJECTION_DRIFT, -(-n // cfg.batch_size), cfg.epochs, cfg.decay)
     return cfg.model_copy(update={"lr": lr})
 
 
-def labelled(test: Images, names: Sequence[str], seed: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def labelled(test: Images, names: Sequence[str], seed: int) -> Told:
     """Pairs of images of different classes, and a sentence with the names of their classes."""
     draws, known = np.random.default_rng(seed), np.flatnonzero(test.truth >= 0)
     i, j = draws.choice(known, (2, HELD_OUT))
@@ -235,6 +274,7 @@ def split(
         paths = dict(read_index(store.open(shards.ref)).select("key", "path").iter_rows())
         truth = read_truth(domain, [paths[key] for key in found.keys])
     images = Images(
+        keys=found.keys,
         features=centred(found.embeds, middle),
         zero_shot=found.zero_shot,
         truth=truth,
