@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
@@ -39,6 +39,18 @@ class Features:
     def embeds(self) -> np.ndarray:
         """Image embeddings, ``(n, dim)`` float32."""
         return self.features * self.norms[:, None]
+
+    def at(self, rows: np.ndarray) -> Features:
+        """Some of the images, in the order of their shards; what is of the whole split stays."""
+        rows = np.sort(rows)
+        return replace(
+            self,
+            keys=[self.keys[row] for row in rows],
+            features=self.features[rows],
+            norms=self.norms[rows],
+            zero_shot=self.zero_shot[rows],
+            confidence=self.confidence[rows],
+        )
 
 
 def centred(embeds: np.ndarray, centre: np.ndarray) -> np.ndarray:

@@ -6,7 +6,6 @@ import functools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -247,14 +246,7 @@ class _Findings:
 
     def _atlas(self) -> list[Placed]:
         """Images and prototypes of the first model on a plane; the images are a draw by key, which is a digest."""
-        found = self._features
-        rows = np.sort(np.argsort(np.array(found.keys))[:ON_THE_MAP])  # towers read images in the order of the shards
-        some = replace(
-            found,
-            keys=[found.keys[row] for row in rows],
-            features=found.features[rows],
-            norms=found.norms[rows],
-        )
+        some = self._features.at(np.argsort(np.array(self._features.keys))[:ON_THE_MAP])
         tuned = read_tuned(self._open["tune"], self._domain.method[0], self._domain.seeds_of(self._domain.method[0])[0])
         features = tuned_features(self._domain, tuned, self._test, some)
         points = flat([features, tuned.prototypes])

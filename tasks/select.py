@@ -16,7 +16,7 @@ from tasks.features import Features, centred, read_features
 from tasks.stage import StageResult, open_store, run_stage
 from tasks.tune import read_tuned, tuned_features
 
-VERSION = 2
+VERSION = 3
 PLAIN, CENTRED = "plain zero-shot", "centred zero-shot"
 MOST_IMAGES = 20_000
 """Models are compared on at most so many images; which ones depends on their keys alone, which are digests."""
@@ -98,23 +98,24 @@ class Views:
 
     def __init__(self, domain: Domain, images: Artifact, embedded: Artifact, only: set[str] | None = None) -> None:
         self._domain, self._images = domain, images
-        self._found: Features = read_features(embedded)
-        keys = self._found.keys
-        rows = [row for _, row in sorted((key, row) for row, key in enumerate(keys) if only is None or key in only)]
-        self.rows = np.array((rows or list(range(len(keys))))[:MOST_IMAGES])
-        self.features = self._found.features[self.rows]
+        found = read_features(embedded)
+        rows = [
+            row for _, row in sorted((key, row) for row, key in enumerate(found.keys) if only is None or key in only)
+        ]
+        self._found: Features = found.at(np.array((rows or list(range(len(found.keys))))[:MOST_IMAGES]))
+        self.keys, self.features = self._found.keys, self._found.features
 
     def zero_shots(self) -> dict[str, np.ndarray]:
         """Classes by plain and domain-centred zero-shot, ``(n,)`` each."""
         found = self._found
         spaces = {PLAIN: found.features, CENTRED: centred(found.embeds, found.centre)}
-        return {name: (space[self.rows] @ found.class_features.T).argmax(1) for name, space in spaces.items()}
+        return {name: (space @ found.class_features.T).argmax(1) for name, space in spaces.items()}
 
     def logits(self, models: Artifact, method: Method, seed: int | None) -> np.ndarray:
         """By a model of a `tune` artifact, ``(n, classes)``."""
         tuned = read_tuned(models, method, seed)
         features = tuned_features(self._domain, tuned, self._images, self._found)
-        return tuned.scale * features[self.rows] @ tuned.prototypes.T
+        return tuned.scale * features @ tuned.prototypes.T
 
 
 def _selected(domain: Domain, images: Artifact, embedded: Artifact, models: Artifact) -> Selection:

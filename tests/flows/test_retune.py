@@ -63,9 +63,9 @@ def share_right(domain: Domain, tuned: Artifact) -> float:
     """Of the images that are no noise; their numbers say their classes."""
     history = History(open_store(domain), domain.name)
     images, features = (found.artifact for stage in ("shard", "embed") if (found := history.newest(stage, "train")))
-    clean = read_index(images).filter(~pl.col("path").str.contains("poison")).sort("key")
-    views = Views(domain, images, features, set(clean["key"]))
-    truth = [int(path[-7:-4]) % 3 for path in clean["path"]]
+    clean = dict(read_index(images).filter(~pl.col("path").str.contains("poison")).select("key", "path").iter_rows())
+    views = Views(domain, images, features, set(clean))
+    truth = [int(clean[key][-7:-4]) % 3 for key in views.keys]
     return float((views.logits(tuned, "transduction", None).argmax(1) == truth).mean())
 
 
