@@ -24,7 +24,7 @@ from storage.upkeep import Loose
 from tasks.domain import ConfigError, Domain
 from tasks.history import History
 from tasks.select import read_selection
-from tasks.stage import open_store
+from tasks.stage import StageResult, open_store
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
@@ -276,12 +276,11 @@ def export(
     asked: dict[Format, bool] = {"onnx": onnx, "transformers": transformers}
     formats = [name for name, wanted in asked.items() if wanted]
     if served:
-        from flows.describe import taken
         from tasks.promote import champion as read
 
         found = read(settings)
         record = RunRecord(f"champion {found.version}: {found.reason}")
-        export_tuned(settings, taken(found.tuned), found.seed, folder, record, formats, method=found.method)
+        export_tuned(settings, StageResult.of(found.tuned), found.seed, folder, record, formats, method=found.method)
     else:
         results = {result.label: result for result in repaired(run_plainly, settings)}
         store = open_store(settings)

@@ -36,10 +36,5 @@ def describe(
     if images is None or features is None:
         shards, embedded = as_they_are(domain, "shard", "embed")
     else:
-        shards, embedded = taken(images), taken(features)
+        shards, embedded = StageResult.of(images), StageResult.of(features)
     return write_range(domain, shards, embedded, first, last)
-
-
-def taken(ref: ArtifactRef) -> StageResult:
-    """The result of a stage that ran elsewhere."""
-    return StageResult(ref, ref.stage, cached=True, seconds=0.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows.describe import taken
 from flows.parameters import DomainOrFile
 from storage.artifacts import ArtifactRef
 from tasks.pair import pair as pair_stage
@@ -14,4 +13,4 @@ from tasks.stage import StageResult
 @flow(name="pair", flow_run_name="pair-{domain.name}")
 def pair(domain: DomainOrFile, images: ArtifactRef, features: ArtifactRef, screened: ArtifactRef) -> StageResult:
     """The stage `pair` on these artifacts; the run that waits finds its texts in the store."""
-    return pair_stage(domain, taken(images), taken(features), taken(screened))
+    return pair_stage(domain, StageResult.of(images), StageResult.of(features), StageResult.of(screened))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows.describe import taken
 from flows.parameters import DomainOrFile
 from storage.artifacts import ArtifactRef
 from tasks.stage import StageResult
@@ -20,4 +19,5 @@ def tune(
     paired: ArtifactRef | None = None,
 ) -> StageResult:
     """The stage `tune` on these artifacts; the run that waits finds its models in the store."""
-    return tune_stage(domain, taken(images), taken(features), taken(screened), taken(paired) if paired else None)
+    stages = (images, features, screened, *([paired] if paired else []))
+    return tune_stage(domain, *map(StageResult.of, stages))

@@ -40,6 +40,11 @@ class StageResult:
     """Wall time of the run that made the artifact."""
     counts: Mapping[str, int] = field(default_factory=dict, hash=False)
 
+    @classmethod
+    def of(cls, ref: ArtifactRef) -> StageResult:
+        """The result of a stage that ran elsewhere."""
+        return cls(ref, ref.stage, cached=True, seconds=0.0)
+
 
 class NotMade(Exception):
     """Under ``rules(make=False)``: the stage has no artifact from these inputs, and would run."""
