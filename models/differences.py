@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from models.screening import is_loop, is_refusal, words
@@ -31,7 +31,7 @@ RULES: Mapping[str, str] = {
     "markup": "has a code fence, an HTML tag or an address",
     "speaks_of_captions": "speaks about captions or descriptions, not about what is seen",
     "copies_caption": "is nearly word for word one of the two descriptions",
-    "copies_prompt": "is in the question, where it stood as an example",
+    "copies_prompt": "is nearly word for word in the question, where it stood as an example",
     "refusal": "the model declines to answer",
 }
 """Every rule that rejects a text, and what it says. Those from not_ascii to off_topic are of compat alone."""
@@ -59,6 +59,7 @@ _BLANK = ("\n\n\n", " \n\n\n", "# 1000", "#include")
 _ENDS = re.compile(r"Q:|I hope|#2:|Note")
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 _MARKUP = re.compile(r"```|</?[a-zA-Z][^<>]*>|<!--|https?://|\bwww\.")
+_SENTENCE = re.compile(r"\n|(?<=[.?!]) ")
 _CAPTIONS = re.compile(r"\b(?:caption|description)s?\b", re.IGNORECASE)
 
 
@@ -112,10 +113,14 @@ def _recommended(text: str, captions: Sequence[str], prompt: str) -> str | None:
         return "markup"
     if _CAPTIONS.search(text):
         return "speaks_of_captions"
-    own = set(words(text))
-    if any(len(own & other) > COPIED * len(own | other) for other in (set(words(each)) for each in captions)):
+    if _copies(text, captions):
         return "copies_caption"
-    return "copies_prompt" if text in prompt else None
+    return "copies_prompt" if _copies(text, _SENTENCE.split(prompt)) else None
+
+
+def _copies(text: str, others: Iterable[str]) -> bool:
+    own = set(words(text))
+    return any(len(own & other) > COPIED * len(own | other) for other in (set(words(each)) for each in others))
 
 
 def _tidied(raw: str, newline: str) -> str:

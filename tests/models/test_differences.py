@@ -37,6 +37,7 @@ def test_lines_are_joined_with_a_space() -> None:
         ("The first description mentions a dog asleep on a sofa, and the second one does not.", "speaks_of_captions"),
         ("A brown dog that is asleep on a red sofa beside a lamp and a window", "copies_caption"),
         (" The first image shows one small horse on a field, the second two cows in a stable.\n", "copies_prompt"),
+        ("The first image shows one small horse in a field, the second two cows in a stable.", "copies_prompt"),
     ],
 )
 def test_each_rule_of_recommended(raw: str, rule: str) -> None:
