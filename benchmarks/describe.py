@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests"))
 CONTEXT, BATCH, TOKENS = 512, 64, 32
 WORDS = "red blue small large round wooden metal plate chair table lamp window dog cat boat under near with dark"
+BEFORE_PAIR = ("shard", "embed", "describe", "group", "screen")
 LEAST = {"stage / bare": 0.9, "pair stage / bare pairs": 0.9, "server / stage": 0.8, "server / requests": 0.9}
 """What is aimed at. A server needs processor time of its own, which a machine of two cores does not have to spare: what
 such a machine can give is in ``requests``, the same bodies made before and posted by bare threads."""
@@ -58,7 +59,7 @@ def prepare(images: Path, count: int, folder: Path) -> Path:
     domain = write_domain(folder, "in_process", engine, count)
     for stage in ("shard", "embed"):
         run_plainly(Domain.load(domain), only=stage)
-    for stage in ("describe", "group", "screen"):
+    for stage in BEFORE_PAIR[2:]:
         run_plainly(Domain.load(folder / "pairs.yaml"), only=stage)
     return domain
 
@@ -101,7 +102,7 @@ def describe_anew(file: Path) -> float:
 
 def pair_anew(file: Path) -> float:
     """Texts about pairs per second of the stage, everything counted. Noise is never usable, so the stage ends with an
-    error after its first part, which is all of them."""
+    error after its first part, which is all of them, and from which the next time would go on."""
     from flows.pipeline import as_they_are
     from storage.errors import DataError
     from tasks.domain import Domain
@@ -109,7 +110,8 @@ def pair_anew(file: Path) -> float:
     from tasks.stage import rules
 
     domain = Domain.load(file)
-    shards, embedded, screened = as_they_are(domain, "shard", "embed", "screen")
+    shards, embedded, *_, screened = as_they_are(domain, *BEFORE_PAIR)
+    shutil.rmtree(Path(domain.store) / domain.name / "pair", ignore_errors=True)
     begin = time.perf_counter()
     with rules(refresh=["pair"]), contextlib.suppress(DataError):
         pair(domain, shards, embedded, screened)
@@ -123,9 +125,8 @@ def pair_questions(domain: Domain) -> list[str]:
     from tasks.stage import open_store
     from tasks.texts import Gallery
 
-    images, features, screened = (
-        open_store(domain).open(each.ref) for each in as_they_are(domain, "shard", "embed", "screen")
-    )
+    made = [open_store(domain).open(each.ref) for each in as_they_are(domain, *BEFORE_PAIR)]
+    images, features, *_, screened = made
     gallery = Gallery(domain.of_pairs(), images, features)
     return [each.prompt for each, _ in _questions(domain, images, gallery.labels, described(screened))]
 

@@ -103,6 +103,12 @@ def test_a_reader_that_goes_away_leaves_the_engine_fit(engine: Any) -> None:
     assert len(ask(engine, prompts(4))) == 4
 
 
+def test_other_questions_start_no_other_engine(engine: Any, settings: VllmSettings) -> None:
+    from models.describers.vllm import open_vllm
+
+    assert open_vllm(settings.model_copy(update={"prompts": "base", "longest_px": 64})) is engine
+
+
 def test_several_images_and_none(engine: Any) -> None:
     many = ask(engine, [Prompt("What do they share?", lambda: [each for n in range(4) for each in picture(n)], 0)])
     none = ask(engine, [Prompt("What is a robin?", list, 0)])
