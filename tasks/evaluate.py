@@ -19,7 +19,7 @@ from models.metrics import Predictions
 from models.settings import ZERO_SHOTS, Method
 from storage.artifacts import Artifact, ArtifactWriter
 from storage.shards import read_index
-from storage.tables import parquet, read_parquet
+from storage.tables import parquet
 from tasks.domain import Domain
 from tasks.features import centred, read_features
 from tasks.forgetting import general_answers
@@ -272,20 +272,20 @@ def _slices(
 
 def _forgotten(domain: Domain, models: Artifact, images: Artifact, embedded: Artifact) -> dict[str, Any]:
     """Top-1 on other images before and after, and what changed."""
-    keys = read_parquet(embedded.read("zero_shot.parquet"))["key"].to_list()
+    found, own = read_features(embedded), domain.of_split("general")
     paths = dict(read_index(images).select("key", "path").iter_rows())
-    truth = read_truth(domain.of_split("general"), [paths[key] for key in keys])
+    truth = read_truth(own, [paths[key] for key in found.keys])
     labelled = truth >= 0
 
-    def right(method: Method | None, seeds: Sequence[int | None]) -> np.ndarray:
-        said = (general_answers(domain, models, images, embedded, method, seed) for seed in seeds)
+    def right(method: Method) -> np.ndarray:
+        said = (general_answers(domain, models, images, embedded, method, seed) for seed in domain.seeds_of(method))
         return np.mean([(each == truth)[labelled] for each in said], axis=0)
 
-    before = right(None, [None])
-    after = {method: right(method, domain.seeds_of(method)) for method in domain.method}
+    before = (found.zero_shot == truth)[labelled]
+    after = {method: right(method) for method in domain.method}
     return {
-        "n": int(labelled.sum()),
-        "classes": len(domain.of_split("general").classes),
+        "n": len(before),
+        "classes": len(own.classes),
         "top1": float(before.mean()),
         "interval": metrics.bootstrap_interval(before),
         "methods": {

@@ -11,34 +11,29 @@ from storage.artifacts import Artifact
 from tasks import clamp
 from tasks.domain import Domain
 from tasks.embed import class_text_features
-from tasks.features import centred, read_features, used_centre
+from tasks.features import read_features, used_centre
 from tasks.tune import part_name, read_tuned, text_reader, tuned_features
 
 
 def general_answers(
-    domain: Domain, models: Artifact, images: Artifact, embedded: Artifact, method: Method | None, seed: int | None
+    domain: Domain, models: Artifact, images: Artifact, embedded: Artifact, method: Method, seed: int | None
 ) -> np.ndarray:
-    """The class of each image of `evaluation.general`, ``(n,)``, in the order of their features.
+    """The class of each image of `evaluation.general`, ``(n,)``, in the order of their features, by an adapted model.
 
-    Of the adapted model only the towers take part: its classifier knows the domain's classes, so each class here is
-    what the text tower reads in its sentences (CLAMP's: in its name, as in training). Where the domain's embeddings are
-    centred, these are, by their own mean.
+    Only its towers take part: its classifier knows the domain's classes, so each class here is what the text tower
+    reads in its sentences (CLAMP's: in its name, as in training). Where the domain's embeddings are centred, these are,
+    by their own mean, as they are for the untouched model.
 
     Args:
         images, embedded: of the split `general`.
-        method: None for the untouched CLIP.
     """
     own = domain.of_split("general")
     found = read_features(embedded)
-    centre, text = used_centre(domain, found), found.class_features
-    features = centred(found.embeds, centre)
-    if method is not None:
-        model = replace(read_tuned(models, method, seed), centre=centre)
-        features = tuned_features(domain, model, images, found)
-        if method == "clamp":
-            tower = clamp.read_tower(domain, models, part_name(method, seed))
-            text = tower.text_features(clamp.class_names(own)).cpu().numpy()
-        else:
-            text = class_text_features(own, text_reader(domain, model).text_features)
-    answers: np.ndarray = (features @ text.T).argmax(axis=1)
+    model = replace(read_tuned(models, method, seed), centre=used_centre(domain, found))
+    if method == "clamp":
+        tower = clamp.read_tower(domain, models, part_name(method, seed))
+        text = tower.text_features(clamp.class_names(own)).cpu().numpy()
+    else:
+        text = class_text_features(own, text_reader(domain, model).text_features)
+    answers: np.ndarray = (tuned_features(domain, model, images, found) @ text.T).argmax(axis=1)
     return answers

@@ -41,12 +41,8 @@ def html(template: str, **view: Any) -> str:
         "base-uri 'none'",
         "form-action 'none'",
     ]
-    page = (
-        _templates(folder)
-        .get_template(template)
-        .render(css=Markup(css), js=Markup(js), policy="; ".join(policy), **view)
-    )
-    return page.strip() + "\n"
+    found = _templates(folder).get_template(template)
+    return found.render(css=Markup(css), js=Markup(js), policy="; ".join(policy), **view).strip() + "\n"
 
 
 @functools.cache

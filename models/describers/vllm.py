@@ -35,7 +35,7 @@ _JUST_THE_PROMPT = "{% for message in messages %}{{ message['content'] }}{% endf
 def open_vllm(settings: VllmSettings) -> VllmEngine:
     """The engine, kept for the life of the process: starting one takes from seconds to minutes.
 
-    What is asked and how images are shown is no matter of its own, so texts about images and about pairs share one.
+    It does not depend on what is asked or how large images are shown, so texts about images and about pairs share one.
     """
     return _open(settings.model_dump_json(exclude={"prompts", "longest_px"}))
 
