@@ -190,7 +190,7 @@ _KINDS: dict[str, type[BaseModel]] = {
 
 
 class Domain(Classes):
-    """One image domain: its images, its class names, and how to adapt to it. The first three are required."""
+    """One image domain: its images, its classes, and how to adapt to it. Name, source and classes are required."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
     """Lower-case letters, digits, - and _; names the folder of the results."""
