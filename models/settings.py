@@ -432,7 +432,7 @@ class ClampSettings(Settings):
     group_share: float = Field(default=0.3, ge=0, le=1)
     """How often an image's text is that of a group it is in."""
     class_share: float = Field(default=0.2, ge=0, le=1)
-    """How often it is a class sentence of the image's zero-shot pseudo-label."""
+    """How often it is the class of the image's zero-shot pseudo-label, by its name."""
     batch_size: int = Field(default=256, ge=2)
     """Pairs in a step; a pair is learned from the others of its batch."""
     steps: int = Field(default=1000, ge=1)

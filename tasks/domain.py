@@ -206,7 +206,7 @@ class Domain(Classes):
     """Ways to adapt, as the report lists them; it looks closely at the first. Default: latteclip_plus, or latteclip
     where `latteclip.train` says that towers are trained."""
     latteclip: LatteClipSettings = LatteClipSettings()
-    """Of latteclip and latteclip_plus; flyp and self_training take from it what is not about texts."""
+    """Of latteclip and latteclip_plus; flyp, wise_ft and self_training take from it what is not about texts."""
     transduction: TransductionSettings = TransductionSettings()
     """Of transduction and latteclip_plus."""
     clamp: ClampSettings = ClampSettings()
@@ -461,10 +461,11 @@ def _explain(error: Mapping[str, Any], raw: Any) -> str:
     elif error["type"] == "missing":
         message = "is missing"
     elif error["type"] == "union_tag_invalid":
-        near = difflib.get_close_matches(str(error["ctx"]["tag"]), _KINDS, 1)
+        known = re.findall("'([^']*)'", str(error["ctx"]["expected_tags"]))
+        near = difflib.get_close_matches(str(error["ctx"]["tag"]), known, 1)
         where.append("kind")
         field += ".kind"
-        message = f"{error['ctx']['tag']!r} is none of {', '.join(_KINDS)}" + (
+        message = f"{error['ctx']['tag']!r} is none of {', '.join(known)}" + (
             f"; did you mean {near[0]}?" if near else ""
         )
     elif error["type"] == "string_type":

@@ -22,12 +22,12 @@ class ClampData:
 
     Attributes:
         image_features: unit rows of the CLIP, `(n, dim)`.
-        texts: every text, once: descriptions of images and groups, class sentences.
+        texts: every text, once: descriptions of images and groups, class names.
         teacher: the CLIP's own unit features of the texts, `(texts, dim)`.
         teacher_scale: its `exp(logit_scale)`.
         image_texts: number of each image's description, `(n,)` int64; -1 where there is none.
         group_texts: for each image the numbers of the descriptions of groups it is in.
-        class_texts: for each class the numbers of its sentences.
+        class_texts: for each class the numbers of its names.
         pseudo_labels: zero-shot class of each image, `(n,)` int64.
 
     Raises:

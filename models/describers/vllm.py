@@ -60,8 +60,8 @@ class VllmEngine:
             from vllm.sampling_params import StructuredOutputsParams
         except ImportError as error:
             raise ModelError(
-                f"the describer `kind: vllm` needs the package vllm ({error}); install latteflow[vllm] into an "
-                "environment of its own (docs/describers.md), or use `kind: openai` with a server"
+                f"the describer `kind: vllm` needs the package vllm ({error}), in an environment of its own: "
+                "docs/describers.md, *Two environments*; or use `kind: openai` with a server"
             ) from error
         self.version = f"vllm {vllm.__version__}"
         self.waited = 0.0
