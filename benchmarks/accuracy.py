@@ -323,7 +323,7 @@ def load(domain: Domain) -> tuple[Images, Images, Tensor]:
 
 def other_texts(domain: Domain, prompt: str) -> Tensor:
     """Class features of OpenAI's templates, or of a language model's descriptions after the domain's own sentence."""
-    names = [domain.prompt_name(name) for name in domain.classes]
+    names = domain.prompt_names
     if prompt == "ensemble":
         sentences = [[template(name) for template in open_clip.OPENAI_IMAGENET_TEMPLATES] for name in names]
     else:

@@ -50,7 +50,7 @@ def main() -> None:
     drawn = sorted(random.Random(options.seed).sample(rows, min(options.images, len(rows))))
     records = read_records(newest.artifact, index[drawn])
     images = [to_rgb(Image.open(io.BytesIO(record.data))) for record in records]
-    names = [domain.prompt_name(name) for name in domain.classes]
+    names = domain.prompt_names
     llm = open_vllm(VllmSettings(kind="vllm", model=options.model, extra=options.extra)).llm
     for normalise in get_args(Normalise):
         scores = gptscores(llm, images, names, normalise=normalise)

@@ -139,7 +139,7 @@ def measured(
     train, embeds, centre = split(domain, "train")
     # Texts that lie beside the images are looked up by their source.
     test, _, _ = split(domain.model_copy(update={"source": domain.evaluation.source}), "test", domain, centre)
-    names = [domain.prompt_name(name) for name in domain.classes]
+    names = domain.prompt_names
     class_texts = model.text_features([text for prompts in domain.prompts() for text in prompts])
     templates = torch.from_numpy(class_texts).unflatten(0, (len(names), -1))
     found: dict[str, tuple[list[float], list[float]]] = {}

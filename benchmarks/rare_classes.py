@@ -24,7 +24,7 @@ def main(path: str) -> None:
     domain = Domain.load(path)
     run = History(open_store(domain), domain.name).newest_run()
     texts = usable(read_screened(run["screen"], "images"))["text"].to_list()
-    counts = concept_counts(texts, [domain.prompt_name(name) for name in domain.classes], least=1)
+    counts = concept_counts(texts, domain.prompt_names, least=1)
     order = sorted(range(len(counts)), key=lambda number: -counts[number])
     half = (len(order) + 1) // 2
     parts = {"all": order, "frequent": order[:half], "rare": order[half:]}

@@ -68,7 +68,7 @@ def train(
     log.info("tune %s texts=%d cut=%d", name, len(data.texts), method.tokens.n_cut)
     history = training.train(method, domain.training, seed=seed, checkpoint=kept, on_step=progress)
     tower = method.tower.eval()
-    classes = tower.text_features(class_names(domain))
+    classes = tower.text_features(domain.prompt_names)
     return {
         f"{name}.safetensors": safetensors(
             prototypes=classes.cpu().numpy(), centre=centre, scale=np.array([clip.scale], np.float32)
@@ -89,7 +89,7 @@ def clamp_data(domain: Domain, clip: Clip, found: Features, centre: np.ndarray, 
 
     captions, groups = (usable(read_screened(screened, kind)) for kind in ("images", "groups"))
     own = dict(zip(captions["member_keys"].list.first(), captions["text"], strict=True))
-    names = class_names(domain)
+    names = domain.prompt_names
     row = {name: number for number, name in enumerate(names)}
     kinds: list[tuple[Sequence[str], Any]] = [
         (captions["text"].to_list(), lambda texts: read_text_features(screened, "images", texts)),
@@ -116,11 +116,6 @@ def clamp_data(domain: Domain, clip: Clip, found: Features, centre: np.ndarray, 
         class_texts=[[number[name]] for name in names],
         pseudo_labels=torch.from_numpy(found.zero_shot.copy()),
     )
-
-
-def class_names(domain: Domain) -> list[str]:
-    """The classes as the tower reads them."""
-    return [domain.prompt_name(name) for name in domain.classes]
 
 
 def text_reader(domain: Domain, adapter: bytes) -> Callable[[Sequence[str]], np.ndarray]:

@@ -66,7 +66,7 @@ class Classes(Settings):
         empty = [index for index, name in enumerate(self.classes) if not name.strip()]
         if empty:
             raise PydanticCustomError("classes", f"`classes`: number {empty[0] + 1} is empty")
-        counts = Counter(self.prompt_name(name) for name in self.classes)
+        counts = Counter(self.prompt_names)
         twice = [name for name in self.classes if counts[self.prompt_name(name)] > 1]
         if twice:
             raise PydanticCustomError(
@@ -88,11 +88,14 @@ class Classes(Settings):
         """The class name as it stands in a sentence: lower case (tokenizers fold it anyway), underscores as spaces."""
         return " ".join(name.replace("_", " ").lower().split())
 
+    @property
+    def prompt_names(self) -> list[str]:
+        """The classes as they stand in sentences."""
+        return [self.prompt_name(name) for name in self.classes]
+
     def prompts(self) -> list[list[str]]:
         """For each class, its sentences."""
-        return [
-            [template.replace("{}", self.prompt_name(name)) for template in self.templates] for name in self.classes
-        ]
+        return [[template.replace("{}", name) for template in self.templates] for name in self.prompt_names]
 
 
 class GeneralSettings(Classes):

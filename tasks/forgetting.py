@@ -32,7 +32,7 @@ def general_answers(
     model = replace(read_tuned(models, method, seed), centre=used_centre(domain, found))
     if method == "clamp":
         tower = clamp.read_tower(domain, models, part_name(method, seed))
-        text = tower.text_features(clamp.class_names(own)).cpu().numpy()
+        text = tower.text_features(own.prompt_names).cpu().numpy()
     else:
         text = class_text_features(own, text_reader(domain, model).text_features)
     answers: np.ndarray = (tuned_features(domain, model, images, found) @ text.T).argmax(axis=1)

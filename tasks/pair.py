@@ -194,7 +194,7 @@ def _unusable(domain: Domain, counts: Counter[str], writer: ArtifactWriter, part
 
 
 def _class_pairs(domain: Domain, writer: ArtifactWriter, embedded: Artifact, texts: Texts) -> None:
-    pack, names = domain.of_pairs().prompt_pack, [domain.prompt_name(name) for name in domain.classes]
+    pack, names = domain.of_pairs().prompt_pack, domain.prompt_names
     chosen = confused_classes(embedded, len(names), domain.pairs.class_pairs)
     asked = [_question((), (names[a], names[b]), pack.class_pair if pack else None) for a, b in chosen]
     own = {"texts": texts.digest(asked), "pairs": chosen}

@@ -219,7 +219,7 @@ def _name(tuned: ArtifactRef, method: str, seed: int | None) -> str:
 
 
 def _about(domain: Domain) -> str:
-    classes = [domain.prompt_name(name) for name in domain.classes]
+    classes = domain.prompt_names
     return sha256(canonical_json({"classes": classes, "clip": clip.identity(domain.clip)}))
 
 

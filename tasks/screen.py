@@ -34,7 +34,7 @@ def screen(
     weight of 0 or 1.
     """
     store = open_store(domain)
-    names = [domain.prompt_name(name) for name in domain.classes]
+    names = domain.prompt_names
     shared = {
         "embed": embedded.ref.digest,
         "clip": clip.identity(domain.clip),
