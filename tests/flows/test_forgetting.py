@@ -1,6 +1,7 @@
 """Images of another kind: what adapting made the towers forget."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,14 @@ import torch
 from PIL import Image
 
 from flows.pipeline import graph, run_plainly
+from storage.shards import read_index
+from tasks import forgetting
 from tasks.domain import ConfigError, Domain
 from tasks.export import export_tuned
+from tasks.features import read_features
+from tasks.forgetting import general_answers
+from tasks.stage import open_store
+from tasks.tune import read_tuned
 from tests.conftest import draw_folder
 
 pytestmark = pytest.mark.slow
@@ -35,36 +42,58 @@ def scores(domain: Domain) -> dict:
     return json.loads((Path(domain.output) / "shapes" / "metrics.json").read_text())
 
 
-def by_open_clip(folder: Path, images: Path) -> float:
-    """Zero-shot accuracy of a folder as open_clip's own README has it."""
+def by_open_clip(folder: Path, images: Path) -> dict[str, int]:
+    """The class of each image by zero-shot with a folder, as open_clip's own README has it."""
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     preprocess = open_clip.image_transform(32, is_train=False)
     tokens = open_clip.get_tokenizer(f"local-dir:{folder}")([f"a {name}" for name in CLASSES])
-    right = []
+    found = {}
     with torch.no_grad():
         classifier = torch.nn.functional.normalize(model.eval().encode_text(tokens), dim=-1)
         for path in sorted(images.iterdir()):
             picture = Image.new("RGB", (40, 40), "white")
             picture.paste(Image.open(path), (0, 4))
             features = model.encode_image(preprocess(picture)[None])
-            answer = int((features @ classifier.T).argmax())
-            right.append(CLASSES[answer] == ["red", "green", "blue"][int(path.stem) % 3])
-    return float(np.mean(right))
+            found[path.name] = int((features @ classifier.T).argmax())
+    return found
 
 
 def test_the_figures_are_those_of_the_exported_towers(with_general: Domain, tmp_path: Path) -> None:
-    results = run_plainly(with_general)
+    results = {each.label: each for each in run_plainly(with_general)}
     found = scores(with_general)["general"]
     assert (found["n"], found["classes"]) == (30, 4)
     assert found["methods"]["transduction"] == {"top1": found["top1"], "change": 0.0, "change_interval": [0.0, 0.0]}
-    tuned = next(each for each in results if each.label == "tune")
+    labels = ("tune", "shard general", "embed general")
+    models, images, embedded = (open_store(with_general).open(results[label].ref) for label in labels)
+    features, paths = read_features(embedded), dict(read_index(images).select("key", "path").iter_rows())
     said = []
     for seed in with_general.seeds:
-        export_tuned(with_general, tuned, seed, tmp_path / f"model-{seed}", method="latteclip")
-        said.append(by_open_clip(tmp_path / f"model-{seed}", tmp_path / "others"))
+        folder = tmp_path / f"model-{seed}"
+        export_tuned(with_general, results["tune"], seed, folder, method="latteclip")
+        theirs = by_open_clip(folder, tmp_path / "others")
+        ours = general_answers(with_general, models, images, embedded, "latteclip", seed)
+        assert {paths[key]: answer for key, answer in zip(features.keys, ours.tolist(), strict=True)} == theirs
+        colours = ["red", "green", "blue"]
+        said.append(np.mean([CLASSES[answer] == colours[int(path[:3]) % 3] for path, answer in theirs.items()]))
     assert found["methods"]["latteclip"]["top1"] == pytest.approx(np.mean(said))
     assert found["methods"]["latteclip"]["change"] == pytest.approx(np.mean(said) - found["top1"])
     assert "What it forgot" in (Path(with_general.output) / "shapes" / "report.html").read_text()
+
+
+def test_a_learnt_map_and_the_tuned_text_tower_take_part(with_general: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = {each.label: each for each in run_plainly(with_general)}
+    labels = ("tune", "shard general", "embed general")
+    models, images, embedded = (open_store(with_general).open(results[label].ref) for label in labels)
+    found, model = read_features(embedded), read_tuned(models, "latteclip", 0)
+    change, texts = np.random.default_rng(1).normal(size=(2, *model.image_map.shape)).astype(np.float32)
+    changed = replace(model, image_map=change, text_map=texts)
+    monkeypatch.setattr(forgetting, "read_tuned", lambda *_: changed)
+    answers = general_answers(with_general, models, images, embedded, "latteclip", 0)
+    classes = found.class_features @ texts
+    classes /= np.linalg.norm(classes, axis=1, keepdims=True)
+    assert (answers == (found.embeds @ change @ classes.T).argmax(1)).all()
+    assert (answers != found.zero_shot).any()
+    assert (answers != (found.embeds @ change @ found.class_features.T).argmax(1)).any()
 
 
 def test_they_change_nothing_before_the_evaluation(domain: Domain, with_general: Domain, tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ def test_a_class_file(tmp_path: Path) -> None:
         (GOOD + "templates: a photo\n", "needs exactly one {}"),
         (GOOD + "describer: {kind: sidecar}\n", "line 4: `describer.texts` is missing"),
         (GOOD + "describer: {kind: vlm}\n", "`describer.kind` 'vlm' is none of tags, sidecar, vllm, openai; did you"),
+        (GOOD + "pairs: {describer: {kind: tags}}\n", "`pairs.describer.kind` 'tags' is none of vllm, openai"),
         (GOOD + "describer: {kind: vllm, modle: a}\n", "did you mean `model`?"),
         (
             GOOD + "describer: {kind: vllm, model: a, prompts: cars}\n",
