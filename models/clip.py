@@ -55,7 +55,8 @@ class Clip:
         import torch
 
         with torch.inference_mode():
-            return self.model.encode_image(pixels.to(self.device)).float().cpu()  # type: ignore[operator]
+            # CoCa's own default is to normalise.
+            return self.model.encode_image(pixels.to(self.device), normalize=False).float().cpu()  # type: ignore[operator]
 
     def text_features(self, texts: Sequence[str], batch: int = 256) -> np.ndarray:
         """Unit rows ``(len(texts), dim)`` float32; equal texts are encoded once."""

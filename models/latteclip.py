@@ -22,7 +22,7 @@ from models.adaptation import Adapted, TuneData
 from models.losses import at_least_float32, clip_loss, unit
 from models.schedule import warmup_cosine
 from models.settings import LatteClipSettings, TrainingSettings
-from models.towers import IMAGE_TAILS, IMAGE_TOWERS, TEXT_TAILS, TextReader, last_blocks
+from models.towers import IMAGE_TAILS, IMAGE_TOWERS, NO_TOWERS, TEXT_TAILS, TextReader, last_blocks
 from models.training import Batch, Checkpoint, Stats, Trainable, train
 
 MARGIN_FLOOR = 1e-6
@@ -492,7 +492,7 @@ def _check(cfg: LatteClipSettings, data: TuneData, has_clip: bool) -> None:
 
 def _tower_parameters(clip: Any, cfg: LatteClipSettings) -> list[nn.Parameter]:
     """The parameters that `last_blocks` or `all` trains, without the scale."""
-    named = {name: p for name, p in clip.named_parameters() if name != "logit_scale"}
+    named = {name: p for name, p in clip.named_parameters() if not name.startswith(NO_TOWERS)}
     if not cfg.trains_texts:
         named = {name: p for name, p in named.items() if name.startswith(IMAGE_TOWERS)}
     if cfg.train == "last_blocks":

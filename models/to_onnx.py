@@ -44,7 +44,7 @@ class Classifier(nn.Module):
         if isinstance(model, EmbeddedClip):  # its own way, twice as fast in PyTorch, cannot be traced
             embeds = (model.visual(pixels) - model.image_mean) @ model.image_projection
         else:
-            embeds = model.encode_image(pixels)
+            embeds = model.encode_image(pixels, normalize=False)
         features = F.normalize(embeds - self.centre, dim=-1)
         return features, self.scale * features @ self.prototypes.T
 

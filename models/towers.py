@@ -12,7 +12,7 @@ from models.losses import at_least_float32, unit
 
 # Where a tower keeps its blocks, and what follows them up to the embed.
 IMAGE_TAILS = {
-    "visual.transformer.resblocks": ("visual.ln_post", "visual.proj"),
+    "visual.transformer.resblocks": ("visual.attn_pool", "visual.ln_post", "visual.proj"),
     "visual.trunk.blocks": ("visual.trunk.norm", "visual.trunk.conv_head", "visual.trunk.bn2", "visual.head"),
     "visual.blocks": ("visual.norm", "visual.conv_head", "visual.bn2", "image_projection"),
 }
@@ -22,6 +22,8 @@ TEXT_TAILS = {
     "text.layers": ("text_projection",),
 }
 IMAGE_TOWERS = ("visual.", "image_projection")
+NO_TOWERS = ("logit_scale", "text_decoder.")
+"""What no embed comes from: CoCa has a decoder besides its towers."""
 
 
 def last_blocks(clip: nn.Module, tails: Mapping[str, tuple[str, ...]], n_blocks: int) -> tuple[str, ...]:
@@ -76,8 +78,19 @@ def text_features(clip: Any, tokens: Tensor, *, trim: bool) -> Tensor:
     lent |= {} if mask is None else {f"{prefix}attn_mask": mask[:length, :length]}
     if not lent:
         return unit(at_least_float32(clip.encode_text(tokens[:, :length], normalize=False)))
-    out = torch.func.functional_call(clip, lent, kwargs={"text": tokens[:, :length]})
-    return unit(at_least_float32(out["text_features"] if isinstance(out, dict) else out[1]))
+    lent = {f"clip.{name}": tensor for name, tensor in lent.items()}
+    return unit(at_least_float32(torch.func.functional_call(_TextTower(clip), lent, (tokens[:, :length],))))
+
+
+class _TextTower(nn.Module):
+    """`encode_text` as a module's forward: that of the whole model differs from one kind of CLIP to the next."""
+
+    def __init__(self, clip: Any) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.clip.encode_text(tokens, normalize=False)
 
 
 def ignores_padding(clip: Any, tokens: Tensor) -> bool:

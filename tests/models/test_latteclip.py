@@ -381,6 +381,22 @@ def test_towers_train_what_they_should(train, text_tower, custom):
     assert float(result.clip.logit_scale) == pytest.approx(math.log(result.scale))
 
 
+@pytest.mark.parametrize("train", ["last_blocks", "all"])
+def test_the_towers_of_a_coca_train_without_its_decoder(train):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        cfg = copy.deepcopy(TINY)
+        cfg["vision_cfg"] |= {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+        cfg["text_cfg"] |= {"embed_cls": True, "output_tokens": True}
+        decoder = {"context_length": 10, "vocab_size": 40, "width": 16, "heads": 2, "layers": 2}
+        clip = open_clip.CoCa(**cfg, multimodal_cfg=decoder).eval()
+    before = copy.deepcopy(clip.state_dict())
+    result = tune(config(train=train, n_blocks=1, lr=1e-3, epochs=2, alpha=0.3), pixel_domain()[0], clip=clip)
+    changed = {name for name, value in result.clip.state_dict().items() if not torch.equal(before[name], value)}
+    assert {"visual.proj", "visual.attn_pool.query", "text.text_projection", "logit_scale"} <= changed
+    assert not any(name.startswith("text_decoder.") for name in changed)
+
+
 def test_last_blocks_of_the_embedded_model():
     words = Tokenizer(WordLevel({"[PAD]": 0, "a": 1, "b": 2}, unk_token="[PAD]"))
     with torch.random.fork_rng():
