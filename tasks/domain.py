@@ -247,7 +247,11 @@ class Domain(Classes):
 
     @model_validator(mode="after")
     def _questions_about_pairs_can_be_read(self) -> Domain:
-        _ = self.of_pairs().prompt_pack
+        try:
+            _ = self.of_pairs().prompt_pack
+        except PydanticCustomError as error:  # of `pairs.describer`: the other was looked at before
+            why = error.message().removeprefix("`")
+            raise PydanticCustomError("prompts", "`pairs.{why}", {"why": why}) from error
         return self
 
     @model_validator(mode="before")
@@ -371,8 +375,13 @@ class Domain(Classes):
         try:
             _resolve(plain, path.parent.resolve())
             return cls.model_validate(plain)
-        except ValidationError as error:
-            lines = [_explain(each, raw) for each in error.errors()]
+        except (ValidationError, PydanticCustomError) as error:
+            mistakes: Sequence[Mapping[str, Any]] = (
+                error.errors()
+                if isinstance(error, ValidationError)
+                else [{"loc": (), "type": error.type, "msg": error.message()}]
+            )
+            lines = [_explain(each, raw) for each in mistakes]
             raise ConfigError("\n".join([f"domain file {path} has {len(lines)} mistake(s):", *lines])) from error
 
 
@@ -422,18 +431,20 @@ def _resolve(raw: dict[str, Any], folder: Path) -> None:
         value = section.get(field) if isinstance(section, dict) else None
         if isinstance(value, str) and is_path(value):
             section[field] = absolute(value)
-    for section in (raw, _below(raw, "evaluation", "general")):
+    for section, field in [(raw, "classes"), (_below(raw, "evaluation", "general"), "evaluation.general.classes")]:
         if isinstance(section, dict) and isinstance(section.get("classes"), str):
-            section["classes"] = _class_list(section["classes"], Path(absolute(section["classes"])))
+            section["classes"] = _class_list(field, section["classes"], Path(absolute(section["classes"])))
 
 
-def _class_list(given: str, file: Path) -> list[str]:
+def _class_list(field: str, given: str, file: Path) -> list[str]:
     try:
         return [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"`classes: {given}`: the class list cannot be read ({error}); give a text file with one name on each "
-            "line, or the names themselves as [a, b, ...]"
+        raise PydanticCustomError(
+            "classes",
+            "`{field}: {given}`: the class list cannot be read ({why}); give a text file with one name on each line, "
+            "or the names themselves as [a, b, ...]",
+            {"field": field, "given": given, "why": str(error)},
         ) from error
 
 
@@ -449,14 +460,20 @@ def _is_path(model: str) -> bool:
 
 def _explain(error: Mapping[str, Any], raw: Any) -> str:
     """One line of the message: where, what, and a suggestion."""
-    where = [part for part in error["loc"] if not str(part).startswith("function-")]
+    where: list[Any] = [part for part in error["loc"] if not str(part).startswith("function-")]
     after = where.index("describer") + 1 if "describer" in where else len(where)
     kind = where.pop(after) if after < len(where) else None
     field = ".".join(map(str, where))
     message = str(error["msg"])
-    if error["type"] == "extra_forbidden":
+    if named := re.match(r"`([\w.]+)", message):  # a check of several fields, which begins with the one that is meant
+        where += named[1].split(".")
+        field = ".".join(map(str, where))
+        message = message.replace(named[1], field, 1)
+    elif error["type"] == "extra_forbidden":
         known = list(_section(Domain, [*where[:-1], *([kind] if kind else [])]))
-        near = difflib.get_close_matches(str(where[-1]), known, 1, 0.6)
+        # A beginning of the name, or nearly the name: `steps` has nothing to do with `eps`.
+        near = difflib.get_close_matches(str(where[-1]), known, 1, 0.8)
+        near += [name for name in known if name.startswith(str(where[-1]))]
         others = [f"`kind: {name}`" for name, each in _KINDS.items() if kind and where[-1] in each.model_fields]
         message = f"goes with {' and '.join(others)}" if others else "unknown key; "
         if not others:

@@ -63,7 +63,9 @@ def digest_of_table(url: str) -> str:
         fs, root = fsspec.url_to_fs(url)
         texts = sorted(path for path in fs.find(root) if path == root or path.endswith(".txt"))
         if not texts:
-            raise DataError(f"{url!r} does not exist or holds no .txt file")
+            if not fs.exists(root):
+                raise DataError(f"{url!r} does not exist")
+            raise DataError(f"folder {url!r} holds no .txt file")
         return sha256(canonical_json([[path[len(root) :], sha256(fs.cat_file(path))] for path in texts]))
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"{url!r} cannot be read: {error}") from error

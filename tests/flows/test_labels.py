@@ -40,7 +40,7 @@ def test_poisoned_labels_reach_nothing_but_the_evaluation(domain: Domain, tmp_pa
 
 def test_labels_that_are_not_there_yet_stop_nothing_before_the_evaluation(domain: Domain, tmp_path: Path) -> None:
     (tmp_path / "labels.csv").rename(tmp_path / "locked.csv")
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(DataError, match=r"labels.csv. does not exist$"):
         run_plainly(domain)
     (tmp_path / "locked.csv").rename(tmp_path / "labels.csv")
     assert {each.label for each in run_plainly(domain) if not each.cached} == OPENS_LABELS

@@ -76,6 +76,48 @@ def test_a_bad_class_list(tmp_path: Path, classes: str, message: str) -> None:
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("classes:\n  - robin\n  - Robin\n", "line 3: `classes`: 'robin', 'Robin' say the same thing"),
+        ("classes: [\n  robin]\n", "line 3: `classes`: 1 given"),
+        ("classes: names.txt\n", "line 3: `classes: names.txt`: the class list cannot be read"),
+        ("classes: [a, b]\ntemplates:\n  - a photo\n", "line 4: `templates`: 'a photo' needs"),
+        ("classes: [a, b]\nmethod:\n  - latteclip\n  - latteclip\n", "line 4: `method`: latteclip is named more"),
+        (
+            "classes: [a, b]\nevaluation:\n  labels: l\n  general:\n    source: s\n    labels: l\n    classes: [a, A]\n",
+            "line 9: `evaluation.general.classes`: 'a', 'A' say",
+        ),
+        (
+            "classes: [a, b]\nmethod: [transduction]\nlatteclip:\n  texts_from: clamp\n",
+            "line 6: `latteclip.texts_from: clamp`: no method reads texts",
+        ),
+        (
+            "classes: [a, b]\npairs:\n  describer:\n    {kind: vllm, model: a,\n     prompts: cars}\n",
+            "line 7: `pairs.describer.prompts`: prompt pack 'cars'",
+        ),
+    ],
+)
+def test_a_mistake_is_told_with_the_line_of_its_key(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, f"name: birds\nsource: images\n{text}")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("steps", "unknown key; known are train, "),
+        ("batch", "unknown key; did you mean `batch_size`?"),
+        ("epoch", "unknown key; did you mean `epochs`?"),
+    ],
+)
+def test_only_a_name_that_is_near_is_suggested(tmp_path: Path, key: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, GOOD + f"latteclip: {{{key}: 3}}\n")
+    assert f"`latteclip.{key}` {said}" in str(caught.value)
+
+
 def test_odd_class_names_are_fine(tmp_path: Path) -> None:
     domain = load(tmp_path, "name: x\nsource: i\nclasses: [km/h sign, no, 'yes', späti, 自転車, 'a{}b']\n")
     assert domain.classes == ["km/h sign", "no", "yes", "späti", "自転車", "a{}b"]
