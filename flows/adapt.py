@@ -15,6 +15,7 @@ from flows.parameters import DomainOrFile
 from flows.pipeline import pipeline, repaired
 from models.settings import LanguageModelSettings, SidecarSettings
 from storage.lease import lease
+from tasks.check import check_models
 from tasks.describe import describe
 from tasks.domain import Domain
 from tasks.group import group
@@ -37,6 +38,7 @@ def adapt(domain: DomainOrFile) -> list[StageResult]:
 
 def stages(domain: Domain) -> list[StageResult]:
     """All stages as tasks of the flow that is running; those that do not wait for each other run side by side."""
+    check_models(domain)
     submit = _Submit()
     futures = pipeline(domain, submit)
     for future in submit.futures:  # in order: what failed says why, what came after it only that it did not begin

@@ -121,6 +121,7 @@ def preview(
 
     The images are sharded and embedded first, as by `run`. The texts are kept, so a run does not pay for them again.
     """
+    from tasks.check import check_models
     from tasks.embed import embed
     from tasks.preview import preview as previewed
     from tasks.shard import shard
@@ -128,6 +129,7 @@ def preview(
     settings = Domain.load(domain)
 
     def write(settings: Domain) -> Path:
+        check_models(settings)
         shards = shard(settings, "train")
         return previewed(settings, shards, embed(settings, shards), images)
 

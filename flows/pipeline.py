@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from storage.errors import Damaged, DataError
+from tasks.check import check_models
 from tasks.describe import describe
 from tasks.domain import ConfigError, Domain
 from tasks.embed import embed
@@ -106,6 +107,7 @@ def run_plainly(
 
     Raises:
         ConfigError: there is no such stage.
+        ModelError: a model cannot be had; before any stage.
         DataError: a stage before ``start`` or ``only`` is not up to date.
     """
     refresh = list(refresh)
@@ -115,6 +117,7 @@ def run_plainly(
     for name in filter(None, [start, only]):
         if name not in {step.name for step in steps}:
             raise ConfigError(f"no method of `method: {domain.method}` needs the stage {name!r}; pc_clip does")
+    check_models(domain)
     done: dict[Step, StageResult] = {}
     wanted = _wanted(steps, start, only)
     needed = wanted | _before(wanted)

@@ -15,6 +15,7 @@ from storage.captions import CaptionStore, caption_key, describer_id
 from storage.errors import NotFound
 from storage.shards import read_index
 from tasks.changes import Images, image_changes
+from tasks.check import check_models
 from tasks.domain import Domain
 from tasks.history import History
 from tasks.stage import NotMade, StageResult, open_store, rules
@@ -75,7 +76,9 @@ def plan(domain: Domain) -> list[Planned]:
 
     Raises:
         DataError: the source is missing or empty.
+        ModelError: a model cannot be had.
     """
+    check_models(domain)
     planner = _Planner(domain)
     return [planner.plan(step) for step in graph(domain)]
 

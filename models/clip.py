@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ EMBEDDED_NOTE = (
     "This is not a CLIP. It is the fallback for people without CLIP weights: an ImageNet image tower and a sentence "
     "encoder, joined without an image. `clip: {model: ViT-B-32, pretrained: laion2b_s34b_b79k}` runs the real thing."
 )
+_EMBEDDED_CONFIG, _OPEN_CLIP_CONFIG = "latteflow_embedded.json", "open_clip_config.json"
 _ENDLESS = 2000
 """Words that no text tower reads to the end."""
 
@@ -136,6 +138,22 @@ def identity(settings: ClipSettings) -> dict[str, Any]:
     return found
 
 
+def check(settings: ClipSettings) -> None:
+    """Whether the model can be had, as far as that can be said without its weights.
+
+    Raises:
+        ModelError: unknown name or weights, with the nearest known names; a folder that is no open_clip folder; a tower
+            that does not take images of the size that its folder says.
+    """
+    if settings.model == "embedded" or settings.model.startswith("hf-hub:"):
+        return
+    folder = _folder(settings.model)
+    if folder is None:
+        _check_name(settings.model, settings.pretrained)
+    elif not (folder / _EMBEDDED_CONFIG).is_file():
+        _check_folder(settings.model, folder)
+
+
 @functools.lru_cache(maxsize=1)
 def load(settings: ClipSettings) -> Clip:
     """As :func:`read`. The last is kept: callers never change it, they copy."""
@@ -166,20 +184,17 @@ def _load_open_clip(settings: ClipSettings) -> Clip:
     import open_clip
     import torch
 
+    check(settings)
     name, pretrained = settings.model, settings.pretrained
     folder = _folder(name)
     if folder is not None:
-        if (folder / "latteflow_embedded.json").is_file():
+        if (folder / _EMBEDDED_CONFIG).is_file():
             from models.embedded import load as load_embedded
 
             embedded = load_embedded(folder)
             preprocess = embedded.preprocess(settings.resize)
             return Clip(name, embedded, embedded.tokenizer, preprocess, embedded.dim, EMBEDDED_NOTE)
-        if not list(folder.glob("*.safetensors")):
-            raise ModelError(f"clip.model {name!r}: the folder has no .safetensors weights; pickled ones are not read")
         name, pretrained = f"local-dir:{folder}", None
-    else:
-        _check_name(name, pretrained)
     try:
         model, _, transform = open_clip.create_model_and_transforms(name, pretrained=pretrained, precision="fp32")
         tokenizer = open_clip.get_tokenizer(name)
@@ -197,21 +212,72 @@ def _load_open_clip(settings: ClipSettings) -> Clip:
 
 
 def _check_name(name: str, pretrained: str | None) -> None:
-    import open_clip
-
-    if name.startswith("hf-hub:"):
-        return
-    known = open_clip.list_models()
+    known = _known_names()
     if name not in known:
         near = difflib.get_close_matches(name, [*known, "embedded"], 3, 0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ModelError(f"clip.model {name!r} is neither an open_clip name nor a folder{hint}")
+        raise ModelError(
+            f"clip.model {name!r} is neither an open_clip name nor a folder with {_OPEN_CLIP_CONFIG} beside the domain "
+            f"file{hint}"
+        )
+    import open_clip
+
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None or (pretrained not in tags and not Path(pretrained).is_file()):
         raise ModelError(
             f"clip.pretrained {pretrained!r} names no weights of {name}; "
             f"choose from {', '.join(tags) or '(none are published)'}"
         )
+
+
+def _known_names() -> list[str]:
+    """As `open_clip.list_models()`, whose import takes seconds; the name is what is most often mistyped."""
+    found = importlib.util.find_spec("open_clip")
+    if found is None or found.origin is None:
+        raise ModelError("open_clip is not installed; run: pip install open_clip_torch")
+    return sorted(path.stem for path in (Path(found.origin).parent / "model_configs").glob("*.json"))
+
+
+def _check_folder(name: str, folder: Path) -> None:
+    try:
+        config = json.loads((folder / _OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))
+        vision = config["model_cfg"]["vision_cfg"]
+        trunk, size = vision.get("timm_model_name"), vision.get("image_size", 224)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(
+            f"clip.model {name!r}: {_OPEN_CLIP_CONFIG} of the folder cannot be loaded ({type(error).__name__}: "
+            f"{error}); give a folder as open_clip's `save_pretrained` or `latteflow export` writes it"
+        ) from error
+    if not list(folder.glob("*.safetensors")):
+        raise ModelError(f"clip.model {name!r}: the folder has no .safetensors weights; pickled ones are not read")
+    if trunk is not None:
+        _check_size(name, trunk, size)
+
+
+def _check_size(name: str, trunk: str, size: Any) -> None:
+    """Whether a tower of timm, which is built for its own size whatever the folder says, takes images of that size."""
+    import timm
+    import torch
+
+    try:
+        with torch.device("meta"):
+            tower: Any = timm.create_model(trunk, pretrained=False).eval()
+    except Exception as error:  # unknown, or not what this version of timm can build
+        raise ModelError(
+            f"clip.model {name!r}: timm has no tower {trunk!r} ({error}); correct `timm_model_name` in "
+            f"{_OPEN_CLIP_CONFIG}, or install the timm that has it"
+        ) from error
+    said, own = [size, size] if isinstance(size, int) else list(size), list(tower.default_cfg["input_size"][1:])
+    if said == own:
+        return
+    try:
+        with torch.no_grad():
+            tower(torch.empty(1, 3, *said, device="meta"))
+    except Exception as error:  # an AssertionError of some layers, shapes that do not fit of others
+        raise ModelError(
+            f"clip.model {name!r}: {_OPEN_CLIP_CONFIG} says images of {said[0]} x {said[1]} pixels, and its tower, "
+            f"{trunk}, takes {own[0]} x {own[1]}; correct `image_size` in `vision_cfg`"
+        ) from error
 
 
 def _prepare(image: Image, *, transform: Callable[[Image], torch.Tensor], pad: bool) -> torch.Tensor:

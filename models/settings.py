@@ -51,9 +51,9 @@ class ClipSettings(Settings):
 
     model: str = "embedded"
     """``embedded`` (ships with packages, no download), an open_clip name such as ViT-B-32, or the path of an
-    open_clip folder, beginning with ``/`` or ``./``."""
+    open_clip folder."""
     pretrained: str | None = None
-    """open_clip's tag of the weights, for example laion2b_s34b_b79k."""
+    """open_clip's tag of the weights, for example laion2b_s34b_b79k, or the path of a file with them."""
     resize: Literal["crop", "pad"] = "crop"
     """crop: short side, then centre crop (photos). pad: to a square on white (icons, cut-outs)."""
     centre: bool | None = None
@@ -80,7 +80,7 @@ class LanguageModelSettings(Settings):
     """What is asked of a multimodal model, wherever it runs."""
 
     model: str
-    """Name on the model hub or of the server, or the path of a model folder, beginning with ``/`` or ``./``."""
+    """Name on the model hub or of the server, or the path of a model folder."""
     revision: str | None = None
     """Commit or tag of the weights. Texts of different revisions never mix."""
     prompts: str = "generic"
@@ -399,7 +399,7 @@ class ClampSettings(Settings):
 
     lm: str | None = None
     """``embedded`` (Gemma 3 270M from packages; see docs/methods.md for its terms), the name of a causal language model
-    on the model hub, or the path of a model folder, beginning with ``/`` or ``./``. There is no default."""
+    on the model hub, or the path of a model folder. There is no default."""
     revision: str | None = None
     """Commit or tag of the weights."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

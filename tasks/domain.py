@@ -186,6 +186,8 @@ class PriceSettings(Settings):
     """Estimate, until a run was timed."""
 
 
+_CONFIGS = ("open_clip_config.json", "latteflow_embedded.json", "config.json")
+"""A folder beside the domain file is a model where it holds one of these: names of models may be names of folders."""
 _KINDS: dict[str, type[BaseModel]] = {
     settings.model_fields["kind"].annotation.__args__[0]: settings  # type: ignore[union-attr]
     for settings in (TagsSettings, SidecarSettings, VllmSettings, OpenAISettings)
@@ -420,13 +422,19 @@ def _resolve(raw: dict[str, Any], folder: Path) -> None:
     ]:
         if isinstance(section, dict) and section.get(field) is not None:
             section[field] = absolute(section[field])
+
+    def is_model_folder(value: str) -> bool:
+        beside = value != "embedded" and any((folder / value / name).is_file() for name in _CONFIGS)
+        return value.startswith((".", "/", "~")) or beside
+
     for section, field, is_path in [
-        (raw.get("clip"), "model", _is_path),
-        (raw.get("describer"), "model", _is_path),
+        (raw.get("clip"), "model", is_model_folder),
+        (raw.get("clip"), "pretrained", lambda value: (folder / value).is_file()),
+        (raw.get("describer"), "model", is_model_folder),
         (raw.get("describer"), "prompts", prompts.is_path),
-        (_below(raw, "pairs", "describer"), "model", _is_path),
+        (_below(raw, "pairs", "describer"), "model", is_model_folder),
         (_below(raw, "pairs", "describer"), "prompts", prompts.is_path),
-        (raw.get("clamp"), "lm", _is_path),
+        (raw.get("clamp"), "lm", is_model_folder),
     ]:
         value = section.get(field) if isinstance(section, dict) else None
         if isinstance(value, str) and is_path(value):
@@ -452,10 +460,6 @@ def _below(raw: Any, *names: str) -> Any:
     for name in names:
         raw = raw.get(name) if isinstance(raw, dict) else None
     return raw
-
-
-def _is_path(model: str) -> bool:
-    return model.startswith((".", "/", "~"))
 
 
 def _explain(error: Mapping[str, Any], raw: Any) -> str:

@@ -296,10 +296,16 @@ def _captions(objects: ObjectStore) -> CaptionStore:
     return CaptionStore(objects)
 
 
-def describer_identity(domain: Domain, embedded: StageResult, kind: Kind = "image") -> dict[str, Any]:
+def describer_identity(domain: Domain, embedded: StageResult | None, kind: Kind = "image") -> dict[str, Any]:
     """Who writes: everything but images and prompts that shapes the texts; cheap, a cached run loads no model.
 
     Texts about groups depend on how a group is shown to a model, those of the other kinds do not.
+
+    Args:
+        embedded: tags come from it; no other describer needs it.
+
+    Raises:
+        DataError: a folder or file of the describer is not there.
     """
     describer = domain.describer
     if isinstance(describer, WordsSettings):
@@ -315,6 +321,7 @@ def describer_identity(domain: Domain, embedded: StageResult, kind: Kind = "imag
             "sampling": describer.sampling,
             **({"view": domain.group.view} if kind == "group" else {}),
         }
+    assert embedded is not None
     # Zero-shot tags see features relative to the domain's mean, so they belong to this very set of images.
     found = {"clip": clip.identity(domain.clip), "embed": embedded.ref.digest}
     return {"model": "tags", "revision": sha256(canonical_json(found))}

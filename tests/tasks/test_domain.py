@@ -85,8 +85,8 @@ def test_a_bad_class_list(tmp_path: Path, classes: str, message: str) -> None:
         ("classes: [a, b]\ntemplates:\n  - a photo\n", "line 4: `templates`: 'a photo' needs"),
         ("classes: [a, b]\nmethod:\n  - latteclip\n  - latteclip\n", "line 4: `method`: latteclip is named more"),
         (
-            "classes: [a, b]\nevaluation:\n  labels: l\n  general:\n    source: s\n    labels: l\n    classes: [a, A]\n",
-            "line 9: `evaluation.general.classes`: 'a', 'A' say",
+            "classes: [a, b]\nevaluation:\n  labels: l\n  general:\n    source: s\n    labels: l\n    classes: [x, X]",
+            "line 9: `evaluation.general.classes`: 'x', 'X' say",
         ),
         (
             "classes: [a, b]\nmethod: [transduction]\nlatteclip:\n  texts_from: clamp\n",
