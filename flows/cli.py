@@ -279,6 +279,10 @@ def export(
     settings = Domain.load(domain)
     asked: dict[Format, bool] = {"onnx": onnx, "transformers": transformers}
     formats = [name for name, wanted in asked.items() if wanted]
+    if transformers:
+        from models.to_transformers import check
+
+        check(settings.clip)
     if served:
         from tasks.promote import champion as read
 

@@ -149,7 +149,8 @@ def check(settings: ClipSettings) -> None:
         return
     folder = _folder(settings.model)
     if folder is None:
-        _check_name(settings.model, settings.pretrained)
+        _check_name(settings.model)
+        _check_weights(settings.model, settings.pretrained)
     elif not (folder / _EMBEDDED_CONFIG).is_file():
         _check_folder(settings.model, folder)
 
@@ -211,8 +212,8 @@ def _load_open_clip(settings: ClipSettings) -> Clip:
     return Clip(settings.model, model, tokenizer, prepare, dim)
 
 
-def _check_name(name: str, pretrained: str | None) -> None:
-    known = _known_names()
+def _check_name(name: str) -> None:
+    known = _shipped()
     if name not in known:
         near = difflib.get_close_matches(name, [*known, "embedded"], 3, 0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
@@ -220,6 +221,9 @@ def _check_name(name: str, pretrained: str | None) -> None:
             f"clip.model {name!r} is neither an open_clip name nor a folder with {_OPEN_CLIP_CONFIG} beside the domain "
             f"file{hint}"
         )
+
+
+def _check_weights(name: str, pretrained: str | None) -> None:
     import open_clip
 
     tags = open_clip.list_pretrained_tags_by_model(name)
@@ -230,24 +234,44 @@ def _check_name(name: str, pretrained: str | None) -> None:
         )
 
 
-def _known_names() -> list[str]:
-    """As `open_clip.list_models()`, whose import takes seconds; the name is what is most often mistyped."""
+def shape(settings: ClipSettings) -> dict[str, Any] | None:
+    """open_clip's configuration of the model, read without open_clip; None for the embedded model and for one that
+    only the model hub knows.
+
+    Raises:
+        ModelError: unknown name, or a folder that has none.
+    """
+    if settings.model == "embedded" or settings.model.startswith("hf-hub:"):
+        return None
+    folder = _folder(settings.model)
+    if folder is None:
+        _check_name(settings.model)
+        return dict(json.loads(_shipped()[settings.model].read_text(encoding="utf-8")))
+    return None if (folder / _EMBEDDED_CONFIG).is_file() else _shape_of_folder(settings.model, folder)
+
+
+def _shipped() -> dict[str, Path]:
+    """Files with the configurations of open_clip's models by name; to import it takes seconds."""
     found = importlib.util.find_spec("open_clip")
     if found is None or found.origin is None:
         raise ModelError("open_clip is not installed; run: pip install open_clip_torch")
-    return sorted(path.stem for path in (Path(found.origin).parent / "model_configs").glob("*.json"))
+    return {path.stem: path for path in sorted((Path(found.origin).parent / "model_configs").glob("*.json"))}
 
 
-def _check_folder(name: str, folder: Path) -> None:
+def _shape_of_folder(name: str, folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / _OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))
-        vision = config["model_cfg"]["vision_cfg"]
-        trunk, size = vision.get("timm_model_name"), vision.get("image_size", 224)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        config = json.loads((folder / _OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
+        return {**config, "vision_cfg": dict(config["vision_cfg"]), "text_cfg": dict(config["text_cfg"])}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(
             f"clip.model {name!r}: {_OPEN_CLIP_CONFIG} of the folder cannot be loaded ({type(error).__name__}: "
             f"{error}); give a folder as open_clip's `save_pretrained` or `latteflow export` writes it"
         ) from error
+
+
+def _check_folder(name: str, folder: Path) -> None:
+    vision = _shape_of_folder(name, folder)["vision_cfg"]
+    trunk, size = vision.get("timm_model_name"), vision.get("image_size", 224)
     if not list(folder.glob("*.safetensors")):
         raise ModelError(f"clip.model {name!r}: the folder has no .safetensors weights; pickled ones are not read")
     if trunk is not None:

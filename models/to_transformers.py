@@ -11,14 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
+from models import clip
 from models.errors import ModelError
-from models.export import TRANSFORMERS
-from models.to_onnx import noise
+from models.settings import ClipSettings
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from models.predictor import Predictor
 
 MOST_DIFFERENCE = 1e-3
@@ -49,6 +48,33 @@ _PROJECTIONS = {"visual.proj": "visual_projection.weight", "text_projection": "t
 _TOWERS = {"visual.transformer.resblocks.": "vision_model", "transformer.resblocks.": "text_model"}
 
 
+def check(settings: ClipSettings) -> None:
+    """Whether a model may map to transformers' `CLIPModel`; by its configuration, before any work.
+
+    Raises:
+        ModelError: it has a tower that does not, and which do.
+    """
+    config = clip.shape(settings)
+    if config is None:
+        if settings.model.startswith("hf-hub:"):
+            return  # seen when it is there
+        has = "the embedded model's towers"
+    elif isinstance(config["vision_cfg"].get("layers"), list):
+        has = "a ResNet"
+    elif trunk := config["vision_cfg"].get("timm_model_name"):
+        has = f"the image tower {trunk} of timm"
+    elif "multimodal_cfg" in config:
+        has = "CoCa's towers"
+    elif config.get("custom_text") or "hf_model_name" in config["text_cfg"]:
+        has = "a text tower that is not CLIP's own"
+    else:
+        return
+    raise ModelError(
+        f"clip.model {settings.model!r} has {has}, which transformers' CLIPModel has not; a ViT with CLIP's own text "
+        "tower maps, such as ViT-B-32. Export without --transformers: the folder is for open_clip or latteflow"
+    )
+
+
 def to_transformers(predictor: Predictor, folder: Path) -> float:
     """Write ``transformers/``: weights, configuration, tokenizer and image processor.
 
@@ -62,6 +88,8 @@ def to_transformers(predictor: Predictor, folder: Path) -> float:
     """
     from open_clip import CLIP
     from transformers import CLIPConfig, CLIPModel
+
+    from models.export import TRANSFORMERS
 
     own = predictor.clip.model
     if type(own) is not CLIP:
@@ -90,6 +118,8 @@ def to_transformers(predictor: Predictor, folder: Path) -> float:
 
 def _config(own: Any) -> dict[str, Any]:
     """Of `CLIPConfig`, from the modules as they are."""
+    from torch import nn
+
     visual, text = own.visual, own.transformer
 
     def tower(blocks: Any) -> dict[str, Any]:
@@ -187,6 +217,11 @@ def _processor(own: Any) -> dict[str, Any]:
 
 
 def _difference(predictor: Predictor, model: Any, tokenizer: Any) -> float:
+    import torch
+    from torch.nn import functional as F
+
+    from models.to_onnx import noise
+
     pixels = noise(predictor, 3)
     texts = tokenizer(_TEXTS, padding="max_length", truncation=True, return_tensors="pt")
     with torch.inference_mode():
@@ -196,4 +231,4 @@ def _difference(predictor: Predictor, model: Any, tokenizer: Any) -> float:
         )
     ours = predictor.clip.image_embeds(pixels), torch.from_numpy(predictor.clip.text_features(_TEXTS))
     pairs = zip(ours, theirs, strict=True)
-    return max(float((1 - nn.functional.cosine_similarity(a, b)).max()) for a, b in pairs)
+    return max(float((1 - F.cosine_similarity(a, b)).max()) for a, b in pairs)

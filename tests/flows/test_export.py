@@ -1,6 +1,7 @@
 """The exported folder is a model of its own: open_clip alone, in a fresh Python, gives our logits."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conftest import call
 from flows.pipeline import run_plainly
 from models.settings import LatteClipSettings
 from storage.tables import read_parquet
@@ -81,3 +83,13 @@ def test_training_towers_changes_them_and_nothing_frozen(domain: Domain) -> None
     towers = read_tuned(open_store(domain).open(results["tune"].ref), "latteclip", 0).towers
     assert any(name.startswith("visual.transformer.resblocks.1") for name in towers)
     assert not any(name.startswith("visual.transformer.resblocks.0") for name in towers)
+
+
+def test_what_does_not_map_to_transformers_is_refused_before_any_stage(
+    domain: Domain, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "domain.yaml"
+    file.write_text(re.sub(r"(?m)^clip: .*", "clip: {model: RN50, pretrained: openai}", file.read_text()))
+    assert call("export", file, tmp_path / "model", "--transformers") == 1
+    assert "has a ResNet, which transformers' CLIPModel has not" in " ".join(capfd.readouterr().err.split())
+    assert not (tmp_path / "store").exists() and not (tmp_path / "model").exists()
