@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import struct
+import warnings
 from dataclasses import dataclass
 from enum import StrEnum
 
 # With these in place Pillow has every parser it may use, and never loads the others.
 from PIL import (  # noqa: F401
+    AvifImagePlugin,
     BmpImagePlugin,
     GifImagePlugin,
     Image,
@@ -22,13 +25,31 @@ from PIL import (  # noqa: F401
 
 # Our own limit is applied before any pixel is decoded, and may be raised.
 Image.MAX_IMAGE_PIXELS = None
+# What Pillow thinks of a picture (odd EXIF, an odd palette) stands between lines of progress, with a path of its own;
+# what is wrong with one is in its row of the quarantine.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
-EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff"}
+HEIC_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
+READS_HEIC = importlib.util.find_spec("pillow_heif") is not None
+"""Whether the extra with its decoder is installed."""
+HEIC_HINT = "HEIC is read after pip install 'latteflow[heic]'"
+if READS_HEIC:
+    import pillow_heif
+
+    # Thumbnails off: a draft would be decoded from one, and damage in the picture itself not be found.
+    pillow_heif.register_heif_opener(thumbnails=False)
+
+EXTENSIONS = {
+    "JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff", "AVIF": "avif",
+    **({"HEIF": "heic"} if READS_HEIC else {}),
+}  # fmt: skip
 """Pillow format to the member's extension in a shard. No other parser is ever tried on a user's bytes."""
 
 _FORMATS = tuple(EXTENSIONS)
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+SUFFIXES = (HEIC_SUFFIXES if READS_HEIC else frozenset()) | {
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif",
+}  # fmt: skip
 """File names that are taken for images when a source is listed."""
 
 
@@ -110,7 +131,8 @@ def inspect(data: bytes, limits: ImageLimits) -> ImageInfo:
     except ImageRejected:
         raise
     except UnidentifiedImageError:
-        raise ImageRejected(RejectReason.NOT_AN_IMAGE, f"begins with {data[:16]!r}") from None
+        hint = f"; {HEIC_HINT}" if data[4:11] == b"ftyphei" and not READS_HEIC else ""
+        raise ImageRejected(RejectReason.NOT_AN_IMAGE, f"begins with {data[:16]!r}{hint}") from None
     except MemoryError as error:
         raise ImageRejected(RejectReason.TOO_LARGE, "decoding ran out of memory") from error
     except Exception as error:
@@ -125,7 +147,8 @@ def too_many_bytes(size: int, limits: ImageLimits) -> ImageRejected:
 
 def decoder_version() -> str:
     """Names the decoders, whose upgrade may accept what they refused before."""
-    codecs = (f"{name} {features.version(name)}" for name in ("libjpeg_turbo", "webp", "libtiff", "zlib"))
+    codecs = [f"{name} {features.version(name)}" for name in ("libjpeg_turbo", "webp", "libtiff", "zlib")]
+    codecs += [f"pillow_heif {pillow_heif.__version__}"] if READS_HEIC else []
     return ", ".join([f"pillow {features.version('pil')}", *codecs])
 
 

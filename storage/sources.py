@@ -9,13 +9,22 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from storage.columns import ColumnBroken, ImageColumn
 from storage.errors import DataError
-from storage.images import SUFFIXES, ImageLimits, ImageRejected, RejectReason, too_many_bytes
+from storage.images import (
+    HEIC_HINT,
+    HEIC_SUFFIXES,
+    READS_HEIC,
+    SUFFIXES,
+    ImageLimits,
+    ImageRejected,
+    RejectReason,
+    too_many_bytes,
+)
 from storage.names import member_path, printable, raw
 from storage.roots import File, Root, is_hidden
 from storage.tars import TarBroken, members
@@ -28,6 +37,8 @@ _SPLIT = re.compile(r"(train|test|val|valid|validation|dev|eval)(?:[-_.\d].*)?",
 _MERGE_GAP, _MERGE_MOST = 64 << 10, 8 << 20
 """Members of a tar that lie so close are read at once, up to so many bytes."""
 _OPEN_TABLES = 4
+_ENDINGS = 6
+"""Endings of files that are no images, as a message counts them."""
 
 
 class Entry(NamedTuple):
@@ -81,7 +92,7 @@ class Source:
         """
         for number, root in enumerate(self._roots):
             prefix = f"{number}/" if len(self._roots) > 1 else ""
-            images = others = 0
+            images, others = 0, Counter[str]()
             beside: list[File] = []
             for file in root.find():
                 if _is_image(file.name):
@@ -90,17 +101,20 @@ class Source:
                 elif _kind(file.name) or _base(file.name) == _STATE:
                     beside.append(file)
                 else:
-                    others += 1
+                    others[_ending(file.name)] += 1
             if images:
+                _tell(root.url, others)
                 ignored = sum(1 for file in beside if _kind(file.name))
                 if ignored:
                     log.warning("%s: the image files are used, %d tars or tables are not", root.url, ignored)
                 continue
             containers = _containers(root, beside)
             if not containers:
+                others.update(_ending(file.name) for file in beside)
                 raise DataError(
-                    f"source {root.url!r} holds no image ({others + len(beside)} other files); names must end in one "
-                    f"of {', '.join(sorted(SUFFIXES))}; or give tars, Parquet files or a saved Hugging Face data set"
+                    f"source {root.url!r} holds no image ({others.total()} other files{_endings(others, ': ')}); names "
+                    f"must end in one of {', '.join(sorted(SUFFIXES))}; or give tars, Parquet files or a saved Hugging "
+                    "Face data set"
                 )
             for file in containers:
                 path = prefix + printable(file.name)
@@ -178,15 +192,22 @@ class Source:
     def _tar(self, container: Entry) -> Iterator[Entry]:
         root, name = self._find(container.path)
         found: list[tuple[str, int, int]] = []
+        others: list[tuple[str, str]] = []
         broken: TarBroken | None = None
         with root.open(name) as file:
             try:
                 for member in members(file, container.size):
                     inner = member_path(member.name)
-                    if _is_image(inner) and not is_hidden(inner):
+                    if is_hidden(inner):
+                        continue
+                    if _is_image(inner):
                         found.append((inner, member.offset, member.size))
+                    else:
+                        others.append((_key(inner)[0], _ending(inner)))
             except TarBroken as error:
                 broken = error
+        samples = {_key(inner)[0] for inner, _, _ in found}
+        _tell(container.path, Counter(ending for key, ending in others if key not in samples))
         seen: dict[str, int] = {}
         for inner, offset, size in _images_of_samples(found):
             seen[inner] = seen.get(inner, 0) + 1
@@ -213,6 +234,24 @@ class Source:
 
 def _suffix(name: str) -> str:
     return name[name.rfind(".") :].lower()  # PurePosixPath takes ten times as long
+
+
+def _ending(name: str) -> str:
+    stem, dot, ending = _base(name).rpartition(".")
+    return printable(f".{ending.lower()}") if stem and dot else "without ending"
+
+
+def _endings(counts: Counter[str], before: str = "") -> str:
+    """How many files have which ending, the most frequent ones first; nothing where there are none."""
+    told = [f"{count} {ending}" for ending, count in sorted(counts.items(), key=lambda each: (-each[1], each[0]))]
+    told[_ENDINGS:] = [f"{len(told) - _ENDINGS} more endings"] if len(told) > _ENDINGS else []
+    heic = not READS_HEIC and not HEIC_SUFFIXES.isdisjoint(counts)
+    return before * bool(told) + ", ".join(told) + f"; {HEIC_HINT}" * heic
+
+
+def _tell(where: str, passed_over: Counter[str]) -> None:
+    if passed_over:
+        log.info("%s: %d files are no images by name: %s", where, passed_over.total(), _endings(passed_over))
 
 
 def _is_image(name: str) -> bool:

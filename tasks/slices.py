@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 from PIL import Image
 
+from models.images import to_rgb
 from storage.artifacts import Artifact
 from storage.images import open_image
 from storage.shards import read_index, read_records
@@ -55,7 +56,7 @@ def slices(images: Artifact, keys: Sequence[str], test: np.ndarray, train: np.nd
 
 def sharpness(image: Image.Image) -> float:
     """Variance of the Laplacian of the grey image (Pech-Pacheco et al., ICPR 2000), made SIDE pixels small."""
-    small = image.convert("L")
+    small = to_rgb(image).convert("L")
     small.thumbnail((SIDE, SIDE))
     grey = np.pad(np.asarray(small, np.float64), 1, mode="edge")
     around = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:]

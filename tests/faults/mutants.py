@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+import storage.images  # noqa: F401  # has Pillow know HEIC
+
 EXTREME = [bytes(4), b"\xff" * 4, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x80\0\0\0", b"\0\0\0\x80", b"\1\0\0\0"]
 
 
@@ -76,6 +78,8 @@ def images() -> dict[str, bytes]:
         "gif": pages("GIF"),
         "webp": encoded(rgba, "WEBP", lossless=True, exif=exif),
         "webp frames": pages("WEBP"),
+        "avif": encoded(rgb, "AVIF"),
+        "heic": encoded(rgb, "HEIF"),
         "bmp": encoded(rgb, "BMP"),
         "tiff": encoded(rgb, "TIFF"),
         "tiff lzw": encoded(rgb, "TIFF", compression="tiff_lzw"),

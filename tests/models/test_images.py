@@ -1,4 +1,6 @@
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -97,3 +99,33 @@ def test_a_truncated_file_raises() -> None:
     Image.new("L", (64, 64), 3).save(stream, "PNG")
     with pytest.raises(OSError):
         to_rgb(Image.open(io.BytesIO(stream.getvalue()[:60])))
+
+
+def test_pillow_says_nothing_over_the_progress_of_a_run() -> None:
+    """Palettes with transparency, and EXIF that breaks off: in a process of its own, as pytest sets filters too."""
+    program = """
+import io
+from PIL import Image
+from models.images import to_rgb
+from storage.images import ImageLimits, inspect, open_image
+from tasks.slices import sharpness
+
+palette = Image.new("P", (9, 9))
+palette.putpalette(bytes(range(256)) * 3)
+exif = Image.Exif()
+exif[0x010E] = "a description"
+for image, options in [
+    (palette, {"format": "PNG", "transparency": bytes(range(256))}),
+    (Image.new("L", (9, 9)), {"format": "JPEG", "exif": exif.tobytes()[:-8]}),
+]:
+    stream = io.BytesIO()
+    image.save(stream, **options)
+    inspect(stream.getvalue(), ImageLimits())
+    to_rgb(open_image(stream.getvalue()))
+    sharpness(open_image(stream.getvalue()))
+open_image(stream.getvalue()).getexif().get(0x010E)
+palette.info["transparency"] = bytes(9)
+palette.convert("RGB")
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stderr == ""

@@ -298,7 +298,7 @@ def test_the_extension_follows_the_content() -> None:
 def test_an_empty_or_missing_source_is_said(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("x")
-    with pytest.raises(DataError, match=r"holds no image \(1 other files\)"):
+    with pytest.raises(DataError, match=r"holds no image \(1 other files: 1 "):
         list(Source([str(tmp_path / "empty")]).scan())
     with pytest.raises(DataError, match="does not exist"):
         list(Source([str(tmp_path / "none")]).scan())

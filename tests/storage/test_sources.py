@@ -16,11 +16,12 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
-from storage import roots
+from storage import roots, sources
 from storage.artifacts import ArtifactStore
 from storage.columns import ImageColumn
 from storage.errors import DataError, StorageError
-from storage.images import ImageLimits, ImageRejected
+from storage.images import HEIC_SUFFIXES, SUFFIXES, ImageInfo, ImageLimits, ImageRejected
+from storage.inspectors import Inspectors
 from storage.listing import StatCache
 from storage.objects import ObjectStore
 from storage.shards import Packing, read_index, read_quarantine, write_shards
@@ -163,8 +164,8 @@ def test_a_path_in_a_table_is_never_followed(tmp_path: Path) -> None:
         (["a.tar", "b.parquet"], r"holds 1 .parquet and 1 .tar files: name one sort, as in .*/\*.parquet"),
         (["train-00000.parquet", "test-00000.parquet"], "several splits, for example test-00000.parquet and train-0"),
         (["train/0.tar", "val/0.tar"], "several splits"),
-        (["notes.txt"], r"holds no image \(1 other files\)"),
-        (["loose.arrow"], r"holds no image \(1 other files\)"),
+        (["notes.txt"], r"holds no image \(1 other files: 1 .txt\)"),
+        (["loose.arrow"], r"holds no image \(1 other files: 1 .arrow\)"),
     ],
 )
 def test_what_is_unclear_is_said(tmp_path: Path, files: list[str], message: str) -> None:
@@ -183,6 +184,47 @@ def test_a_split_can_be_named(tmp_path: Path) -> None:
     assert list(images(Source([str(tmp_path / "dict" / "train")])).values()) == [picture(1)]
     with pytest.raises(DataError, match="several splits"):
         list(Source([str(tmp_path / "dict")]).scan())
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [("a.avif", "AVIF"), ("a.MPO", "MPO"), ("a.heic", "HEIF"), ("a.hif", "HEIF")]
+)
+def test_what_cameras_and_phones_write_is_read(tmp_path: Path, name: str, form: str) -> None:
+    grey = Image.effect_noise((64, 48), 50).convert("RGB")
+    grey.save(tmp_path / name, form, **({"save_all": True, "append_images": [grey]} if form == "MPO" else {}))
+    source = Source([str(tmp_path)])
+    (entry,) = source.scan()
+    with Inspectors(ImageLimits(), 1) as inspect:  # confined: no file, little memory
+        (found,) = inspect([source.read(entry)])
+    assert isinstance(found, ImageInfo) and (found.width, found.height) == (64, 48)
+    assert found.extension == {"AVIF": "avif", "MPO": "jpg", "HEIF": "heic"}[form]
+
+
+def test_files_that_are_passed_over_are_counted_by_ending(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "v1.0").mkdir()
+    for name in ("a.png", "a.txt", "b.TXT", "c.svg", "v1.0/README", ".hidden.txt"):
+        (tmp_path / name).write_bytes(picture(0))
+    write_tar(tmp_path / "b.tar", {"b.png": picture(1), "b.json": b"{}", "b.cls": b"1", "c.jxl": b"", "d.svg": b""})
+    with caplog.at_level("INFO"):
+        assert len(list(Source([str(tmp_path)]).scan())) == 1
+        assert len(list(Source([str(tmp_path / "b.tar")]).scan())) == 1
+    assert "4 files are no images by name: 2 .txt, 1 .svg, 1 without ending" in caplog.text
+    # What belongs to the image of a sample is not counted.
+    assert "b.tar: 2 files are no images by name: 1 .jxl, 1 .svg" in caplog.text
+
+
+def test_without_the_decoder_heic_is_counted_and_the_extra_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sources, "READS_HEIC", False)
+    monkeypatch.setattr(sources, "SUFFIXES", SUFFIXES - HEIC_SUFFIXES)
+    (tmp_path / "a.HEIC").touch()
+    with pytest.raises(DataError, match=r"1 other files: 1 .heic; HEIC is read after pip install 'latteflow\[heic\]'"):
+        list(Source([str(tmp_path)]).scan())
+    (tmp_path / "a.png").write_bytes(picture(0))
+    with caplog.at_level("INFO"):
+        list(Source([str(tmp_path)]).scan())
+    assert "1 .heic; HEIC is read after pip install 'latteflow[heic]'" in caplog.text
 
 
 def test_image_files_come_before_containers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
