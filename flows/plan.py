@@ -13,7 +13,7 @@ from models.settings import LanguageModelSettings
 from storage.artifacts import Artifact
 from storage.captions import CaptionStore, caption_key, describer_id
 from storage.errors import NotFound
-from storage.shards import read_index
+from storage.shards import Greys, read_index
 from tasks.changes import Images, image_changes
 from tasks.check import check_models
 from tasks.domain import Domain
@@ -198,7 +198,9 @@ class _Planner:
             return len(asked) * (planned.images.new if some else everything), True
         contents = set(planned.images.contents)
         if not contents and images.result:
-            contents = set(read_index(self._store.open(images.result.ref))["sha256"])
+            shards = self._store.open(images.result.ref)
+            greys, rows = Greys(shards), read_index(shards).select("key", "sha256").iter_rows()
+            contents = {greys.content(*row) for row in rows}
         inputs = missing.inputs if missing else old.inputs if old else None
         if inputs is None or shifted:
             return len(asked) * len(contents), not shifted

@@ -47,6 +47,7 @@ def export(
     scale: float,
     resize: Literal["crop", "pad"],
     unknown_below: float,
+    grey_range: Literal["auto", "full"] | tuple[float, float] = "auto",
     image_map: Tensor | None = None,
     text_map: Tensor | None = None,
 ) -> None:
@@ -60,6 +61,7 @@ def export(
         centre: subtracted from image embeddings before the map, ``(dim,)``.
         resize: how pictures become squares, see :class:`models.settings.ClipSettings`.
         unknown_below: see :class:`models.predictor.Head`.
+        grey_range: see :data:`models.settings.GreyRange`.
         image_map, text_map: ``(dim, dim)``, multiplied into the towers' projections.
 
     Raises:
@@ -91,6 +93,7 @@ def export(
         "version": SCHEMA_VERSION,
         "resize": resize,
         "unknown_below": unknown_below,
+        **({} if grey_range == "auto" else {"grey_range": grey_range}),
         "sha256": {path.name: digest_of_file(path) for path in weights},
     }
     _write_json(folder / SETTINGS_FILE, settings)

@@ -22,7 +22,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image = _upright(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+    if _is_deep(image):
         return _eight_bits(image).convert("RGB")
     if image.mode == "LAB":  # PIL converts this one by colour profiles only
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
@@ -34,6 +34,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", layer.size, "white")
         return Image.alpha_composite(white, layer).convert("RGB")
     return image.convert("RGB")
+
+
+def in_range(image: Image.Image, greys: tuple[float, float] | None) -> Image.Image:
+    """Greys of more than 8 bits as 8 bits, upright, where it is known which values are black and white.
+
+    Args:
+        greys: these two; values beyond them are cut off. None: the image is returned as it is, as all others are.
+    """
+    if greys is None or not _is_deep(image):
+        return image
+    low, high = greys
+    values = np.nan_to_num(np.asarray(_upright(image)).astype(np.float64))
+    return Image.fromarray(np.rint(((values - low) * (255 / (high - low))).clip(0, 255)).astype(np.uint8))
 
 
 def smaller(image: Image.Image, longest_px: int) -> Image.Image:
@@ -51,6 +64,10 @@ def _upright(image: Image.Image) -> Image.Image:
     except (SyntaxError, ValueError, struct.error):  # damaged EXIF in a sound picture: shown as stored, as browsers do
         return image
     return image if orientation == 1 else ImageOps.exif_transpose(image)
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

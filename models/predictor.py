@@ -18,7 +18,8 @@ import numpy as np
 
 from models import clip, metrics
 from models.errors import ModelError
-from models.settings import ClipSettings
+from models.images import in_range
+from models.settings import ClipSettings, grey_range
 
 if TYPE_CHECKING:
     import torch
@@ -88,13 +89,22 @@ class Predictor:
 
     Attributes:
         classes: names, in the order of the answers' numbers.
+        greys: see :data:`models.settings.GreyRange`.
         clip: the model's own towers, learnt maps folded in.
         head: the classifier.
     """
 
-    def __init__(self, model: clip.Clip, head: Head, classes: Sequence[str], resize: Literal["crop", "pad"]) -> None:
+    def __init__(
+        self,
+        model: clip.Clip,
+        head: Head,
+        classes: Sequence[str],
+        resize: Literal["crop", "pad"],
+        greys: Literal["auto", "full"] | tuple[float, float] = "auto",
+    ) -> None:
         from PIL import Image
 
+        self.greys = greys
         self.clip, self.head, self.classes, self._resize = model, head, list(classes), resize
         self._side = max(model.preprocess(Image.new("RGB", (64, 64))).shape[1:])
 
@@ -111,6 +121,7 @@ class Predictor:
         settings = _settings(folder)
         try:
             classes, head = _classes(folder), _head(folder, settings)
+            greys = grey_range(settings.get("grey_range", "auto"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(f"model {folder}: {type(error).__name__}: {error}; export it again") from error
         if len(classes) != len(head.prototypes):
@@ -127,17 +138,22 @@ class Predictor:
                 f"model {folder}: its images have {model.dim} dimensions, the classifier {head.prototypes.shape[1]}; "
                 "export it again"
             )
-        return cls(model, head, classes, settings["resize"])
+        return cls(model, head, classes, settings["resize"], greys)
 
-    def pixels(self, image: Image) -> torch.Tensor:
+    def pixels(self, image: Image, white: int | None = None) -> torch.Tensor:
         """A picture that was opened and not decoded yet, as the model reads it: ``(3, height, width)`` float32.
 
         Large JPEGs are decoded at a half, a quarter or an eighth of their size, as long as that leaves twice what the
         model reads: several times as fast.
 
+        Args:
+            white: of greys of 16 bits, the largest value that there can be, where the file says that.
+
         Raises:
             OSError: PIL cannot read the pixels (truncated or damaged file).
         """
+        by_file = (0.0, float(white)) if white is not None and self.greys == "auto" else None
+        image = in_range(image, by_file if isinstance(self.greys, str) else self.greys)
         if image.format in ("JPEG", "MPO"):
             least = 2 * self._side / (max(image.size) if self._resize == "pad" else min(image.size))
             if least < 1:

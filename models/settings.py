@@ -6,7 +6,7 @@ import math
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from models.schedule import steps_per_epoch
@@ -44,6 +44,23 @@ class Settings(BaseModel):
 def one_or_many(value: Any) -> Any:
     """For a field that takes a list: one text alone is a list of one."""
     return [value] if isinstance(value, str) else value
+
+
+def grey_range(value: Any) -> Any:
+    """Checks a :data:`GreyRange`; raises ValueError where it is none."""
+    if isinstance(value, list | tuple) and len(value) == 2:
+        low, high = value
+        numbers = all(isinstance(each, int | float) and math.isfinite(each) for each in value)
+        if numbers and not isinstance(low, bool) and low < high:
+            return float(low), float(high)
+    elif value in ("auto", "full"):
+        return value
+    raise PydanticCustomError("grey_range", "is neither auto nor full nor [low, high] with low below high")
+
+
+GreyRange = Annotated[Literal["auto", "full"] | tuple[float, float], BeforeValidator(grey_range)]
+"""Which values of greys of more than 8 bits are black and white. auto: as the file says, else those of the type. full:
+those of the type, whatever the file says. Else these two."""
 
 
 class ClipSettings(Settings):

@@ -8,6 +8,7 @@ import struct
 import warnings
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 # With these in place Pillow has every parser it may use, and never loads the others.
 from PIL import (  # noqa: F401
@@ -47,6 +48,8 @@ EXTENSIONS = {
 
 _FORMATS = tuple(EXTENSIONS)
 
+_PNG, _MAX_SAMPLE_VALUE = b"\x89PNG\r\n\x1a\n", 281
+
 SUFFIXES = (HEIC_SUFFIXES if READS_HEIC else frozenset()) | {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif",
 }  # fmt: skip
@@ -85,6 +88,10 @@ class ImageInfo:
     extension: str
     width: int
     height: int
+    brightest: int | None = None
+    """Of greys that are stored in 16 bits, the largest; None of all other images."""
+    white: int | None = None
+    """Of such greys, the largest that can be where the file says that fewer bits are used; None where it does not."""
 
 
 class ImageRejected(Exception):
@@ -127,7 +134,8 @@ def inspect(data: bytes, limits: ImageLimits) -> ImageInfo:
             image.load()
             _read_exif(image)
             # What Pillow calls MPO is a JPEG with more pictures behind the first.
-            return ImageInfo("jpg" if image.format == "MPO" else EXTENSIONS[str(image.format)], width, height)
+            extension = "jpg" if image.format == "MPO" else EXTENSIONS[str(image.format)]
+            return ImageInfo(extension, width, height, *_greys(data, image))
     except ImageRejected:
         raise
     except UnidentifiedImageError:
@@ -150,6 +158,49 @@ def decoder_version() -> str:
     codecs = [f"{name} {features.version(name)}" for name in ("libjpeg_turbo", "webp", "libtiff", "zlib")]
     codecs += [f"pillow_heif {pillow_heif.__version__}"] if READS_HEIC else []
     return ", ".join([f"pillow {features.version('pil')}", *codecs])
+
+
+def _greys(data: bytes, image: Image.Image) -> tuple[int | None, int | None]:
+    """The largest grey of a decoded image, and the largest that its depth allows: see :class:`ImageInfo`."""
+    if not image.mode.startswith("I;16"):
+        return None, None
+    # Without numpy, whose threads want more memory than an inspecting process may have.
+    extrema: Any = (image if image.mode == "I;16" else image.convert("I")).getextrema()
+    brightest = int(extrema[1])
+    bits = _png_depth(data) if image.format == "PNG" else _tiff_depth(image)
+    if bits is None or not 8 <= bits < 16 or brightest >= 1 << bits:
+        return brightest, None
+    # Most writers scale what they have to 16 bits, as the PNG standard asks, and have nothing in the bits below theirs.
+    below = (1 << 16 - bits) - 1
+    scaled = image.format == "PNG" and not any(low & below for low in set(image.tobytes()[::2]))
+    return brightest, None if scaled else (1 << bits) - 1
+
+
+def _png_depth(data: bytes) -> int | None:
+    """Bits that are significant in a grey PNG, by its chunk sBIT, which Pillow skips."""
+    at = len(_PNG)
+    while data.startswith(_PNG) and at + 9 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        if kind == b"sBIT":
+            return data[at + 8]
+        if kind == b"IDAT":  # it stands before the pixels
+            return None
+        at += length + 12
+    return None
+
+
+def _tiff_depth(image: Image.Image) -> int | None:
+    """Bits of a grey TIFF, by its tags: of a sample, or of the largest value that a sample can have."""
+    tags = getattr(image, "tag_v2", {})
+    bits, most = (_first(tags.get(tag)) for tag in (TiffImagePlugin.BITSPERSAMPLE, _MAX_SAMPLE_VALUE))
+    found = [*([bits] if bits else []), *([most.bit_length()] if most else [])]
+    return min(found, default=None)
+
+
+def _first(value: object) -> int | None:
+    """Of a tag that may have a value for each sample."""
+    value = value[0] if isinstance(value, tuple) and value else value
+    return value if isinstance(value, int) else None
 
 
 def _read_exif(image: Image.Image) -> None:

@@ -15,7 +15,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -135,7 +135,7 @@ def _end(process: subprocess.Popen[bytes] | None) -> None:
 
 
 def _answer(found: list[Any]) -> ImageInfo | ImageRejected:
-    return ImageInfo(*found) if len(found) == 3 else ImageRejected(RejectReason(found[0]), found[1])
+    return ImageInfo(*found) if len(found) > 2 else ImageRejected(RejectReason(found[0]), found[1])
 
 
 def _serve(limits: ImageLimits, seconds: float) -> None:
@@ -153,8 +153,7 @@ def _serve(limits: ImageLimits, seconds: float) -> None:
         signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends the process
         for data in batch:
             try:
-                found = inspect(data, limits)
-                answers.append([found.extension, found.width, found.height])
+                answers.append([*astuple(inspect(data, limits))])
             except ImageRejected as rejected:
                 answers.append([rejected.reason.value, rejected.detail])
         signal.setitimer(signal.ITIMER_PROF, 0)

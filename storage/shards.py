@@ -6,7 +6,9 @@ label. Keys are sorted, times and owners are zero, so the same images give the s
 
 from __future__ import annotations
 
+import functools
 import io
+import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +18,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from json.encoder import encode_basestring as quoted
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import polars as pl
 
@@ -49,6 +51,7 @@ QUARANTINE_SCHEMA = {
     "detail": pl.String,
     "bytes": pl.Binary,
 }
+_GREYS_SCHEMA = {"key": pl.String, "white": pl.Int32}
 _REMOVED_SCHEMA = {"key": pl.String, "path": pl.String}
 _DUPLICATE_SCHEMA = {"key": pl.String, "duplicate_of": pl.String, "dropped": pl.Boolean}
 _IDENTITY = ["key", "path", "sha256"]
@@ -61,6 +64,11 @@ _NEW = "FROM image WHERE key NOT IN (SELECT key FROM packed UNION ALL SELECT key
 SHARD_BYTES = 256 << 20
 """A shard is closed before it grows beyond this, however few images it holds: it is made in memory."""
 
+_GREYS, _GREYS_FILE = ".greys.parquet", "greys.json"
+_RECORDED = (".index.parquet", ".quarantine.parquet")
+"""Tables that say which images a shard was made of."""
+_FULL = 2**16 - 1
+
 _PROCESSORS = os.cpu_count() or 1
 
 
@@ -72,6 +80,8 @@ class Packing:
     limits: ImageLimits
     drop_duplicates: bool = False
     """Of images with the same bytes, only the first goes on to later stages."""
+    grey_range: Literal["auto", "full"] | tuple[float, float] = "auto"
+    """Which values of greys of 16 bits are black and white: by the file, 0 and 65,535, or these."""
 
 
 def write_shards(
@@ -151,6 +161,8 @@ class _Shards:
         self._packing, self._threads = packing, threads
         self._made_with = {"limits": asdict(packing.limits), "decoder": decoder_version()}
         self._number = 0
+        self._bright: list[int] = []
+        """The brightest value of each new image whose greys have 16 bits and no depth of their own."""
         self._storing: tuple[int, Future[dict[str, pl.DataFrame]]] | None = None
         images.database.executescript(_TABLES)
         if previous is not None:
@@ -197,7 +209,7 @@ class _Shards:
             shard = self._next({"images": digest_of(row[:3] for row in rows)})
             part = self._writer.find(shard.name, shard.inputs)
             if part is not None:
-                files = [file.name for file in part.files if file.name.endswith(".parquet")]
+                files = [file.name for file in part.files if file.name.endswith(_RECORDED)]
                 tables = {name: read_parquet(self._writer.read(part, name)) for name in files}
                 self._record(shard.number, tables)
                 continue
@@ -229,6 +241,8 @@ class _Shards:
     def finish(self) -> dict[str, int]:
         """Record what is gone and what is there twice; returns the artifact's counts."""
         database, one, drop = self._images.database, self._images.one, self._packing.drop_duplicates
+        greys = self._packing.grey_range
+        self._warn_of_dark_greys()
         database.execute("CREATE INDEX image_key ON image (key)")
         database.execute("DELETE FROM refused WHERE key IN (SELECT key FROM packed)")
         live = "FROM packed WHERE key IN (SELECT key FROM image)"
@@ -252,8 +266,11 @@ class _Shards:
                 "live": digest_of(database.execute(f"SELECT key {live} ORDER BY number")),
                 "gone": digest_of((key,) for key, _ in gone),
                 "drop_duplicates": drop,
+                **({} if greys == "auto" else {"grey_range": greys}),
             },
             {
+                # Another range makes other pictures of the same shards, and so another artifact.
+                **({} if greys == "auto" else {_GREYS_FILE: json.dumps(greys).encode()}),
                 "removed.parquet": parquet(pl.DataFrame(gone, _REMOVED_SCHEMA, orient="row")),
                 "duplicates.parquet": parquet(pl.DataFrame(twice, _DUPLICATE_SCHEMA, orient="row")),
             },
@@ -332,9 +349,23 @@ class _Shards:
         tables = {f"{shard.name}.index.parquet": index}
         if quarantine.height:
             tables[f"{shard.name}.quarantine.parquet"] = quarantine
+        greys = [(each.key, each.found) for each in sorted(loaded) if isinstance(each.found, ImageInfo)]
+        self._bright += [found.brightest for _, found in greys if found.brightest and found.white is None]
+        if whites := [(key, found.white) for key, found in greys if found.white is not None]:
+            tables[f"{shard.name}{_GREYS}"] = pl.DataFrame(whites, schema=_GREYS_SCHEMA, orient="row")
         files: dict[str, bytes | Path] = {name: parquet(table) for name, table in tables.items()}
         self._writer.put(shard.name, shard.inputs, {f"{shard.name}.tar": tar, **files}, rows=index.height)
-        return {name: table.select(_IDENTITY) for name, table in tables.items()}
+        return {name: table.select(_IDENTITY) for name, table in tables.items() if name.endswith(_RECORDED)}
+
+    def _warn_of_dark_greys(self) -> None:
+        brightest = max(self._bright, default=_FULL)
+        if self._packing.grey_range == "auto" and brightest <= _FULL // 16:
+            bits = brightest.bit_length()
+            log.warning(
+                "the greys of %d images have 16 bits and go up to %d of %d, which is nearly black to a model; if they "
+                "are of %d bits, say `shard: {grey_range: [0, %d]}`, and `full` if they are meant to be dark",
+                len(self._bright), brightest, _FULL, bits, (1 << bits) - 1,
+            )  # fmt: skip
 
     def _record(self, shard: int, tables: Mapping[str, pl.DataFrame]) -> None:
         """Keep in mind what a shard holds and refuses; numbers are in the order of shards and rows."""
@@ -376,6 +407,39 @@ class Record:
     sha256: str
     path: str
     data: bytes
+    greys: tuple[float, float] | None = None
+    """Values of greys of more than 8 bits that are black and white; None: by their type."""
+
+
+class Greys:
+    """How the greys of a shard artifact's images are read."""
+
+    def __init__(self, shards: Artifact) -> None:
+        self._shards = shards
+        self._asked = json.loads(shards.read(_GREYS_FILE)) if _GREYS_FILE in shards.files else "auto"
+
+    @functools.cached_property
+    def _whites(self) -> dict[str, int]:
+        return dict(_table(self._shards, _GREYS, _GREYS_SCHEMA).iter_rows()) if self._asked == "auto" else {}
+
+    def range(self, key: str) -> tuple[float, float] | None:
+        """Of an image, see :class:`Record`."""
+        if isinstance(self._asked, list):
+            return self._asked[0], self._asked[1]
+        white = self._whites.get(key)
+        return None if white is None else (0, white)
+
+    def content(self, key: str, checksum: str) -> str:
+        """The digest of an image as it is seen: the same bytes in another range are another picture."""
+        found = self.range(key)
+        return checksum if found is None else sha256(f"{checksum} {found[0]:g} {found[1]:g}".encode())
+
+    def digest(self, shard: str) -> str | None:
+        """Of all that this says of a shard; None where it says nothing."""
+        if self._asked != "auto":
+            return self._shards.files[_GREYS_FILE][1].sha256
+        found = self._shards.files.get(f"{shard}{_GREYS}")
+        return None if found is None else found[1].sha256
 
 
 def read_index(shards: Artifact, *, removed: bool = False) -> pl.DataFrame:
@@ -406,12 +470,13 @@ def read_quarantine(shards: Artifact) -> pl.DataFrame:
 def read_records(shards: Artifact, index: pl.DataFrame) -> Iterator[Record]:
     """The images of some index rows, in the rows' order; each shard is fetched once if rows are in shard order."""
     held, tar = "", b""
+    greys = Greys(shards)
     for key, shard, offset, size, checksum, path in index.select(
         "key", "shard", "offset", "bytes", "sha256", "path"
     ).iter_rows():
         if shard != held:
             held, tar = shard, shards.read(f"{shard}.tar")
-        yield Record(key, checksum, path, tar[offset : offset + size])
+        yield Record(key, checksum, path, tar[offset : offset + size], greys.range(key))
 
 
 def read_image(shards: Artifact, shard: str, offset: int, size: int, checksum: str) -> bytes:

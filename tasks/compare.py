@@ -16,10 +16,10 @@ from models import metrics
 from models.settings import ZERO_SHOTS, Method
 from storage.artifacts import Artifact
 from storage.errors import DataError
-from storage.images import open_image
 from storage.shards import read_index, read_records
 from storage.tables import read_parquet
 from tasks.charts import make_axis
+from tasks.decode import opened
 from tasks.domain import Domain
 from tasks.history import History
 from tasks.html import html, picture_url, thumbnail
@@ -245,8 +245,7 @@ def _changed(other: Run, both: pl.DataFrame) -> tuple[dict[str, int], list[Chang
     shown = moved.filter(pl.int_range(pl.len()).over("kind") < SHOWN).sort("kind", "key")
     index = read_index(other.images).filter(pl.col("key").is_in(shown["key"].implode()))
     pictures = {
-        record.key: picture_url(thumbnail(open_image(record.data), SIDE_PX))
-        for record in read_records(other.images, index)
+        record.key: picture_url(thumbnail(opened(record), SIDE_PX)) for record in read_records(other.images, index)
     }
     number = {name: place for place, name in enumerate(other.classes)}
     changed = [

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from models.images import in_range
 from storage.images import open_image
 from storage.shards import Record
 
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
 log = logging.getLogger("latteflow.tasks")
+
+
+def opened(record: Record) -> Image.Image:
+    """A record's image, its greys in the range that its shards say; others are not decoded yet."""
+    return in_range(open_image(record.data), record.greys)
 
 
 def pixel_batches(
@@ -38,7 +44,7 @@ def pixel_batches(
 
     def decode(record: Record) -> torch.Tensor | None:
         try:
-            return preprocess(open_image(record.data))
+            return preprocess(opened(record))
         except Exception as error:
             log.warning("%s (%s) cannot be transformed and is left out: %s", record.key, record.path, error)
             return None

@@ -24,6 +24,7 @@ from models.settings import (
     ClampSettings,
     ClipSettings,
     DescriberSettings,
+    GreyRange,
     LanguageModelSettings,
     LatteClipSettings,
     Method,
@@ -142,6 +143,9 @@ class ShardSettings(Settings):
     """Larger files are not read."""
     drop_duplicates: bool = False
     """Of training images with the same bytes only the first is used; all are recorded either way."""
+    grey_range: GreyRange = "auto"
+    """Greys of more than 8 bits, as of microscopes and X-ray detectors: which values are black and white. auto: as the
+    file says, else 0 and what its type holds. full: the latter always. [low, high]: these values."""
     image_column: str | None = None
     """For Parquet files and saved data sets: the column with the images, where several could be meant."""
 

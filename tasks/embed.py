@@ -10,7 +10,7 @@ import polars as pl
 from models import clip
 from storage.artifacts import Artifact, ArtifactWriter
 from storage.fingerprint import canonical_json, sha256
-from storage.shards import read_index, read_records
+from storage.shards import Greys, read_index, read_records
 from storage.tables import parquet, read_parquet, safetensors
 from tasks.decode import pixel_batches
 from tasks.domain import Domain
@@ -41,13 +41,15 @@ def embed(domain: Domain, shards: StageResult) -> StageResult:
     }
 
     def body(writer: ArtifactWriter) -> Mapping[str, int]:
-        index = read_index(images)
+        index, greys = read_index(images), Greys(images)
         frames = []
         for part in images.parts:
             tar = f"{part.name}.tar"
             if tar not in images.files:
                 continue
             name, own = f"{part.name}.features.parquet", {"shard": images.files[tar][1].sha256, "clip": who}
+            if ranges := greys.digest(part.name):
+                own["greys"] = ranges
             found = writer.find(part.name, own)
             if found is None:
                 features = _features(domain, model, images, part.name)

@@ -15,9 +15,9 @@ from models import clip
 from models.settings import ZERO_SHOT
 from storage.artifacts import Artifact, ArtifactStore
 from storage.errors import DataError
-from storage.images import open_image
 from storage.shards import read_index, read_records
 from tasks.card import model_card
+from tasks.decode import opened
 from tasks.domain import Domain
 from tasks.features import centred, read_features, used_centre
 from tasks.stage import StageResult, open_store
@@ -145,6 +145,7 @@ class _Export:
             centre=torch.from_numpy(model.centre),
             scale=model.scale,
             resize=self.domain.clip.resize,
+            grey_range=self.domain.shard.grey_range,
             unknown_below=unknown_below(self.features, model.prototypes, model.scale),
             **{name: None if change is None else torch.from_numpy(change) for name, change in maps.items()},
         )
@@ -188,7 +189,7 @@ class _Export:
         row = {key: number for number, key in enumerate(self.keys)}
         index = read_index(images)
         some = list(islice(read_records(images, index.filter(index["key"].is_in(list(row)))), CHECKED))
-        pixels = torch.stack([predictor.clip.preprocess(open_image(record.data)) for record in some])
+        pixels = torch.stack([predictor.clip.preprocess(opened(record)) for record in some])
         theirs = predictor.answers(pixels, len(self.domain.classes))
         head = self.model
         logits = head.scale * self.features[[row[record.key] for record in some]] @ head.prototypes.T

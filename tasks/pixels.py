@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from storage.artifacts import Artifact
-from storage.images import open_image
 from storage.shards import read_index, read_records
+from tasks.decode import opened
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +27,8 @@ class PixelReader:
     """
 
     def __init__(self, images: Artifact, keys: Sequence[str], preprocess: Callable[[Image], torch.Tensor]) -> None:
-        found = {record.key: record.data for record in read_records(images, read_index(images))}
-        self._data = [found[key] for key in keys]
+        found = {record.key: record for record in read_records(images, read_index(images))}
+        self._records = [found[key] for key in keys]
         self._preprocess = preprocess
         self._pool = ThreadPoolExecutor(4)
 
@@ -38,6 +38,6 @@ class PixelReader:
 
         from models.augment import augment
 
-        images = self._pool.map(lambda row: open_image(self._data[row]), rows.tolist())
+        images = self._pool.map(lambda row: opened(self._records[row]), rows.tolist())
         views = images if seeds is None else self._pool.map(augment, images, seeds.tolist())
         return torch.stack(list(self._pool.map(self._preprocess, views)))

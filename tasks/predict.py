@@ -65,13 +65,13 @@ class Decoder:
         """Pixels of each image, or why there are none, in order."""
         found = self._inspect(batch)
         return [
-            said if isinstance(said, ImageRejected) else self._pixels(data)
+            said if isinstance(said, ImageRejected) else self._pixels(data, said.white)
             for data, said in zip(batch, found, strict=True)
         ]
 
-    def _pixels(self, data: bytes) -> torch.Tensor | ImageRejected:
+    def _pixels(self, data: bytes, white: int | None) -> torch.Tensor | ImageRejected:
         try:
-            return self._predictor.pixels(open_image(data))
+            return self._predictor.pixels(open_image(data), white)
         except Exception as error:  # what inspection accepts, at a smaller size, may still break at the one we need
             return ImageRejected(RejectReason.CORRUPT, f"{type(error).__name__}: {error}"[:300])
 

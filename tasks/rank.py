@@ -13,8 +13,8 @@ from models import clip
 from models.comparative import projections, ranking
 from models.settings import ZERO_SHOT
 from storage.errors import DataError
-from storage.images import open_image
 from storage.shards import read_index, read_records
+from tasks.decode import opened
 from tasks.domain import Domain
 from tasks.features import centred, read_features, used_centre
 from tasks.html import html, picture_url, thumbnail
@@ -125,9 +125,7 @@ def page_of(domain: Domain, shards: StageResult, ranked: Ranked, count: int) -> 
     wanted = {ranked.keys[place] for each in places.values() for place in each}
     images = open_store(domain).open(shards.ref)
     index = read_index(images).filter(pl.col("key").is_in(list(wanted)))
-    pictures = {
-        record.key: picture_url(thumbnail(open_image(record.data), SIDE_PX)) for record in read_records(images, index)
-    }
+    pictures = {record.key: picture_url(thumbnail(opened(record), SIDE_PX)) for record in read_records(images, index)}
     rows = {
         title: [
             Place(place + 1, ranked.paths[place], float(ranked.values[place]), pictures[ranked.keys[place]])

@@ -18,12 +18,12 @@ from models.flat import flat
 from models.screening import FLAGS, FLOOR_WEIGHT
 from models.settings import SEEDLESS, ZERO_SHOTS
 from storage.artifacts import Artifact, ArtifactStore, ArtifactWriter
-from storage.images import open_image
 from storage.objects import ObjectStore
 from storage.shards import overlap, read_index, read_quarantine, read_records
 from storage.tables import read_parquet
 from tasks import html, page
 from tasks.charts import Placed
+from tasks.decode import opened
 from tasks.domain import Domain
 from tasks.features import Features, read_features
 from tasks.pair import read_pairs
@@ -373,7 +373,7 @@ class _Findings:
     ) -> tuple[dict[str, str], dict[str, bytes]]:
         """Paths and small pictures of images, by key."""
         index = read_index(images).filter(pl.col("key").is_in(list(set(keys))))
-        pictures = {record.key: html.thumbnail(open_image(record.data), side) for record in read_records(images, index)}
+        pictures = {record.key: html.thumbnail(opened(record), side) for record in read_records(images, index)}
         return dict(index.select("key", "path").iter_rows()), pictures
 
     def _quarantine(self) -> list[page.QuarantineRow]:

@@ -104,11 +104,14 @@ def _room_for_listings() -> Iterator[None]:
 def _packing(domain: Domain, split: Split) -> Packing:
     settings = domain.shard
     limits = ImageLimits(settings.max_pixels, settings.max_aspect, settings.max_megabytes << 20)
-    return Packing(settings.images, limits, settings.drop_duplicates and split == "train")
+    return Packing(settings.images, limits, settings.drop_duplicates and split == "train", settings.grey_range)
 
 
 def _how(domain: Domain) -> dict[str, Any]:
-    return {"settings": domain.shard.model_dump(), "decoder": decoder_version()}
+    settings = domain.shard.model_dump(mode="json")
+    if settings["grey_range"] == "auto":  # stores of before there was a choice have no such setting
+        del settings["grey_range"]
+    return {"settings": settings, "decoder": decoder_version()}
 
 
 def _refusals(inputs: Mapping[str, Any]) -> tuple[Any, ...]:

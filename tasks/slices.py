@@ -11,8 +11,8 @@ from PIL import Image
 
 from models.images import to_rgb
 from storage.artifacts import Artifact
-from storage.images import open_image
 from storage.shards import read_index, read_records
+from tasks.decode import opened
 
 TWIN = 0.95
 """Cosine of domain-centred features from which two images count as near-identical."""
@@ -45,7 +45,7 @@ def slices(images: Artifact, keys: Sequence[str], test: np.ndarray, train: np.nd
     side = np.sqrt(index["width"].to_numpy().astype(np.float64) * index["height"].to_numpy())
     found = list(_thirds("size", ("smallest", "middle", "largest"), np.arange(len(keys)), side, " px"))
     some = np.sort(np.argsort(np.array(keys))[:LOOKED_AT])
-    sharp = [sharpness(open_image(record.data)) for record in read_records(images, index[some])]
+    sharp = [sharpness(opened(record)) for record in read_records(images, index[some])]
     found += _thirds("sharpness", ("most blurred", "middle", "sharpest"), some, np.array(sharp), "")
     if train is not None:
         twin = nearest(test, train)[1] >= TWIN

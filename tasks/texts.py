@@ -20,7 +20,7 @@ import polars as pl
 from models import clip
 from models.describers import Describer, Engine, EngineStopped, Item, Kind, Text, words
 from models.errors import ModelError
-from models.images import smaller, to_rgb
+from models.images import in_range, smaller, to_rgb
 from models.prompts import fill
 from models.settings import (
     ClipSettings,
@@ -36,7 +36,7 @@ from storage.errors import DataError, StorageError
 from storage.fingerprint import canonical_json, sha256
 from storage.images import open_image
 from storage.objects import ObjectStore
-from storage.shards import read_image, read_index
+from storage.shards import Greys, read_image, read_index
 from storage.tables import read_parquet
 from tasks.domain import Domain
 from tasks.features import read_features
@@ -92,6 +92,7 @@ class Gallery:
         self.index = read_index(images).filter(pl.col("key").is_in(labels["key"].implode()))
         self._place = {key: row for row, key in enumerate(self.index["key"])}
         self.labels = dict(labels.iter_rows())
+        self._greys = Greys(images)
         self._digests, self.paths = self.index["sha256"].to_list(), self.index["path"].to_list()
         self._opened = functools.lru_cache(_DECODED)(self._open)
 
@@ -110,8 +111,8 @@ class Gallery:
         return np.asarray(features[[place[key] for key in keys]])
 
     def digest(self, key: str) -> str:
-        """Content digest of the image."""
-        return str(self._digests[self._place[key]])
+        """Content digest of the image as it is seen."""
+        return self._greys.content(key, str(self._digests[self._place[key]]))
 
     def keys_by_shard(self) -> dict[str, list[str]]:
         """Shard name -> keys of its live images."""
@@ -153,7 +154,7 @@ class Gallery:
             data = read_image(self._images, at["shard"], at["offset"], at["bytes"], at["sha256"])
         except StorageError as error:  # no fault of the image
             raise EngineStopped(str(error)) from error
-        image, describer = open_image(data), self._domain.describer
+        image, describer = in_range(open_image(data), self._greys.range(at["key"])), self._domain.describer
         image.load()  # here, as threads share it
         image = to_rgb(image)
         return smaller(image, describer.longest_px) if isinstance(describer, LanguageModelSettings) else image
