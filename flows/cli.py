@@ -338,13 +338,22 @@ def serve(
         ),
     ] = "127.0.0.1",
     max_megabytes: Annotated[int, typer.Option(min=1, max=1024, help="Of a request.")] = 32,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A name by which clients call it, as in http://NAME/, beside localhost and the address it listens at. "
+            "May be given more than once.",
+        ),
+    ] = None,
 ) -> None:
     """Answer images over HTTP by a model that `export` wrote: POST /predict, GET /health, and a page to try it."""
     from flows.serve import Limits
     from flows.serve import serve as served
 
     limits = Limits(max_bytes=max_megabytes << 20)
-    served(model, host, port, limits, lambda address: out.print(f"serving  {model} at {address}"))
+    ready = f"serving  {model} at "
+    served(model, host, port, limits, lambda address: out.print(ready + address), allow_host or ())
 
 
 @app.command()
