@@ -22,7 +22,6 @@ from storage.captions import CaptionStore
 from storage.errors import DataError, StorageError
 from storage.upkeep import Loose
 from tasks.domain import ConfigError, Domain
-from tasks.history import History
 from tasks.select import read_selection
 from tasks.stage import StageResult, open_store
 
@@ -142,10 +141,11 @@ def show(
     ] = None,
 ) -> None:
     """List the artifacts of a domain; or follow one image from source to prediction."""
+    from flows.upkeep import history as held
     from tasks.lineage import lineage
 
     settings = Domain.load(domain)
-    history = History(open_store(settings), settings.name)
+    history = held(settings)
     out.print(console.artifacts(history) if image is None else console.lineage(lineage(settings, history, image)))
 
 
@@ -159,8 +159,10 @@ def explain(
     other: Annotated[str | None, typer.Argument(help="A second artifact of the stage.", show_default=False)] = None,
 ) -> None:
     """Say in words what an artifact was made from; or why two artifacts of a stage are not the same."""
+    from flows.upkeep import history as held
+
     settings = Domain.load(domain)
-    history = History(open_store(settings), settings.name)
+    history = held(settings)
     first = history.find(artifact)
     if other is None:
         out.print(console.artifact(history, first))
