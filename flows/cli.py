@@ -22,7 +22,6 @@ from storage.captions import CaptionStore
 from storage.errors import DataError, StorageError
 from storage.upkeep import Loose
 from tasks.domain import ConfigError, Domain
-from tasks.history import History
 from tasks.select import read_selection
 from tasks.stage import StageResult, open_store
 
@@ -144,10 +143,11 @@ def show(
     ] = None,
 ) -> None:
     """List the artifacts of a domain; or follow one image from source to prediction."""
+    from flows.upkeep import history as held
     from tasks.lineage import lineage
 
     settings = Domain.load(domain)
-    history = History(open_store(settings), settings.name)
+    history = held(settings)
     out.print(console.artifacts(history) if image is None else console.lineage(lineage(settings, history, image)))
 
 
@@ -161,8 +161,10 @@ def explain(
     other: Annotated[str | None, typer.Argument(help="A second artifact of the stage.", show_default=False)] = None,
 ) -> None:
     """Say in words what an artifact was made from; or why two artifacts of a stage are not the same."""
+    from flows.upkeep import history as held
+
     settings = Domain.load(domain)
-    history = History(open_store(settings), settings.name)
+    history = held(settings)
     first = history.find(artifact)
     if other is None:
         out.print(console.artifact(history, first))
@@ -344,13 +346,22 @@ def serve(
         ),
     ] = "127.0.0.1",
     max_megabytes: Annotated[int, typer.Option(min=1, max=1024, help="Of a request.")] = 32,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A name by which clients call it, as in http://NAME/, beside localhost and the address it listens at. "
+            "May be given more than once.",
+        ),
+    ] = None,
 ) -> None:
     """Answer images over HTTP by a model that `export` wrote: POST /predict, GET /health, and a page to try it."""
     from flows.serve import Limits
     from flows.serve import serve as served
 
     limits = Limits(max_bytes=max_megabytes << 20)
-    served(model, host, port, limits, lambda address: out.print(f"serving  {model} at {address}"))
+    ready = f"serving  {model} at "
+    served(model, host, port, limits, lambda address: out.print(ready + address), allow_host or ())
 
 
 @app.command()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import ctypes
 import hashlib
 import importlib.util
 import queue
@@ -20,7 +21,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, S
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import uvicorn
@@ -29,18 +30,22 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.types import ASGIApp
 
+from flows.peers import HalfSent, Impatient, OwnNames, Refused, Waiting
 from models.errors import ModelError
 from models.predictor import Predictor
 from storage.errors import DataError
-from storage.images import ImageLimits, ImageRejected
+from storage.images import ImageLimits, ImageRejected, RejectReason
 from tasks.predict import Decoder
 
 TOP = 5
 BATCH, WAIT_S = 32, 0.004
 """Images that go through the model at once, and how long the first of them waits for others."""
 _THREADS = 4
+_LARGE = 12_500_000
+"""Pixels above which images are decoded one at a time, so that they leave room for others, in memory and in threads."""
+_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 8 << 20
 _PAGE = Path(__file__).with_name("serve.html")
 
 
@@ -53,18 +58,23 @@ class Limits:
     max_files: int = 64
     max_pixels: int = 50_000_000
     """Of an image; larger ones are not decoded."""
-    requests: int = 32
-    """That are being received or answered; more are asked to come back."""
+    request_pixels: int = 100_000_000
+    """Of all images of a request; what goes beyond is not decoded."""
+    requests: int = 256
+    """That are here and not answered; more are asked to come back."""
+    half_sent: int = 256
+    """Requests that are not all here, and again connections on which none begins; of more, the oldest give way."""
     seconds: float = 20.0
     """To send a request, and again to send the next."""
 
+    @property
+    def short(self) -> int:
+        """Bytes of a request for which room is kept."""
+        return self.max_bytes // 32
 
-class Refused(Exception):
-    """A request that is answered with an error, and what to do about it."""
-
-    def __init__(self, status: int, error: str, what_to_do: str, **more: Any) -> None:
-        super().__init__(error)
-        self.status, self.content = status, {"error": error, "what_to_do": what_to_do, **more}
+    def memory(self, requests: int) -> int:
+        """Bytes that so many requests may hold together: each counts as a short one, and as much as it has."""
+        return requests * self.short
 
 
 class File(NamedTuple):
@@ -126,28 +136,38 @@ class Batcher:
         return batch
 
 
-def serve(folder: Path, host: str, port: int, limits: Limits, on_ready: Callable[[str], None]) -> None:
+def serve(
+    folder: Path,
+    host: str,
+    port: int,
+    limits: Limits,
+    on_ready: Callable[[str], None],
+    names: Sequence[str] = (),
+) -> None:
     """Load the model and answer until the process is told to end.
 
     Args:
         port: 0 for any that is free.
         on_ready: called with the address once it can be reached.
+        names: by which clients call it, beside localhost and the addresses of this machine.
 
     Raises:
         ModelError: the folder is not a sound model, or a package is missing.
-        DataError: the address is taken, or not one of this machine.
+        DataError: the address is taken, or not one of this machine; or a name is none.
     """
     if importlib.util.find_spec("python_multipart") is None:
         raise ModelError("serving needs the package python-multipart; run: pip install 'latteflow[serve]'")
+    _return_memory()
     predictor = Predictor.load(folder)
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
         raise DataError(f"cannot listen at {host} port {port} ({error}); choose another --port or --host") from error
     with listener, Decoder(predictor, ImageLimits(max_pixels=limits.max_pixels), limits.seconds) as decode:
+        silent = {"seconds": limits.seconds, "waiting": Waiting(limits.half_sent)}
         config = uvicorn.Config(
-            build(predictor, decode, folder.resolve().name, limits),
-            http=type("Protocol", (_Impatient,), {"seconds": limits.seconds}),
+            build(predictor, decode, folder.resolve().name, limits, [host, *names]),
+            http=type("Protocol", (Impatient,), silent),
             ws="none",
             log_config=None,
             server_header=False,
@@ -159,12 +179,13 @@ def serve(folder: Path, host: str, port: int, limits: Limits, on_ready: Callable
             uvicorn.Server(config).run(sockets=[listener])
 
 
-def build(predictor: Predictor, decode: Decoder, name: str, limits: Limits) -> FastAPI:
-    """The application."""
+def build(predictor: Predictor, decode: Decoder, name: str, limits: Limits, names: Sequence[str]) -> ASGIApp:
+    """The application, for clients that call it by one of these names."""
     batcher = Batcher(lambda pixels: _said(predictor, pixels))
     pool = ThreadPoolExecutor(_THREADS, "decode")
     page, policy = _page()
-    under_way = 0
+    one_large = asyncio.Lock()
+    under_way = held = 0
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -179,28 +200,46 @@ def build(predictor: Predictor, decode: Decoder, name: str, limits: Limits) -> F
     app.add_exception_handler(Exception, _broken)
 
     @contextlib.contextmanager
-    def room() -> Iterator[None]:
-        nonlocal under_way
-        if under_way >= limits.requests:
+    def room(size: int) -> Iterator[None]:
+        """For a request of so many bytes. Long ones leave a quarter to short ones."""
+        nonlocal under_way, held
+        weight, most = limits.short + size, limits.memory(limits.requests)
+        if size > limits.short:
+            most = most * 3 // 4
+        if under_way and held + weight > most:
             raise Refused(503, f"{under_way} requests are being answered", "try again in a second")
-        under_way += 1
+        under_way, held = under_way + 1, held + weight
         try:
             yield
         finally:
-            under_way -= 1
+            under_way, held = under_way - 1, held - weight
+
+    async def decoded(data: bytes, most: int) -> tuple[torch.Tensor | ImageRejected, int]:
+        """Pixels of an image that has at most so many, or why there are none; and how many."""
+        loop = asyncio.get_running_loop()
+        found, size = await loop.run_in_executor(pool, decode.one, data, min(most, _LARGE))
+        if isinstance(found, ImageRejected) and found.reason is RejectReason.TOO_LARGE and most > _LARGE:
+            async with one_large:
+                found, size = await loop.run_in_executor(pool, decode.one, data, most)
+        return found, size
 
     async def answer(files: Sequence[File]) -> list[dict[str, Any]]:
-        loop = asyncio.get_running_loop()
-        decoded = await loop.run_in_executor(pool, decode, [file.data for file in files])
-        waiting = [_why(each) if isinstance(each, ImageRejected) else batcher(each) for each in decoded]
+        left = limits.request_pixels
+        waiting: list[dict[str, Any] | Future[dict[str, Any]]] = []
+        for file in files:  # one after the other, so that requests take turns
+            found, size = await decoded(file.data, min(left, limits.max_pixels))
+            left -= size
+            waiting.append(_why(found, left, limits) if isinstance(found, ImageRejected) else batcher(found))
         said = [await asyncio.wrap_future(each) if isinstance(each, Future) else each for each in waiting]
         return [{"file": file.name, **each} for file, each in zip(files, said, strict=True)]
 
     @app.post("/predict")
     async def predict(request: Request) -> JSONResponse:
         """One image as the body, or one and more as multipart/form-data."""
-        with room():
-            found = await answer(await _files(request, limits))
+        is_form = _is_form(request)
+        data = await _body(request, limits)
+        with room(len(data)):
+            found = await answer(await _files(request, data, limits) if is_form else [File("", data)])
         if all("error" in each for each in found):
             raise Refused(422, found[0]["error"], found[0]["what_to_do"], predictions=found)
         return JSONResponse({"model": name, "predictions": found})
@@ -214,34 +253,11 @@ def build(predictor: Predictor, decode: Decoder, name: str, limits: Limits) -> F
     async def index() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"})
 
-    return app
+    return HalfSent(OwnNames(app, names), limits.seconds, Waiting(limits.memory(limits.half_sent)), limits.short)
 
 
-class _Impatient(H11Protocol):
-    """Closes a connection on which no request begins in time; the application times the rest of a request."""
-
-    seconds: ClassVar[float]
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._watch()
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self._watch()
-
-    def _watch(self) -> None:
-        before = self.cycle
-
-        def look() -> None:
-            if self.cycle is before:
-                self.transport.abort()
-
-        self.loop.call_later(self.seconds, look)
-
-
-async def _files(request: Request, limits: Limits) -> list[File]:
-    """The images of a request."""
+def _is_form(request: Request) -> bool:
+    """Whether a request is a form, and not an image."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     is_form = kind == "multipart/form-data"
     if not (is_form or kind.startswith("image/") or kind == "application/octet-stream"):
@@ -250,9 +266,11 @@ async def _files(request: Request, limits: Limits) -> list[File]:
             f"content type {kind[:80]!r} is not understood",
             "send an image with the content type image/jpeg or the like, or a form as multipart/form-data",
         )
-    data = await _body(request, limits)
-    if not is_form:
-        return [File("", data)]
+    return is_form
+
+
+async def _files(request: Request, data: bytes, limits: Limits) -> list[File]:
+    """The images of a form."""
 
     async def stream() -> AsyncGenerator[bytes, None]:
         yield data
@@ -273,26 +291,24 @@ async def _files(request: Request, limits: Limits) -> list[File]:
 
 
 async def _body(request: Request, limits: Limits) -> bytes:
-    # uvicorn reads on and forgets what comes after a refusal, so that the client gets to hear it.
     too_much = Refused(
         413, f"the request is larger than {limits.max_bytes:,} bytes", "send fewer or smaller images at a time"
     )
     declared = request.headers.get("content-length", "0")
     if declared.isdigit() and int(declared) > limits.max_bytes:
         raise too_much
-    pieces, size = [], 0
-    try:
-        async with asyncio.timeout(limits.seconds):
-            async for piece in request.stream():
-                size += len(piece)
-                if size > limits.max_bytes:
-                    raise too_much
-                pieces.append(piece)
-    except TimeoutError:
-        raise Refused(
-            408, f"the request did not arrive within {limits.seconds:g} s", "send it faster, or a smaller image"
-        ) from None
-    return b"".join(pieces)
+    data = bytearray()
+    async for piece in request.stream():
+        data += piece
+        if len(data) > limits.max_bytes:
+            raise too_much
+    return bytes(data)
+
+
+def _return_memory() -> None:
+    """Have the C library give large blocks back as soon as they are free; else it keeps what the largest image took."""
+    with contextlib.suppress(AttributeError):  # other libraries do so, or have another name for it
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE_BLOCK)
 
 
 def _said(predictor: Predictor, pixels: torch.Tensor) -> list[dict[str, Any]]:
@@ -311,8 +327,14 @@ def _said(predictor: Predictor, pixels: torch.Tensor) -> list[dict[str, Any]]:
     ]
 
 
-def _why(rejected: ImageRejected) -> dict[str, Any]:
-    """An image without an answer, as it is told."""
+def _why(rejected: ImageRejected, left: int, limits: Limits) -> dict[str, Any]:
+    """An image without an answer, as it is told; ``left`` are the pixels that a request still has."""
+    if rejected.reason is RejectReason.TOO_LARGE and left < limits.max_pixels:
+        return {
+            "error": f"the image cannot be used: {rejected}, what those before it left of {limits.request_pixels:,}",
+            "reason": rejected.reason.value,
+            "what_to_do": "send fewer or smaller images at a time",
+        }
     return {
         "error": f"the image cannot be used: {rejected}",
         "reason": rejected.reason.value,
@@ -321,7 +343,8 @@ def _why(rejected: ImageRejected) -> dict[str, Any]:
 
 
 async def _refused(request: Request, error: Any) -> JSONResponse:
-    return JSONResponse(error.content, error.status, {"Retry-After": "1"} if error.status == 503 else None)
+    response: JSONResponse = error.answer()
+    return response
 
 
 async def _http(request: Request, error: Any) -> JSONResponse:

@@ -22,18 +22,34 @@ def histories(files: Sequence[Domain], url: str | None) -> list[History]:
 
     Raises:
         ConfigError: neither domain files nor a store were given, or both.
-        DataError: the store is empty.
+        DataError: there is no such store, or nothing of a domain in it.
     """
     if bool(files) == bool(url):
         raise ConfigError("give domain files, or --store URL for all domains of a store")
     if url:
         store = ArtifactStore(ObjectStore(url))
-        found = [History(store, name) for name in domains(store.objects)]
+        names = domains(store.objects)
+        found = [each for each in (History(store, name) for name in names) if each.inventory.is_domain]
         if not found:
-            raise DataError(f"store {url!r} holds nothing; check the path")
+            what = f"{url!r} is no store: latteflow wrote none of it" if names else f"store {url!r} holds nothing"
+            raise DataError(f"{what}; check the path")
         return found
     distinct = {(each.store, each.name): each for each in files}
-    return [History(open_store(each), each.name) for each in distinct.values()]
+    return [history(each) for each in distinct.values()]
+
+
+def history(domain: Domain) -> History:
+    """What the store of a domain holds of it.
+
+    Raises:
+        DataError: nothing.
+    """
+    found = History(open_store(domain), domain.name)
+    if not found.inventory.is_domain:
+        raise DataError(
+            f"store {domain.store!r} holds nothing of domain {domain.name!r}; run it first, or check `store` and `name`"
+        )
+    return found
 
 
 def stores(found: Sequence[History]) -> list[ArtifactStore]:

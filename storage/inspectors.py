@@ -15,7 +15,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -54,20 +54,24 @@ class Inspectors:
         for number, process in enumerate(held):
             self._idle.put(process or (self._start() if number < processes else None))
 
-    def __call__(self, batch: Sequence[bytes]) -> list[ImageInfo | ImageRejected]:
+    def __call__(self, batch: Sequence[bytes], most: int | None = None) -> list[ImageInfo | ImageRejected]:
         """What each image is, or why it is refused, in order.
+
+        Args:
+            most: pixels of an image, where these have a lower limit than others.
 
         Raises:
             StorageError: the process cannot be started at all.
         """
         if not batch:
             return []
-        answers = self._ask(batch)
+        most = self._limits.max_pixels if most is None else min(most, self._limits.max_pixels)
+        answers = self._ask(batch, most)
         if isinstance(answers, list):
             return answers
         if len(batch) > 1 or answers in _FROM_OUTSIDE:
             # Something in the batch broke the decoder, or somebody ended the process: once more, one by one.
-            alone = [self._ask([data]) for data in batch]
+            alone = [self._ask([data], most) for data in batch]
             return [found[0] if isinstance(found, list) else self._refused(found) for found in alone]
         return [self._refused(answers)]
 
@@ -78,7 +82,7 @@ class Inspectors:
         while not self._idle.empty():
             _end(self._idle.get())
 
-    def _ask(self, batch: Sequence[bytes]) -> list[ImageInfo | ImageRejected] | int:
+    def _ask(self, batch: Sequence[bytes], most: int) -> list[ImageInfo | ImageRejected] | int:
         """The answers, or the code with which the process ended."""
         process, sound = self._idle.get(), False
         try:
@@ -89,7 +93,8 @@ class Inspectors:
                     raise StorageError(f"images cannot be inspected: `{' '.join(self._command)}` does not start")
                 self._ready.add(process.pid)
             try:
-                process.stdin.write(b"".join([struct.pack(f"<I{len(batch)}Q", len(batch), *map(len, batch)), *batch]))
+                header = struct.pack(f"<IQ{len(batch)}Q", len(batch), most, *map(len, batch))
+                process.stdin.write(b"".join([header, *batch]))
                 process.stdin.flush()
                 line = process.stdout.readline()
                 sound = line.endswith(b"\n")
@@ -145,15 +150,15 @@ def _serve(limits: ImageLimits, seconds: float) -> None:
     _confine(limits)
     out.write(_READY)
     out.flush()
-    while header := source.read(4):
-        (count,) = struct.unpack("<I", header)
+    while header := source.read(12):
+        count, most = struct.unpack("<IQ", header)
         sizes = struct.unpack(f"<{count}Q", source.read(8 * count))
         batch = [source.read(size) for size in sizes]
         answers: list[list[Any]] = []
         signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends the process
         for data in batch:
             try:
-                answers.append([*astuple(inspect(data, limits))])
+                answers.append([*astuple(inspect(data, replace(limits, max_pixels=most)))])
             except ImageRejected as rejected:
                 answers.append([rejected.reason.value, rejected.detail])
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -11,8 +12,13 @@ from typing import Any
 
 from storage.artifacts import Artifact, ArtifactStore
 from storage.errors import Damaged, NotFound
-from storage.objects import ObjectStore, Stored
+from storage.objects import ObjectStore, Stored, is_unfinished
 
+_OWN = re.compile(
+    r"[^/]+/[^/]+/(?:[0-9a-f]{64}/(?:manifest|stats|running)\.json|parts/[0-9a-f]{64}\.json"
+    r"|data/[^/.]*\.[0-9a-f]{16}(?:\.[^/]*)?|damaged/[^/]*[0-9a-f]{16}[^/]*|checkpoints/[0-9a-f]+\.safetensors)"
+)
+"""Keys of what stages write, in a domain."""
 log = logging.getLogger("latteflow.storage")
 CAPTIONS = "captions"
 """The one folder of a store that is not a domain."""
@@ -27,22 +33,28 @@ class Made:
 
 
 def domains(objects: ObjectStore) -> list[str]:
-    """The domains that have something in this store."""
+    """Folders of a store that may be domains; see :attr:`Inventory.is_domain`."""
     return [name for name in objects.names("") if name != CAPTIONS]
 
 
 class Inventory:
-    """One domain of a store, as it was when this object was made."""
+    """One domain of a store, as it was when this object was made. What others put there is left out."""
 
     def __init__(self, store: ArtifactStore, domain: str) -> None:
         self.store, self.domain = store, domain
-        self.objects = store.objects.listing(domain)
+        found = store.objects.listing(domain).items()
+        self.objects = {key: stored for key, stored in found if _OWN.fullmatch(key) or is_unfinished(key)}
         self._manifests: dict[str, list[tuple[float, str]]] = defaultdict(list)
         self._read: dict[str, Artifact | None] = {}
         for key, stored in self.objects.items():
             match key.split("/"):
                 case [_, stage, folder, "manifest.json"] if len(folder) == 64:
                     self._manifests[stage].append((-stored.modified, key))
+
+    @property
+    def is_domain(self) -> bool:
+        """Whether a stage wrote here."""
+        return any(map(_OWN.fullmatch, self.objects))
 
     @property
     def stages(self) -> list[str]:

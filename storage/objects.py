@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import threading
 import time
@@ -20,21 +21,20 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+from storage.drivers import Kind, answer, open_fs, passing, said, sort, told
 from storage.errors import NotFound, StorageError
 from storage.fingerprint import sha256, sha256_file
-from storage.retry import answer, driver_errors, passing, retried, said
+from storage.retry import retried
 
 T = TypeVar("T")
 
 # File systems whose fsspec driver passes mode="create" on to the server as a precondition.
 _CONDITIONAL = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}
 _S3 = ("s3://", "s3a://")
-TEMPORARY = ".tmp-"
-"""How the names of unfinished writes begin."""
+_TEMPORARY = ".tmp-"
 _LEFTOVER_SECONDS = 86_400
 _MARKER = ".latteflow"
 _WRITE = "latteflow-write"
@@ -76,10 +76,7 @@ class ObjectStore:
             # the driver a request to learn the size before each read.
             options["config_kwargs"] = {"retries": {"total_max_attempts": 1}, **(options.get("config_kwargs") or {})}
             options = {"max_concurrency": 1, **options}
-        try:
-            self._fs, root = fsspec.url_to_fs(url, use_listings_cache=False, **options)
-        except (ValueError, ImportError) as error:
-            raise StorageError(f"store {url!r} cannot be opened: {error}") from error
+        self._fs, root = open_fs(url, "store", **options)
         self.url = url.rstrip("/")
         self._root = root.rstrip("/")
         self._patience = patience
@@ -241,7 +238,7 @@ class ObjectStore:
     @contextlib.contextmanager
     def _temporary(self, target: Path, data: bytes | Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
+        temporary = target.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
         try:
             with temporary.open("xb") as out:
                 if isinstance(data, Path):
@@ -287,14 +284,14 @@ class ObjectStore:
                 self._fs.put_file(str(data), self.path(key), **how)
             else:
                 self._fs.pipe_file(self.path(key), _bytes(data), **how)
-        except OSError as error:
+        except Exception as error:
             status, code = answer(error)
             # The upload may be gone because it was completed, without our hearing of it.
             if status == 412 or (code == "NoSuchUpload" and self._fs.exists(self.path(key))):
                 raise FileExistsError(key) from error
             if code == "NoSuchUpload":
                 raise TimeoutError(f"the upload of {key} expired") from error
-            if not (self._s3 or passing(error)) and self._fs.exists(self.path(key)):
+            if not (self._s3 or sort(error) is None or passing(error)) and self._fs.exists(self.path(key)):
                 raise FileExistsError(key) from error  # other drivers have other words for a failed precondition
             raise
 
@@ -326,7 +323,7 @@ class ObjectStore:
                 self._create_conditional(_MARKER, b"objects here are created conditionally\n", uuid.uuid4().hex)
             except FileExistsError:
                 return False
-            except OSError as error:
+            except Exception as error:
                 if answer(error)[0] == 501:
                     raise StorageError(
                         f"store {self.url!r} has no conditional create ({said(error)}), {advice}"
@@ -365,36 +362,41 @@ class ObjectStore:
         remote = not (self._local or self._memory)
         try:
             return retried(call, self._patience, f"{action} {self.address(key)}") if remote else call()
-        except FileNotFoundError as error:
+        except Exception as error:
+            kind = sort(error)
+            if kind is None:
+                raise
+            if kind is not Kind.MISSING:
+                raise StorageError(f"cannot {action} {self.address(key)}: {self._advice(kind, error)}") from error
             if action == "write" and remote:
                 raise StorageError(f"cannot write {self.address(key)}: {said(error)}; create it first") from error
             raise NotFound(f"{self.address(key)} does not exist") from error
-        except Exception as error:
-            if not isinstance(error, (OSError, *driver_errors())):
-                raise
-            raise StorageError(f"cannot {action} {self.address(key)}: {self._advice(error)}") from error
 
-    def _advice(self, error: Exception) -> str:
+    def _advice(self, kind: Kind, error: Exception) -> str:
         advice = {
             errno.ENOSPC: "the disk is full: free some space and run again; finished parts are kept",
             errno.EDQUOT: "the disk quota is used up: free some space and run again; finished parts are kept",
             errno.EACCES: "permission denied: check the owner of the folder",
             errno.EROFS: "the file system is read-only: choose another `store` in the domain file",
+            errno.ENOTDIR: "a file is where a folder should be: choose another `store` in the domain file",
         }.get(getattr(error, "errno", None) or 0)
         if advice or self._local or self._memory:
             return advice or said(error)
-        if isinstance(error, PermissionError):
-            return f"access denied ({said(error)}): check the credentials, their rights on the bucket, and the clock"
-        if passing(error):
+        if kind in (Kind.BUSY, Kind.NETWORK):
             return (
-                f"{said(error)}; tried for {self._patience:.0f} s: check the server and the network, and run again; "
+                f"{told(error)}; tried for {self._patience:.0f} s: check the server and the network, and run again; "
                 "finished parts are kept"
             )
-        return said(error)
+        return told(error)
+
+
+def is_unfinished(key: str) -> bool:
+    """Whether an object is what a writer of ours has not finished."""
+    return re.fullmatch(rf"{re.escape(_TEMPORARY)}[0-9a-f]{{32}}", key.rsplit("/", 1)[-1]) is not None
 
 
 def _visible(name: str) -> bool:
-    return not name.startswith((TEMPORARY, _MARKER))
+    return not name.startswith((_TEMPORARY, _MARKER))
 
 
 def _modified(info: Mapping[str, Any]) -> float:
@@ -422,7 +424,7 @@ def _sweep(folder: Path, fresh: Path) -> None:
     now = fresh.stat().st_mtime
     for entry in os.scandir(folder):
         with contextlib.suppress(FileNotFoundError):
-            if entry.name.startswith(TEMPORARY) and abs(now - entry.stat().st_mtime) > _LEFTOVER_SECONDS:
+            if is_unfinished(entry.name) and abs(now - entry.stat().st_mtime) > _LEFTOVER_SECONDS:
                 Path(entry.path).unlink()
 
 

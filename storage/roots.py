@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from storage.drivers import open_fs, passing, said, sort, told
 from storage.errors import DataError, StorageError
 from storage.fingerprint import sha256
-from storage.retry import driver_errors, passing, retried, said
+from storage.retry import retried
 
 T = TypeVar("T")
 _PATIENCE = 60.0
@@ -40,10 +40,7 @@ class Root:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        try:
-            self._fs, path = fsspec.url_to_fs(url, use_listings_cache=False)
-        except (ValueError, ImportError) as error:
-            raise StorageError(f"source {url!r} cannot be opened: {error}") from error
+        self._fs, path = open_fs(url, "source")
         self.is_local = isinstance(self._fs, LocalFileSystem)
         self._path = path.rstrip("/")
         with self._explained():
@@ -128,17 +125,23 @@ class Root:
         # A source that is out of reach is not a source full of bad images: it stops the run.
         try:
             return retried(call, _PATIENCE, f"reading {self.url}")
-        except _errors() as error:
+        except Exception as error:
+            if sort(error) is None:
+                raise
             if passing(error):
-                raise StorageError(f"source {self.url!r} cannot be reached: {said(error)}") from error
+                raise StorageError(f"source {self.url!r} cannot be reached: {told(error)}") from error
             raise error if isinstance(error, OSError) else OSError(said(error)) from error
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except _errors() as error:
-            raise StorageError(f"source {self.url!r} cannot be listed: {said(error)}") from error
+        except Exception as error:
+            if sort(error) is None:
+                raise
+            raise StorageError(
+                f"source {self.url!r} cannot be listed: {said(error) if self.is_local else told(error)}"
+            ) from error
 
 
 class _Ranges(io.RawIOBase):
@@ -163,10 +166,6 @@ class _Ranges(io.RawIOBase):
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
-
-
-def _errors() -> tuple[type[Exception], ...]:
-    return OSError, *driver_errors()
 
 
 def is_hidden(name: str) -> bool:

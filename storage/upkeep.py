@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -14,7 +15,7 @@ from storage.captions import CaptionStore
 from storage.errors import Damaged, NotFound, StorageError
 from storage.fingerprint import fingerprint, sha256_file
 from storage.inventory import CAPTIONS, Inventory
-from storage.objects import TEMPORARY
+from storage.objects import is_unfinished
 
 _KINDS = ("artifact", "part", "file", "damaged", "unfinished")
 
@@ -65,8 +66,9 @@ def leftovers(store: ArtifactStore, older_than: float, now: float | None = None)
     limit = (time.time() if now is None else now) - older_than
     found = []
     for key, stored in store.objects.listing(CAPTIONS).items():
-        kind = "damaged" if key.startswith(f"{CAPTIONS}/damaged/") else "unfinished"
-        if stored.modified <= limit and (kind == "damaged" or key.rsplit("/", 1)[-1].startswith(TEMPORARY)):
+        damaged = re.fullmatch(rf"{CAPTIONS}/damaged/[0-9a-f]{{12}}-[^/]+\.parquet", key)
+        kind = "damaged" if damaged else "unfinished"
+        if stored.modified <= limit and (damaged or is_unfinished(key)):
             found.append(Loose(key, stored.bytes, kind))
     return found
 
@@ -74,7 +76,7 @@ def leftovers(store: ArtifactStore, older_than: float, now: float | None = None)
 def _kind(key: str) -> str | None:
     """What an object is, by its place in a domain; None for what is no business of ours."""
     _, _, folder, *rest = [*key.split("/"), "", ""]
-    if key.rsplit("/", 1)[-1].startswith(TEMPORARY):
+    if is_unfinished(key):
         return "unfinished"
     if folder in ("parts", "data", "damaged"):
         return {"parts": "part", "data": "file", "damaged": "damaged"}[folder]

@@ -69,6 +69,11 @@ class Decoder:
             for data, said in zip(batch, found, strict=True)
         ]
 
+    def one(self, data: bytes, most: int) -> tuple[torch.Tensor | ImageRejected, int]:
+        """Pixels of an image that has at most so many as it is stored, or why there are none; and how many it has."""
+        (said,) = self._inspect([data], most)
+        return (said, 0) if isinstance(said, ImageRejected) else (self._pixels(data, said.white), said.width * said.height)
+
     def _pixels(self, data: bytes, white: int | None) -> torch.Tensor | ImageRejected:
         try:
             return self._predictor.pixels(open_image(data), white)

@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 import fsspec
 import polars as pl
 
+from storage.drivers import sort, told
 from storage.errors import DataError
 from storage.fingerprint import canonical_json, sha256
 
@@ -45,6 +46,10 @@ def read_by_path(url: str, column: str, sources: Sequence[str], paths: Sequence[
             example = next(iter(table), "(no row)")
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"{column} file {url!r} cannot be read: {error}") from error
+    except Exception as error:
+        if sort(error) is None:
+            raise
+        raise DataError(f"{column} file {url!r} cannot be read: {told(error)}") from error
     if not values:
         raise DataError(
             f"{url!r} has no {column} for any of the {len(paths)} images: its paths look like {example!r}, the images' "
@@ -69,6 +74,10 @@ def digest_of_table(url: str) -> str:
         return sha256(canonical_json([[path[len(root) :], sha256(fs.cat_file(path))] for path in texts]))
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"{url!r} cannot be read: {error}") from error
+    except Exception as error:
+        if sort(error) is None:
+            raise
+        raise DataError(f"{url!r} cannot be read: {told(error)}") from error
 
 
 def _read(data: bytes, name: str, url: str, column: str) -> dict[str, str]:

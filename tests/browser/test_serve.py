@@ -4,12 +4,15 @@ import contextlib
 import io
 import json
 import re
+import resource
+import select
 import shutil
 import socket
 import struct
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,8 +38,8 @@ SERVER = """
 import sys
 from pathlib import Path
 from flows.serve import Limits, serve
-limits = Limits(max_bytes=1 << 20, requests=8, seconds=5.0)
-serve(Path(sys.argv[1]), "127.0.0.1", 0, limits, lambda url: print(url, flush=True))
+limits = Limits(max_bytes=1 << 20, request_pixels=60_000_000, requests=16, half_sent=64, seconds=5.0)
+serve(Path(sys.argv[1]), "127.0.0.1", 0, limits, lambda url: print(url, flush=True), ["photos.example.org"])
 """
 
 
@@ -67,18 +70,24 @@ def export_tiny(tiny_clip: Path, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def url(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def service(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
+    """Its address and process."""
     folder = tmp_path_factory.mktemp("served") / "shapes"
     export_tiny(tiny_clip, folder)
     process = subprocess.Popen([sys.executable, "-c", SERVER, str(folder)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        yield process.stdout.readline().strip()
+        yield process.stdout.readline().strip(), process.pid
         process.terminate()
         assert process.wait(20) in (0, -15)
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def url(service: tuple[str, int]) -> str:
+    return service[0]
 
 
 @pytest.fixture(autouse=True)
@@ -152,6 +161,74 @@ def test_a_hundred_megabytes(url: str) -> None:
     )
 
 
+def resident_mb(pid: int) -> float:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is told by /proc")
+def test_the_pixels_of_a_request_are_bounded_and_their_memory_returned(service: tuple[str, int]) -> None:
+    url, pid = service
+    httpx.post(f"{url}/predict", content=encoded(), headers=PNG)
+    before = resident_mb(pid)
+    pictures = [png(7000, 7000), png(5000, 4000), encoded()]
+    files = [("file", ("a.png", each)) for each in pictures]
+    said = httpx.post(f"{url}/predict", files=files, timeout=120).json()["predictions"]
+    assert ["error" in each for each in said] == [False, True, False]
+    assert said[1]["reason"] == "too_large" and "fewer" in said[1]["what_to_do"]
+    assert "the limit is 11,000,000, what those before it left of 60,000,000" in said[1]["error"]
+    assert resident_mb(pid) < before + 100  # it took a quarter of a gigabyte
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "length", "status"),
+    [
+        ("/predict", "image/png", "Content-Length: 34603008", 413),
+        ("/predict", "image/png", "Transfer-Encoding: chunked", 413),
+        ("/predict", "text/html", "Content-Length: 34603008", 415),
+        ("/nowhere", "image/png", "Content-Length: 34603008", 404),
+    ],
+)
+@pytest.mark.parametrize("connection", ["close", "keep-alive"])
+def test_who_sends_all_before_reading_hears_why(
+    url: str, path: str, kind: str, length: str, status: int, connection: str
+) -> None:
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nConnection: {connection}\r\n{length}"
+    with socket.create_connection(address(url), timeout=30) as client:
+        client.sendall(f"{head}\r\n\r\n".encode())
+        for _ in range(33):
+            client.sendall(b"100000\r\n" * ("chunked" in length) + bytes(1 << 20) + b"\r\n" * ("chunked" in length))
+        client.sendall(b"0\r\n\r\n" * ("chunked" in length))
+        answer = b"".join(iter(lambda: client.recv(4096), b""))  # to the end: it is closed in order
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode()) and json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+
+
+@pytest.mark.parametrize(
+    ("host", "known"),
+    [
+        ("127.0.0.1", True),
+        ("localhost", True),
+        ("LOCALHOST:80", True),
+        ("[::1]:8000", True),
+        ("photos.example.org", True),
+        ("photos.example.org.evil.example", False),
+        ("evil.example:8000", False),
+        ("10.0.0.1", False),
+        ("[::1", False),
+        ("", False),
+    ],
+)
+def test_only_who_asks_by_its_name_is_answered(url: str, host: str, known: bool) -> None:
+    for path in ("/", "/health", "/openapi.json", "/nowhere"):
+        answer = httpx.get(url + path, headers={"Host": host})
+        if known:
+            assert answer.status_code == (404 if path == "/nowhere" else 200)
+        else:
+            refused(answer, 421, re.escape(f"does not go by the name {host!r}"))
+    if not known:
+        answer = httpx.post(f"{url}/predict", content=encoded(), headers={**PNG, "Host": host})
+        refused(answer, 421, "does not go by the name")
+
+
 @pytest.mark.parametrize(
     ("headers", "content", "status", "error"),
     [
@@ -180,7 +257,7 @@ def address(url: str) -> tuple[str, int]:
 
 
 def test_clients_that_never_finish_are_let_go(url: str) -> None:
-    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\n"
+    head = b"POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\n"
     silent = [socket.create_connection(address(url)) for _ in range(50)]
     slow = [socket.create_connection(address(url)) for _ in range(4)]
     for each in silent[:25]:
@@ -214,9 +291,62 @@ def test_clients_that_never_finish_are_let_go(url: str) -> None:
         each.close()
 
 
+HEAD = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
+
+
+def half_sent(url: str, count: int, peer: str = "127.0.0.1") -> list[socket.socket]:
+    """Clients that send the head of a request and half of an image, and then nothing."""
+    found = [socket.create_connection(address(url), timeout=30, source_address=(peer, 0)) for _ in range(count)]
+    for each in found:
+        each.sendall(HEAD % 1000 + bytes(500))
+    return found
+
+
+def test_good_requests_beside_half_sent_ones(url: str) -> None:
+    """40 clients that never finish: of 200 others none is refused, and none waits."""
+    slow = half_sent(url, 40)
+    own = httpx.Limits(max_keepalive_connections=0)
+    with httpx.Client(timeout=30, limits=own) as client, ThreadPoolExecutor(8) as pool:
+
+        def ask(number: int) -> tuple[int, float]:
+            begin = time.monotonic()
+            answer = client.post(f"{url}/predict", content=encoded(number % 9), headers=PNG)
+            return answer.status_code, time.monotonic() - begin
+
+        found = list(pool.map(ask, range(200)))
+    assert {status for status, _ in found} == {200}
+    assert max(seconds for _, seconds in found) < 2
+    assert select.select(slow, [], [], 0)[0] == []  # all the while
+    for each in slow:
+        each.close()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a second address of this machine")
+@pytest.mark.parametrize("begun", [True, False], ids=["half of a body", "half of a head"])
+def test_of_too_many_halves_the_peer_that_has_most_loses_its_oldest(url: str, begun: bool) -> None:
+    good = half_sent(url, 1)[0]
+    many = half_sent(url, 100 if begun else 0, "127.0.0.2")
+    while len(many) < 100:
+        many.append(socket.create_connection(address(url), timeout=30, source_address=("127.0.0.2", 0)))
+        many[-1].sendall(b"GET / HT")
+    good.sendall(bytes(500))
+    assert good.recv(15).startswith(b"HTTP/1.1 422 ")  # those 1,000 bytes are no image
+    end, lost = time.monotonic() + 3, many[:0]
+    while len(lost) < 36 and time.monotonic() < end:
+        lost = select.select(many, [], [], 0.1)[0]
+    assert 36 <= len(lost) <= 40 and not set(lost) & set(many[50:])
+    for each in lost:
+        each.settimeout(3)
+        with contextlib.suppress(ConnectionResetError):
+            said = b"".join(iter(lambda each=each: each.recv(4096), b""))
+            assert said.startswith(b"HTTP/1.1 503 ") if begun else not said
+    for each in [good, *many]:
+        each.close()
+
+
 def test_clients_that_hang_up(url: str) -> None:
     for sent in (
-        b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 99\r\n\r\nabc",
+        b"POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: image/png\r\nContent-Length: 99\r\n\r\nabc",
         b"\0" * 9,
     ):
         with socket.create_connection(address(url)) as connection:

@@ -389,7 +389,7 @@ def test_gc_takes_what_no_current_run_needs(latteflow: Latteflow, folder: Path, 
     latteflow("run", "domain.yaml", "--refresh", "describe")
     edit(folder, "epochs: 2", "epochs: 3")
     latteflow("run", "domain.yaml")
-    (folder / "store/shapes/tune/data/.tmp-1").write_text("half")
+    (folder / "store/shapes/tune/data" / f".tmp-{'0' * 32}").write_text("half")
     before = tree(folder)
     assert "nothing to delete" in latteflow("gc", *address)[1]
     grow_old(folder)
@@ -447,14 +447,27 @@ def test_gc_leaves_a_domain_alone_that_is_run_or_never_was(latteflow: Latteflow,
         ([], "give domain files, or --store URL"),
         (["domain.yaml", "--store", "store"], "give domain files, or --store URL"),
         (["--store", "nowhere"], "store 'nowhere' holds nothing; check the path"),
+        (["--store", "train"], "'train' is no store: latteflow wrote none of it; check the path"),
+        (["elsewhere.yaml"], "holds nothing of domain 'shapes'; run it first, or check `store` and `name`"),
     ],
 )
 @pytest.mark.parametrize("command", ["gc", "verify"])
 def test_gc_and_verify_need_to_know_where(
-    latteflow: Latteflow, command: str, arguments: list[str], message: str
+    latteflow: Latteflow, folder: Path, command: str, arguments: list[str], message: str
 ) -> None:
-    code, _, error = latteflow(command, *arguments)
-    assert code == 1 and message in error
+    elsewhere = (folder / "domain.yaml").read_text().replace("store: store", "store: train")
+    (folder / "elsewhere.yaml").write_text(elsewhere)
+    before = tree(folder / "train")
+    code, _, error = latteflow(command, *arguments, *(["--delete"] if command == "gc" else []))
+    assert code == 1 and message in error and error.count("\n") == 1
+    assert tree(folder / "train") == before
+
+
+@pytest.mark.parametrize("arguments", [("show", "domain.yaml"), ("explain", "domain.yaml", "embed")])
+def test_a_store_that_holds_nothing_of_a_domain(latteflow: Latteflow, folder: Path, arguments: tuple[str]) -> None:
+    edit(folder, "store: store", "store: train")
+    code, _, error = latteflow(*arguments)
+    assert code == 1 and "store" in error and "holds nothing of domain 'shapes'" in error
 
 
 def test_gc_wants_an_age(latteflow: Latteflow) -> None:

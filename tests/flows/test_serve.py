@@ -8,7 +8,9 @@ import torch
 
 pytest.importorskip("python_multipart", reason="the extra `serve` is not installed")
 
+from flows.peers import OwnNames, Waiting
 from flows.serve import BATCH, Batcher
+from storage.errors import DataError
 
 
 def pixels(value: float) -> torch.Tensor:
@@ -51,3 +53,29 @@ def test_a_mistake_goes_to_those_who_asked() -> None:
         batcher(pixels(float("nan"))).result(10)
     assert batcher(pixels(0)).result(10) == {}
     batcher.close()
+
+
+def test_of_too_much_the_peer_that_has_most_loses_its_oldest() -> None:
+    gone: list[str] = []
+    waiting = Waiting(10)
+    first, *_ = [
+        waiting.add(peer, weight, lambda name=f"{peer}{number}": gone.append(name))
+        for number, (peer, weight) in enumerate([("a", 3), ("b", 2), ("b", 1), ("b", 3)])
+    ]
+    assert gone == []
+    waiting.grow(first, 2)
+    assert gone == ["b1"]
+    waiting.add("c", 20, lambda: gone.append("c"))  # more than is there for all
+    assert gone == ["b1", "c"]
+    waiting.remove(first)
+    waiting.remove(first)
+    alone = waiting.add("d", 6, lambda: gone.append("d"))
+    assert gone == ["b1", "c"]
+    waiting.grow(alone, 6)
+    assert gone == ["b1", "c", "d"]
+
+
+@pytest.mark.parametrize("name", ["", "http://photos.example.org/", "[::1"])
+def test_what_is_no_name(name: str) -> None:
+    with pytest.raises(DataError, match=r"--allow-host '.*' is no name; give one such as"):
+        OwnNames(lambda *_: None, [name])  # type: ignore[arg-type]

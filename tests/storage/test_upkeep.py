@@ -13,6 +13,8 @@ from storage.objects import ObjectStore, Stored
 from storage.upkeep import Loose, garbage, leftovers, verify
 
 DAY = 86400.0
+HALF = f".tmp-{'0' * 32}"
+"""The name of a write that was not finished."""
 
 
 @pytest.fixture
@@ -91,19 +93,40 @@ def test_killed_at_any_deletion_what_is_visible_is_whole(store: ArtifactStore, d
 def test_what_killed_processes_left_goes_when_it_is_old(store: ArtifactStore) -> None:
     _, last = chain(store, 1)
     store.writer("d", "first", 1, {"n": 9}).put("c", {}, {"c.bin": b"orphan"})
-    places = [Path(store.objects.path(f"{folder}/.tmp-1")) for folder in ("d/first/data", "captions/x")]
+    places = [Path(store.objects.path(f"{folder}/{HALF}")) for folder in ("d/first/data", "captions/x")]
     for path in places:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"half")
-    store.objects.put("captions/damaged/y", b"bad")
+    store.objects.put(f"captions/damaged/{'0' * 12}-y.parquet", b"bad")
     assert loose(store, last) == leftovers(store, DAY) == []
     age(store, 2, under="")
     assert [each.kind for each in loose(store, last)] == ["part", "file", "unfinished"]
-    assert [each.key for each in leftovers(store, DAY)] == ["captions/damaged/y", "captions/x/.tmp-1"]
+    found = [each.key for each in leftovers(store, DAY)]
+    assert found == [f"captions/damaged/{'0' * 12}-y.parquet", f"captions/x/{HALF}"]
+
+
+def test_what_others_put_into_a_store_is_none_of_its_business(store: ArtifactStore) -> None:
+    chain(store, 1)
+    theirs = [
+        "top.txt", "photos/a.jpg", "photos/data/b.jpg", "photos/birds/data/c.jpg", "d/notes.txt", "d/first/notes.txt",
+        "d/first/data/my.jpg", "d/first/parts/list.json", "d/first/damaged/car.jpg", "d/first/.tmp-mine",
+        f"d/first/{'0' * 64}/photo.jpg", "d/data/x/y.bin", "captions/damaged/book.txt", "captions/x/.tmp-mine",
+    ]  # fmt: skip
+    for key in theirs:
+        path = Path(store.objects.path(key))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"mine")
+    age(store, 2, under="")
+    going = [*loose(store), *leftovers(store, DAY)]
+    assert going and not {each.key for each in going} & set(theirs)
+    assert not {each for name in ("photos", "top.txt") for each in Inventory(store, name).objects}
+    assert verify(Inventory(store, "d")) == []
+    store.writer("d", "first", 1, {}).put("a", {}, {"a.bin": b"1"})  # and sweeps its folders
+    assert all(Path(store.objects.path(key)).read_bytes() == b"mine" for key in theirs)
 
 
 def test_a_stage_is_under_way_while_it_writes(store: ArtifactStore) -> None:
-    store.objects.put("d/first/0/running.json", b"{}")
+    store.objects.put(f"d/first/{'0' * 64}/running.json", b"{}")
     assert Inventory(store, "d").under_way(DAY) == ["first"]
     age(store, 2)
     assert Inventory(store, "d").under_way(DAY) == []
