@@ -162,9 +162,6 @@ def _load_embedded(settings: ClipSettings) -> Clip:
 
 
 def _load_open_clip(settings: ClipSettings) -> Clip:
-    import open_clip
-    import torch
-
     name, pretrained = settings.model, settings.pretrained
     folder = _folder(name)
     if folder is not None:
@@ -179,6 +176,9 @@ def _load_open_clip(settings: ClipSettings) -> Clip:
         name, pretrained = f"local-dir:{folder}", None
     else:
         _check_name(name, pretrained)
+    import open_clip  # with transformers: a second that the embedded model is loaded without
+    import torch
+
     try:
         model, _, transform = open_clip.create_model_and_transforms(name, pretrained=pretrained, precision="fp32")
         tokenizer = open_clip.get_tokenizer(name)

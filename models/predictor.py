@@ -106,9 +106,9 @@ class Predictor:
             ModelError: it is not an exported model, a file is missing or not the one that was written, or a number in
                 it is not finite.
         """
-        import torch
-
         settings = _settings(folder)
+        import torch  # seconds, which a folder that is none is told without
+
         try:
             classes, head = _classes(folder), _head(folder, settings)
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -11,14 +11,16 @@ import logging
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from storage.columns import ColumnBroken, ImageColumn
-from storage.errors import DataError
+from storage.errors import ColumnBroken, DataError
 from storage.images import SUFFIXES, ImageLimits, ImageRejected, RejectReason, too_many_bytes
 from storage.names import member_path, printable, raw
 from storage.roots import File, Root, is_hidden
 from storage.tars import TarBroken, members
+
+if TYPE_CHECKING:
+    from storage.columns import ImageColumn
 
 log = logging.getLogger("latteflow.storage")
 
@@ -202,6 +204,8 @@ class Source:
     def _table(self, path: str) -> ImageColumn:
         table = self._tables.get(path)
         if table is None:
+            from storage.columns import ImageColumn  # and pyarrow, which most sources do without
+
             root, name = self._find(path)
             parquet = _kind(path) == "parquet"
             table = ImageColumn(lambda: root.open(name), is_parquet=parquet, column=self._column, what=path)

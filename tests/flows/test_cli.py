@@ -110,6 +110,24 @@ def test_a_second_run_is_cached_and_says_the_same(latteflow: Latteflow) -> None:
     assert "on 12 test images" in said and "runs/shapes/report.html" in said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said", "without"),
+    [
+        (["--help"], "Usage", "numpy polars pyarrow fsspec PIL pydantic torch"),
+        (["plan", "bad.yaml"], "did you mean `source`?", "numpy polars pyarrow fsspec PIL torch"),
+        (["predict", "model", "nowhere"], "'nowhere' does not exist", "pyarrow torch"),
+        (["predict", "nowhere", "train"], "model nowhere: there is no such folder", "pyarrow torch"),
+    ],
+)
+def test_help_and_mistakes_wait_for_no_library(folder: Path, arguments: list[str], said: str, without: str) -> None:
+    (folder / "bad.yaml").write_text("sorce: train\n")
+    (folder / "model").mkdir()
+    code = "import atexit, sys; atexit.register(lambda: print(*sys.modules)); from flows.cli import entry; entry()"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    assert said in done.stdout + done.stderr
+    assert not set(without.split()) & set(done.stdout.splitlines()[-1].split())
+
+
 @pytest.mark.parametrize("command", ["run", "plan"])
 def test_a_cached_command_loads_neither_torch_nor_prefect(folder: Path, command: str) -> None:
     code = "import sys; from flows.cli import app; app(standalone_mode=False); print(sorted(sys.modules))"
