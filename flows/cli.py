@@ -279,15 +279,22 @@ def export(
     transformers: Annotated[
         bool, typer.Option("--transformers", help="For Hugging Face's CLIPModel as well, in `transformers/`.")
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Into a folder that holds other things than an earlier export, too.")
+    ] = False,
 ) -> None:
-    """Write a model as a folder that open_clip loads: what `run` kept, which may be zero-shot; and a card."""
+    """Write a model as a folder that open_clip loads: what `run` kept, which may be zero-shot; and a card.
+
+    The folder is new, empty, or holds an earlier export, which is replaced when the new one is whole.
+    """
     settings = _domain(domain)
     from flows.pipeline import repaired, run_plainly
     from models.settings import ZERO_SHOT
-    from tasks.export import Format, RunRecord, export_tuned, export_zero_shot, record_of
+    from tasks.export import Format, RunRecord, check_export, export_tuned, export_zero_shot, record_of
     from tasks.select import read_selection
     from tasks.stage import StageResult, open_store
 
+    check_export(settings, folder, force=force)
     asked: dict[Format, bool] = {"onnx": onnx, "transformers": transformers}
     formats = [name for name, wanted in asked.items() if wanted]
     if served:
@@ -295,7 +302,8 @@ def export(
 
         found = read(settings)
         record = RunRecord(f"champion {found.version}: {found.reason}")
-        export_tuned(settings, StageResult.of(found.tuned), found.seed, folder, record, formats, method=found.method)
+        served_model = StageResult.of(found.tuned)
+        export_tuned(settings, served_model, found.seed, folder, record, formats, method=found.method, force=force)
     else:
         results = {result.label: result for result in repaired(run_plainly, settings)}
         store = open_store(settings)
@@ -306,10 +314,10 @@ def export(
             method, seed = (selection.best.method, selection.best.seed) if selection.best else (ZERO_SHOT, None)
             out.print(f"kept     {selection.told}")
         if method == ZERO_SHOT:
-            export_zero_shot(settings, results["embed train"], folder, record, formats)
+            export_zero_shot(settings, results["embed train"], folder, record, formats, force=force)
         else:
-            export_tuned(settings, results["tune"], seed, folder, record, formats, method=method)
-    out.print(f"model    {folder}")
+            export_tuned(settings, results["tune"], seed, folder, record, formats, method=method, force=force)
+    out.print(f"model    {console.printable(str(folder))}")
 
 
 @app.command()
@@ -336,7 +344,10 @@ def predict(
             model, images, table, top=top, batch=batch,
             on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )  # fmt: skip
-    out.print(f"images       {found.images}, of which {found.unknown} seem to be of none of the classes")
+    strange = "the model cannot say which are of none of the classes"
+    if found.unknown is not None:
+        strange = f"of which {found.unknown} seem to be of none of the classes"
+    out.print(f"images       {found.images}, {strange}")
     if found.quarantine:
         out.print(f"quarantined  {found.quarantined}: {console.printable(found.quarantine)}")
     out.print(f"predictions  {console.printable(found.out)}")
@@ -359,7 +370,8 @@ def serve(
     from flows.serve import serve as served
 
     limits = Limits(max_bytes=max_megabytes << 20)
-    served(model, host, port, limits, lambda address: out.print(f"serving  {model} at {address}"))
+    name = console.printable(str(model))
+    served(model, host, port, limits, lambda address: out.print(f"serving  {name} at {address}"))
 
 
 @app.command()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import ModelError
+from models.folder import check_files
 from models.settings import ClipSettings
 
 if TYPE_CHECKING:
@@ -168,7 +169,14 @@ def _load_open_clip(settings: ClipSettings) -> Clip:
         if (folder / "latteflow_embedded.json").is_file():
             from models.embedded import load as load_embedded
 
-            embedded = load_embedded(folder)
+            try:
+                embedded = load_embedded(folder)
+            except ModelError:
+                raise
+            except Exception as error:  # of safetensors, of tokenizers, of torch about tensors that do not fit
+                raise ModelError(
+                    f"clip.model {name!r} cannot be loaded ({type(error).__name__}: {error}); export it again"
+                ) from error
             preprocess = embedded.preprocess(settings.resize)
             return Clip(name, embedded, embedded.tokenizer, preprocess, embedded.dim, EMBEDDED_NOTE)
         if not list(folder.glob("*.safetensors")):
@@ -235,6 +243,7 @@ def _folder(model: str) -> Path | None:
     path = Path(model.removeprefix("local-dir:"))
     if not path.is_dir():
         raise ModelError(f"clip.model {model!r}: there is no such folder")
+    check_files(path)
     return path
 
 

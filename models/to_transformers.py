@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import ModelError
-from models.export import TRANSFORMERS
+from models.folder import TRANSFORMERS
 from models.to_onnx import noise
 
 if TYPE_CHECKING:
