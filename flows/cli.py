@@ -386,7 +386,9 @@ def captions(
     from flows.pipeline import as_they_are
     from tasks.captions import write_captions
 
-    folder = folder or Path(settings.output) / settings.name / "captions"
+    if folder is None:
+        folder = Path(settings.output) / settings.name / "captions"
+        folder.parent.mkdir(parents=True, exist_ok=True)
     found = as_they_are(settings, "shard", "embed", "describe", "group", "screen", "pair")
     written = write_captions(settings, {each.label: each for each in found}, folder)
     out.print(f"texts    {', '.join(f'{number} of {name}' for name, number in written.items())}\nfolder   {folder}")
@@ -407,6 +409,7 @@ def rank(
     page: Annotated[Path | None, typer.Option("--out", help="The page; default: `OUTPUT/NAME/rank.html`.")] = None,
 ) -> None:
     """Order the images by an attribute: which shows more of it, by a model that reads differences."""
+    _check_page(page)
     settings = _domain(domain)
     from flows.pipeline import repaired, run_plainly
     from tasks.rank import rank as ranked
@@ -434,15 +437,16 @@ def compare(
     other: Annotated[
         str, typer.Argument(metavar="B", help="The same, of what A is compared with.", show_default=False)
     ],
-    page: Annotated[Path, typer.Option("--out", help="The page.")] = Path("runs/compare.html"),
+    page: Annotated[Path | None, typer.Option("--out", help="The page; default: `runs/compare.html`.")] = None,
 ) -> None:
     """Put two runs side by side on the images that both have: figures, classes, images, settings, lineage."""
+    _check_page(page)
     from tasks.compare import compare as compared
     from tasks.compare import read_run, write_page
 
     found = compared(read_run(one), read_run(other))
     out.print(console.comparison(found))
-    out.print(f"page     {write_page(found, page)}")
+    out.print(f"page     {write_page(found, page or Path('runs/compare.html'))}")
 
 
 @app.command()
@@ -496,6 +500,12 @@ def _history(domain: Domain) -> History:
     from tasks.stage import open_store
 
     return History(open_store(domain), domain.name)
+
+
+def _check_page(page: Path | None) -> None:
+    """A folder that is only mistyped is not made; the default one is."""
+    if page is not None and not page.parent.is_dir():
+        raise ConfigError(f"--out {str(page)!r}: there is no folder {str(page.parent)!r}; create it first")
 
 
 def _compact(store: ArtifactStore) -> int:

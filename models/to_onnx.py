@@ -52,7 +52,8 @@ class Classifier(nn.Module):
 def to_onnx(predictor: Predictor, folder: Path) -> float:
     """Write ``model.onnx``: ``pixels (n, 3, height, width)`` -> ``features (n, dim)``, ``logits (n, classes)``.
 
-    Probabilities are the softmax of the logits divided by the folder's temperature; the largest logit divided by the scale is the score.
+    Probabilities are the softmax of the logits divided by the folder's temperature; the largest logit divided by the
+    scale is the score.
 
     Returns:
         The largest difference between probabilities by PyTorch and by ONNX Runtime, of noise, one image and several.

@@ -181,6 +181,13 @@ def test_texts_as_a_data_set(domain: Domain, tmp_path: Path, capsys: pytest.Capt
     assert call("run", tmp_path / "domain.yaml") == 0
     assert call("captions", tmp_path / "domain.yaml", "--out", folder) == 0
     assert {path.name for path in folder.iterdir()} == {"README.md", "groups.parquet", "images.parquet"}
+    assert call("captions", tmp_path / "domain.yaml", "--out", folder) == 0  # in place of the earlier ones
+    for others in ("mine", "train"):
+        (tmp_path / others).mkdir(exist_ok=True)
+        (tmp_path / others / "README.md").write_text("mine")
+        assert call("captions", tmp_path / "domain.yaml", "--out", tmp_path / others) == 1
+        assert "that is not of texts" in capsys.readouterr().err.replace("\n", " ")
+        assert (tmp_path / others / "README.md").read_text() == "mine"
     cache = str(tmp_path / "cache")
     images = datasets.load_dataset(str(folder), "images", split="train", cache_dir=cache)
     assert len(images) == 24
