@@ -1,4 +1,7 @@
-"""The command line: what each command takes. What it prints is in :mod:`flows.console`."""
+"""The command line: what each command takes. What it prints is in :mod:`flows.console`.
+
+Commands import what they call: `--help`, and a mistake in what was typed, wait for no library.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,20 @@ import json
 import re
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import Progress
 
 from flows import console
 from flows.console import fail, failures
-from flows.pipeline import TUNING, as_they_are, graph, repaired, run_plainly
 from models.errors import ModelError
-from models.settings import ZERO_SHOT
-from storage.artifacts import ArtifactStore
-from storage.captions import CaptionStore
 from storage.errors import DataError, StorageError
-from storage.upkeep import Loose
-from tasks.domain import ConfigError, Domain
-from tasks.select import read_selection
-from tasks.stage import StageResult, open_store
+from tasks.errors import ConfigError
+
+if TYPE_CHECKING:
+    from storage.artifacts import ArtifactStore
+    from storage.upkeep import Loose
+    from tasks.domain import Domain
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
@@ -81,11 +81,16 @@ def run(
     """
     if start and only:
         raise ConfigError("--from and --only exclude each other; give one")
-    settings = Domain.load(domain)
+    settings = _domain(domain)
+    from flows.pipeline import repaired, run_plainly
+
     choice = functools.partial(run_plainly, start=start, only=only, refresh=refresh or ())
     results = repaired(choice, settings)
     out.print(console.results(results))
     if results[-1].label == "report":
+        from tasks.select import read_selection
+        from tasks.stage import open_store
+
         folder = Path(settings.output) / settings.name
         metrics = json.loads((folder / "metrics.json").read_text())
         out.print(console.scores(metrics))
@@ -103,9 +108,10 @@ def plan(domain: DomainFile) -> None:
     Times are those of earlier runs of the same stage, per image or text; tokens those of the texts written so far.
     Prices and first estimates are in the domain file, under `prices`.
     """
+    settings = _domain(domain)
+    from flows.pipeline import repaired
     from flows.plan import plan as planned
 
-    settings = Domain.load(domain)
     found = repaired(planned, settings)
     out.print(console.plan(found))
     out.print(console.totals(settings, found))
@@ -120,12 +126,12 @@ def preview(
 
     The images are sharded and embedded first, as by `run`. The texts are kept, so a run does not pay for them again.
     """
+    settings = _domain(domain)
+    from flows.pipeline import repaired
     from tasks.check import check_models
     from tasks.embed import embed
     from tasks.preview import preview as previewed
     from tasks.shard import shard
-
-    settings = Domain.load(domain)
 
     def write(settings: Domain) -> Path:
         check_models(settings)
@@ -143,10 +149,10 @@ def show(
     ] = None,
 ) -> None:
     """List the artifacts of a domain; or follow one image from source to prediction."""
+    settings = _domain(domain)
     from flows.upkeep import history as held
     from tasks.lineage import lineage
 
-    settings = Domain.load(domain)
     history = held(settings)
     out.print(console.artifacts(history) if image is None else console.lineage(lineage(settings, history, image)))
 
@@ -161,9 +167,9 @@ def explain(
     other: Annotated[str | None, typer.Argument(help="A second artifact of the stage.", show_default=False)] = None,
 ) -> None:
     """Say in words what an artifact was made from; or why two artifacts of a stage are not the same."""
+    settings = _domain(domain)
     from flows.upkeep import history as held
 
-    settings = Domain.load(domain)
     history = held(settings)
     first = history.find(artifact)
     if other is None:
@@ -183,9 +189,10 @@ def replay(domain: DomainFile) -> None:
 
     The bytes that were kept are used, the source is not read. `run` then goes on with what became usable.
     """
+    settings = _domain(domain)
+    from flows.pipeline import graph
     from tasks.shard import replay as replayed
 
-    settings = Domain.load(domain)
     splits = list(dict.fromkeys(step.split for step in graph(settings) if step.name == "shard"))
     out.print(console.results([replayed(settings, split) for split in splits]))
 
@@ -196,11 +203,14 @@ def verify(domain: DomainFiles = None, store: StoreUrl = None) -> None:
 
     The exit code is 1 if anything was wrong.
     """
+    settings = [_domain(path) for path in domain or ()]
+    from rich.progress import Progress
+
     from flows.upkeep import histories, stores
     from storage.upkeep import verify as check
     from storage.upkeep import verify_captions
 
-    found = histories([Domain.load(path) for path in domain or ()], store)
+    found = histories(settings, store)
     objects = [stored for each in found for stored in each.inventory.objects.values()]
     total = sum(stored.bytes for stored in objects)
     wrong: list[str] = []
@@ -232,11 +242,11 @@ def gc(
     champion and the one before it, what is younger than --older-than, and all that these were made from. A domain that
     is being run is left alone.
     """
+    age = _seconds(older_than)
+    settings = [_domain(path) for path in domain or ()]
     from flows.upkeep import histories, loose, stores
     from storage.upkeep import leftovers
 
-    age = _seconds(older_than)
-    settings = [Domain.load(path) for path in domain or ()]
     found = histories(settings, store)
     going: list[tuple[ArtifactStore, Loose]] = []
     for history in found:
@@ -274,11 +284,22 @@ def export(
     transformers: Annotated[
         bool, typer.Option("--transformers", help="For Hugging Face's CLIPModel as well, in `transformers/`.")
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Into a folder that holds other things than an earlier export, too.")
+    ] = False,
 ) -> None:
-    """Write a model as a folder that open_clip loads: what `run` kept, which may be zero-shot; and a card."""
-    from tasks.export import Format, RunRecord, export_tuned, export_zero_shot, record_of
+    """Write a model as a folder that open_clip loads: what `run` kept, which may be zero-shot; and a card.
 
-    settings = Domain.load(domain)
+    The folder is new, empty, or holds an earlier export, which is replaced when the new one is whole.
+    """
+    settings = _domain(domain)
+    from flows.pipeline import repaired, run_plainly
+    from models.settings import ZERO_SHOT
+    from tasks.export import Format, RunRecord, check_export, export_tuned, export_zero_shot, record_of
+    from tasks.select import read_selection
+    from tasks.stage import StageResult, open_store
+
+    check_export(settings, folder, force=force)
     asked: dict[Format, bool] = {"onnx": onnx, "transformers": transformers}
     formats = [name for name, wanted in asked.items() if wanted]
     if transformers:
@@ -290,7 +311,8 @@ def export(
 
         found = read(settings)
         record = RunRecord(f"champion {found.version}: {found.reason}")
-        export_tuned(settings, StageResult.of(found.tuned), found.seed, folder, record, formats, method=found.method)
+        served_model = StageResult.of(found.tuned)
+        export_tuned(settings, served_model, found.seed, folder, record, formats, method=found.method, force=force)
     else:
         results = {result.label: result for result in repaired(run_plainly, settings)}
         store = open_store(settings)
@@ -301,10 +323,10 @@ def export(
             method, seed = (selection.best.method, selection.best.seed) if selection.best else (ZERO_SHOT, None)
             out.print(f"kept     {selection.told}")
         if method == ZERO_SHOT:
-            export_zero_shot(settings, results["embed train"], folder, record, formats)
+            export_zero_shot(settings, results["embed train"], folder, record, formats, force=force)
         else:
-            export_tuned(settings, results["tune"], seed, folder, record, formats, method=method)
-    out.print(f"model    {folder}")
+            export_tuned(settings, results["tune"], seed, folder, record, formats, method=method, force=force)
+    out.print(f"model    {console.printable(str(folder))}")
 
 
 @app.command()
@@ -321,6 +343,8 @@ def predict(
     batch: Annotated[int, typer.Option(min=1, max=4096, help="Images in one forward pass.")] = 64,
 ) -> None:
     """Say which class each image has, by a model that `export` wrote. Needs no domain file and no store."""
+    from rich.progress import Progress
+
     from tasks.predict import predict as predicted
 
     with Progress(console=failures, transient=True) as progress:
@@ -329,7 +353,10 @@ def predict(
             model, images, table, top=top, batch=batch,
             on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )  # fmt: skip
-    out.print(f"images       {found.images}, of which {found.unknown} seem to be of none of the classes")
+    strange = "the model cannot say which are of none of the classes"
+    if found.unknown is not None:
+        strange = f"of which {found.unknown} seem to be of none of the classes"
+    out.print(f"images       {found.images}, {strange}")
     if found.quarantine:
         out.print(f"quarantined  {found.quarantined}: {console.printable(found.quarantine)}")
     out.print(f"predictions  {console.printable(found.out)}")
@@ -360,7 +387,7 @@ def serve(
     from flows.serve import serve as served
 
     limits = Limits(max_bytes=max_megabytes << 20)
-    ready = f"serving  {model} at "
+    ready = f"serving  {console.printable(str(model))} at "
     served(model, host, port, limits, lambda address: out.print(ready + address), allow_host or ())
 
 
@@ -372,10 +399,13 @@ def captions(
     ] = None,
 ) -> None:
     """Write the texts of the last run as Parquet that Hugging Face `datasets` reads, with a card. Nothing runs."""
+    settings = _domain(domain)
+    from flows.pipeline import as_they_are
     from tasks.captions import write_captions
 
-    settings = Domain.load(domain)
-    folder = folder or Path(settings.output) / settings.name / "captions"
+    if folder is None:
+        folder = Path(settings.output) / settings.name / "captions"
+        folder.parent.mkdir(parents=True, exist_ok=True)
     found = as_they_are(settings, "shard", "embed", "describe", "group", "screen", "pair")
     written = write_captions(settings, {each.label: each for each in found}, folder)
     out.print(f"texts    {', '.join(f'{number} of {name}' for name, number in written.items())}\nfolder   {folder}")
@@ -396,11 +426,13 @@ def rank(
     page: Annotated[Path | None, typer.Option("--out", help="The page; default: `OUTPUT/NAME/rank.html`.")] = None,
 ) -> None:
     """Order the images by an attribute: which shows more of it, by a model that reads differences."""
+    _check_page(page)
+    settings = _domain(domain)
+    from flows.pipeline import repaired, run_plainly
     from tasks.rank import rank as ranked
     from tasks.rank import sentence, write_page
 
     sentence(attribute)  # before anything runs
-    settings = Domain.load(domain)
     results = {result.label: result for result in repaired(run_plainly, settings)}
     made_from = results["shard train"], results["embed train"], results["tune"]
     found = ranked(settings, *made_from, attribute, method=method, seed=seed)
@@ -422,24 +454,26 @@ def compare(
     other: Annotated[
         str, typer.Argument(metavar="B", help="The same, of what A is compared with.", show_default=False)
     ],
-    page: Annotated[Path, typer.Option("--out", help="The page.")] = Path("runs/compare.html"),
+    page: Annotated[Path | None, typer.Option("--out", help="The page; default: `runs/compare.html`.")] = None,
 ) -> None:
     """Put two runs side by side on the images that both have: figures, classes, images, settings, lineage."""
+    _check_page(page)
     from tasks.compare import compare as compared
     from tasks.compare import read_run, write_page
 
     found = compared(read_run(one), read_run(other))
     out.print(console.comparison(found))
-    out.print(f"page     {write_page(found, page)}")
+    out.print(f"page     {write_page(found, page or Path('runs/compare.html'))}")
 
 
 @app.command()
 def champion(domain: DomainFile) -> None:
     """Show the model that the domain serves, and those before it, newest first."""
+    settings = _domain(domain)
     from tasks.promote import champion as read
     from tasks.promote import champions
+    from tasks.stage import open_store
 
-    settings = Domain.load(domain)
     read(settings)
     out.print(console.champions(champions(open_store(settings), settings.name)))
 
@@ -450,9 +484,10 @@ def promote(domain: DomainFile) -> None:
 
     The exit code is 1 if it is not.
     """
+    settings = _domain(domain)
+    from flows.pipeline import TUNING, as_they_are
     from tasks.promote import promote as promoted
 
-    settings = Domain.load(domain)
     found = {each.label: each for each in as_they_are(settings, *TUNING)}
     decision = promoted(settings, found["shard train"], found["embed train"], found["tune"])
     out.print(f"{'promoted' if decision.promote else 'not promoted'}: {decision.reason}")
@@ -463,14 +498,29 @@ def promote(domain: DomainFile) -> None:
 @app.command()
 def rollback(domain: DomainFile) -> None:
     """Serve the champion before this one again. The present one is never chosen again by itself."""
+    settings = _domain(domain)
     from tasks.promote import rollback as rolled_back
 
-    settings = Domain.load(domain)
     rolled_back(settings)
     champion(domain)
 
 
+def _domain(file: Path) -> Domain:
+    """The domain of a file; what the command goes on to needs far longer to be imported than this."""
+    from tasks.domain import Domain
+
+    return Domain.load(file)
+
+
+def _check_page(page: Path | None) -> None:
+    """A folder that is only mistyped is not made; the default one is."""
+    if page is not None and not page.parent.is_dir():
+        raise ConfigError(f"--out {str(page)!r}: there is no folder {str(page.parent)!r}; create it first")
+
+
 def _compact(store: ArtifactStore) -> int:
+    from storage.captions import CaptionStore
+
     captions = CaptionStore(store.objects)
     return sum(captions.compact(describer) for describer in captions.describers())
 

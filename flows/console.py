@@ -15,18 +15,16 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
-from flows.plan import Planned, cost
-from models.settings import LanguageModelSettings
-from storage.artifacts import Artifact
-from storage.upkeep import Loose
-from tasks.domain import Domain
-from tasks.history import History
-from tasks.lineage import Guess, Lineage, newest_artifacts
-from tasks.promote import Champion
-from tasks.stage import StageResult
-
 if TYPE_CHECKING:
+    from flows.plan import Planned
+    from storage.artifacts import Artifact
+    from storage.upkeep import Loose
     from tasks.compare import Comparison
+    from tasks.domain import Domain
+    from tasks.history import History
+    from tasks.lineage import Guess, Lineage
+    from tasks.promote import Champion
+    from tasks.stage import StageResult
 
 _PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
 _PIPE = 160
@@ -119,6 +117,8 @@ def plan(planned: Sequence[Planned]) -> Table:
 
 def totals(domain: Domain, planned: Sequence[Planned]) -> str:
     """Images, texts, tokens, time and cost of a plan in a few lines."""
+    from models.settings import LanguageModelSettings
+
     lines = []
     for each in planned:
         if each.label.startswith("shard "):
@@ -158,6 +158,8 @@ def _tokens(texts: Sequence[Planned]) -> str:
 
 
 def _cost(domain: Domain, planned: Sequence[Planned], texts: Sequence[Planned]) -> str:
+    from flows.plan import cost
+
     timed = all(each.seconds is not None for each in texts)
     hours = f"{sum(each.seconds or 0 for each in texts) / 3600:.2g}" if timed else "unknown"
     found = cost(domain, planned)
@@ -197,6 +199,8 @@ def comparison(found: Comparison) -> Table:
 
 def artifacts(history: History) -> Table:
     """All artifacts of a domain, those of the newest run marked."""
+    from tasks.lineage import newest_artifacts
+
     current = {artifact.fingerprint for artifact in newest_artifacts(history).values()}
     table = _table("stage", "artifact", "", "made", "size>", "counts")
     for stage in history.inventory.stages:

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import fsspec
 from pydantic import BeforeValidator, Field
 
-from tasks.domain import ConfigError, Domain
+from tasks.domain import Domain
+from tasks.errors import ConfigError
 
 
 def domain_of(given: Any) -> Any:

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 from storage.errors import Damaged, DataError
 from tasks.check import check_models
 from tasks.describe import describe
-from tasks.domain import ConfigError, Domain
+from tasks.domain import Domain
 from tasks.embed import embed
+from tasks.errors import ConfigError
 from tasks.evaluate import evaluate
 from tasks.group import group
 from tasks.history import SPLIT_STAGES, History

@@ -320,7 +320,7 @@ def _said(predictor: Predictor, pixels: torch.Tensor) -> list[dict[str, Any]]:
                 {"class": predictor.classes[number], "probability": float(probability)}
                 for number, probability in zip(found.ranked[row], found.probabilities[row], strict=True)
             ],
-            "unknown": bool(found.unknown[row]),
+            "unknown": None if found.unknown is None else bool(found.unknown[row]),
             **{name: float(getattr(found, name)[row]) for name in ("margin", "entropy", "score")},
         }
         for row in range(len(pixels))

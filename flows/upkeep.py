@@ -11,7 +11,8 @@ from storage.errors import DataError
 from storage.inventory import domains
 from storage.objects import ObjectStore
 from storage.upkeep import Loose, garbage
-from tasks.domain import ConfigError, Domain
+from tasks.domain import Domain
+from tasks.errors import ConfigError
 from tasks.history import History
 from tasks.promote import champions
 from tasks.stage import open_store

@@ -117,6 +117,18 @@ class TuneData:
         """The same, with every tensor on this device."""
         return _moved(self, device)
 
+    def take(self, rows: Tensor) -> TuneData:
+        """Some of the images, `(m,)` int64, with what is known of them; texts about groups and classes stay.
+
+        Raises:
+            ValueError: there are pixels or pairs, which are about images by their number.
+        """
+        if self.pixels is not None or self.pairs is not None:
+            raise ValueError("pixels and pairs are about images by their number; take the others only")
+        names = ("pseudo_labels", "image_texts", "has_image_text", "image_embeds")
+        known: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: tensor[rows] for name, tensor in known.items() if tensor is not None})
+
     @property
     def image_features(self) -> Tensor:
         """Unit rows of the cached images, centred, `(n, dim)`.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import ModelError
+from models.folder import check_files
 from models.settings import ClipSettings
 
 if TYPE_CHECKING:
@@ -182,9 +183,6 @@ def _load_embedded(settings: ClipSettings) -> Clip:
 
 
 def _load_open_clip(settings: ClipSettings) -> Clip:
-    import open_clip
-    import torch
-
     check(settings)
     name, pretrained = settings.model, settings.pretrained
     folder = _folder(name)
@@ -192,10 +190,20 @@ def _load_open_clip(settings: ClipSettings) -> Clip:
         if (folder / _EMBEDDED_CONFIG).is_file():
             from models.embedded import load as load_embedded
 
-            embedded = load_embedded(folder)
+            try:
+                embedded = load_embedded(folder)
+            except ModelError:
+                raise
+            except Exception as error:  # of safetensors, of tokenizers, of torch about tensors that do not fit
+                raise ModelError(
+                    f"clip.model {name!r} cannot be loaded ({type(error).__name__}: {error}); export it again"
+                ) from error
             preprocess = embedded.preprocess(settings.resize)
             return Clip(name, embedded, embedded.tokenizer, preprocess, embedded.dim, EMBEDDED_NOTE)
         name, pretrained = f"local-dir:{folder}", None
+    import open_clip  # with transformers: a second that the embedded model is loaded without
+    import torch
+
     try:
         model, _, transform = open_clip.create_model_and_transforms(name, pretrained=pretrained, precision="fp32")
         tokenizer = open_clip.get_tokenizer(name)
@@ -326,6 +334,7 @@ def _folder(model: str) -> Path | None:
     path = Path(model.removeprefix("local-dir:"))
     if not path.is_dir():
         raise ModelError(f"clip.model {model!r}: there is no such folder")
+    check_files(path)
     return path
 
 

@@ -337,7 +337,7 @@ def load(folder: Path) -> EmbeddedClip:
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         schema, n_anchors, digests = (config["schema"], config["version"]), config["n_anchors"], config["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptModel(f"{folder / CONFIG_FILE} cannot be read ({error!r}); save the model again") from error
     if schema != (SCHEMA, SCHEMA_VERSION):
         raise CorruptModel(f"{folder} has the schema {schema}, not {(SCHEMA, SCHEMA_VERSION)}; save the model again")

@@ -3,14 +3,13 @@
 Files: the model (``open_clip_config.json`` and ``open_clip_model.safetensors``, or the embedded model's own three), and
 beside it the classifier, ``classifier.safetensors`` (prototypes, centre, scale) with ``classes.json``. For one image:
 ``scale * unit(encode_image(pixels) - centre) @ prototypes.T``. ``latteflow.json``, written last, says how pictures are
-resized, from which score on an image is *unknown*, and which bytes the other files have.
+resized, what logits are divided by for calibrated probabilities, from which score on an image is *unknown*, and which
+bytes the other files have.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,21 +19,23 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from models.clip import Clip, digest_of_file
-from models.embedded import CONFIG_FILE, STATE_FILE, TOKENIZER_FILE, EmbeddedClip
+from models.embedded import EmbeddedClip
 from models.embedded import save as save_embedded
 from models.errors import ModelError
-from models.predictor import CLASSES_FILE, HEAD_FILE, SCHEMA, SCHEMA_VERSION, SETTINGS_FILE
+from models.folder import (
+    CLASSES_FILE,
+    HEAD_FILE,
+    OPEN_CLIP_CONFIG,
+    OPEN_CLIP_WEIGHTS,
+    SCHEMA,
+    SCHEMA_VERSION,
+    SETTINGS_FILE,
+    write_json,
+)
 
 # Where towers keep the matrix that ends them, as open_clip names them.
 IMAGE_PROJECTIONS = ("image_projection", "visual.proj", "visual.head.proj", "visual.attnpool.c_proj")
 TEXT_PROJECTIONS = ("text_projection", "text.text_projection", "text.proj")
-
-OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
-CLAMP_FILE, CARD_FILE, ONNX_FILE, TRANSFORMERS = "clamp.safetensors", "README.md", "model.onnx", "transformers"
-_OWN = (
-    SETTINGS_FILE, OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, CONFIG_FILE, STATE_FILE, TOKENIZER_FILE, HEAD_FILE,
-    CLASSES_FILE, CLAMP_FILE, CARD_FILE, ONNX_FILE, f"{ONNX_FILE}.data",
-)  # fmt: skip
 
 
 def export(
@@ -46,7 +47,8 @@ def export(
     centre: Tensor,
     scale: float,
     resize: Literal["crop", "pad"],
-    unknown_below: float,
+    unknown_below: float | None,
+    temperature: float = 1.0,
     grey_range: Literal["auto", "full"] | tuple[float, float] = "auto",
     image_map: Tensor | None = None,
     text_map: Tensor | None = None,
@@ -55,28 +57,25 @@ def export(
 
     Args:
         clip: the model with its trained towers in place; it is not changed.
-        folder: created if need be. An earlier export in it is replaced, with all that was made from that.
+        folder: an empty one, or created; what is to appear whole is written elsewhere first.
         classes: names, in the order of the prototypes.
         prototypes: unit rows ``(classes, dim)``.
         centre: subtracted from image embeddings before the map, ``(dim,)``.
         resize: how pictures become squares, see :class:`models.settings.ClipSettings`.
-        unknown_below: see :class:`models.predictor.Head`.
+        unknown_below, temperature: see :class:`models.predictor.Head`.
         grey_range: see :data:`models.settings.GreyRange`.
         image_map, text_map: ``(dim, dim)``, multiplied into the towers' projections.
 
     Raises:
-        ModelError: there is a map, and the tower ends without a projection it could be multiplied into; or the folder
-            is the one that the model came from, or holds another's files.
+        ModelError: there is a map, and the tower ends without a projection it could be multiplied into.
     """
-    if Path(clip.name.removeprefix("local-dir:")).resolve() == folder.resolve():
-        raise ModelError(f"folder {folder} is the one that the base model is read from; give another")
     model = copy.deepcopy(clip.model)
     if image_map is not None:
         fold(model, IMAGE_PROJECTIONS, image_map)
         centre = centre @ image_map
     if text_map is not None:
         fold(model, TEXT_PROJECTIONS, text_map)
-    _clear(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         model.logit_scale.fill_(torch.tensor(scale).log())  # type: ignore[operator]
     if isinstance(model, EmbeddedClip):
@@ -86,17 +85,18 @@ def export(
     head = {"prototypes": prototypes, "centre": centre, "scale": torch.tensor([scale])}
     # Not save_file, whose files nobody but their owner can read.
     (folder / HEAD_FILE).write_bytes(save({name: tensor.contiguous() for name, tensor in head.items()}))
-    _write_json(folder / CLASSES_FILE, list(classes))
+    write_json(folder / CLASSES_FILE, list(classes))
     weights = [path for path in sorted(folder.iterdir()) if path.suffix == ".safetensors"]
     settings = {
         "schema": SCHEMA,
         "version": SCHEMA_VERSION,
         "resize": resize,
         "unknown_below": unknown_below,
+        "temperature": temperature,
         **({} if grey_range == "auto" else {"grey_range": grey_range}),
         "sha256": {path.name: digest_of_file(path) for path in weights},
     }
-    _write_json(folder / SETTINGS_FILE, settings)
+    write_json(folder / SETTINGS_FILE, settings)
 
 
 def fold(model: nn.Module, places: Sequence[str], change: Tensor) -> None:
@@ -131,28 +131,6 @@ def _save_open_clip(clip: Clip, model: nn.Module, folder: Path) -> None:
     config = {"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": dict(model.visual.preprocess_cfg)}  # type: ignore[union-attr,arg-type]
     state = {key: tensor.contiguous().clone() for key, tensor in model.state_dict().items()}
     (folder / OPEN_CLIP_WEIGHTS).write_bytes(save(state))
-    _write_json(folder / OPEN_CLIP_CONFIG, config)
+    write_json(folder / OPEN_CLIP_CONFIG, config)
     if hasattr(clip.tokenizer, "save_pretrained"):  # of Hugging Face; open_clip looks for it in the folder
         clip.tokenizer.save_pretrained(str(folder))
-
-
-def _clear(folder: Path) -> None:
-    """Without what an earlier export wrote: half of one model and half of another would load. Other files stay.
-
-    Raises:
-        ModelError: a file of one of our names is there, and no export wrote it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    present = [name for name in _OWN if (folder / name).exists()]
-    if present and HEAD_FILE not in present:
-        raise ModelError(
-            f"folder {folder} has a {present[0]} that no export wrote and this one would replace; give another"
-        )
-    if (folder / SETTINGS_FILE).is_file():
-        shutil.rmtree(folder / TRANSFORMERS, ignore_errors=True)
-    for name in _OWN:
-        (folder / name).unlink(missing_ok=True)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -7,7 +7,6 @@ docs/serving.md has it beside other scores that need no label.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 
 from models import clip, metrics
 from models.errors import ModelError
+from models.folder import CLASSES_FILE, HEAD_FILE, SCHEMA, SCHEMA_VERSION, SETTINGS_FILE, check_files, read_json
 from models.images import in_range
 from models.settings import ClipSettings, grey_range
 
@@ -25,10 +25,8 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-SETTINGS_FILE, HEAD_FILE, CLASSES_FILE = "latteflow.json", "classifier.safetensors", "classes.json"
-SCHEMA, SCHEMA_VERSION = "latteflow-model", 1
 UNKNOWN_SHARE = 0.01
-"""Of the training images, that are below the threshold of *unknown* by construction."""
+"""Of new images of the domain, that are to be called *unknown*."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +35,12 @@ class Answers(metrics.Predictions):
 
     Attributes:
         score: negative energy, ``(n,)``; between the largest cosine and that plus ``log(classes) / scale``.
-        unknown: whether the score is lower than that of nearly all training images, ``(n,)`` bool.
+        unknown: whether the score is lower than that of nearly all images of the domain, ``(n,)`` bool; None where it
+            is not known how low that is.
     """
 
     score: np.ndarray
-    unknown: np.ndarray
+    unknown: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -51,14 +50,17 @@ class Head:
     Attributes:
         prototypes: unit rows, ``(classes, dim)``.
         centre: subtracted from embeddings before they are normalised, ``(dim,)``.
-        scale: inverse temperature of the softmax.
-        unknown_below: an image with a lower score is *unknown*.
+        scale: of the logits, and of the score.
+        unknown_below: an image with a lower score is *unknown*; None: nobody can tell.
+        temperature: what logits are divided by before the softmax, so that probabilities are about as often right as
+            they say (:mod:`models.calibration`); at least 1.
     """
 
     prototypes: np.ndarray
     centre: np.ndarray
     scale: float
-    unknown_below: float
+    unknown_below: float | None
+    temperature: float = 1.0
 
     def answers(self, embeds: np.ndarray, keep: int = 5) -> Answers:
         """The best classes of image embeddings ``(n, dim)``; at most ``keep``."""
@@ -66,17 +68,31 @@ class Head:
         features = moved / np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), 1e-12)
         logits = self.scale * (features @ self.prototypes.T).astype(np.float64)
         score = _scores(logits, self.scale)
-        return Answers(**vars(metrics.ranked(logits, keep)), score=score, unknown=score < self.unknown_below)
+        unknown = None if self.unknown_below is None else score < self.unknown_below
+        return Answers(**vars(metrics.ranked(logits / self.temperature, keep)), score=score, unknown=unknown)
 
 
-def unknown_below(features: np.ndarray, prototypes: np.ndarray, scale: float) -> float:
-    """The score that a share of :data:`UNKNOWN_SHARE` of the training images does not reach.
+def scores(features: np.ndarray, prototypes: np.ndarray, scale: float) -> np.ndarray:
+    """The score of images, ``(n,)``.
 
     Args:
-        features: of these images by the model itself, unit rows ``(n, dim)``.
+        features: unit rows ``(n, dim)``.
         prototypes: unit rows ``(classes, dim)``.
     """
-    return float(np.quantile(_scores(scale * (features @ prototypes.T).astype(np.float64), scale), UNKNOWN_SHARE))
+    return _scores(scale * (features @ prototypes.T).astype(np.float64), scale)
+
+
+def unknown_below(held_out: np.ndarray) -> float | None:
+    """The score that at most a share of :data:`UNKNOWN_SHARE` of new images does not reach; None: of too few to tell.
+
+    As a new image may take any place among them, the k-th lowest of n scores is missed with probability k / (n + 1)
+    (split conformal prediction; Vovk et al. 2005).
+
+    Args:
+        held_out: scores of images that the model has not learnt from, ``(n,)``.
+    """
+    place = math.floor(UNKNOWN_SHARE * (len(held_out) + 1))
+    return float(np.sort(held_out)[place - 1]) if place else None
 
 
 def _scores(logits: np.ndarray, scale: float) -> np.ndarray:
@@ -116,13 +132,13 @@ class Predictor:
             ModelError: it is not an exported model, a file is missing or not the one that was written, or a number in
                 it is not finite.
         """
-        import torch
-
         settings = _settings(folder)
+        import torch  # seconds, which a folder that is none is told without
+
         try:
             classes, head = _classes(folder), _head(folder, settings)
             greys = grey_range(settings.get("grey_range", "auto"))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # safetensors has exceptions of its own
             raise ModelError(f"model {folder}: {type(error).__name__}: {error}; export it again") from error
         if len(classes) != len(head.prototypes):
             raise ModelError(
@@ -175,8 +191,9 @@ def _settings(folder: Path) -> dict[str, Any]:
     """What `export` noted, with every file that it names looked at."""
     if not folder.is_dir():
         raise ModelError(f"model {folder}: there is no such folder; `latteflow export DOMAIN {folder}` writes one")
+    check_files(folder)
     try:
-        found: dict[str, Any] = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+        found: dict[str, Any] = read_json(folder / SETTINGS_FILE)
         schema, digests = (found["schema"], found["version"]), dict(found["sha256"])
     except FileNotFoundError:
         raise ModelError(f"model {folder}: it has no {SETTINGS_FILE}; `latteflow export` writes it") from None
@@ -188,6 +205,8 @@ def _settings(folder: Path) -> dict[str, Any]:
         raise ModelError(f"model {folder}: it is a {schema}, not a {(SCHEMA, SCHEMA_VERSION)}; export the model again")
     for name, digest in digests.items():
         path = folder / name
+        if path.parent != folder:
+            raise ModelError(f"model {folder}: {SETTINGS_FILE} names {name!r}, which is not in the folder")
         if not path.is_file():
             raise ModelError(f"model {folder}: {name} is missing; copy the whole folder, or export the model again")
         if (content := clip.digest_of_file(path)) != digest:
@@ -199,7 +218,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _classes(folder: Path) -> list[str]:
-    classes = json.loads((folder / CLASSES_FILE).read_text(encoding="utf-8"))
+    classes = read_json(folder / CLASSES_FILE)
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise ValueError(f"{CLASSES_FILE} is not a list of names")
     if len(set(classes)) != len(classes):
@@ -211,9 +230,13 @@ def _head(folder: Path, settings: dict[str, Any]) -> Head:
     from safetensors.numpy import load_file
 
     found = load_file(folder / HEAD_FILE)
-    head = Head(found["prototypes"], found["centre"], float(found["scale"][0]), float(settings["unknown_below"]))
-    if not all(np.isfinite(part).all() for part in vars(head).values()):
+    below, temperature = settings["unknown_below"], float(settings.get("temperature", 1.0))  # not in older folders
+    below = None if below is None else float(below)
+    head = Head(found["prototypes"], found["centre"], float(found["scale"][0]), below, temperature)
+    if not all(np.isfinite(part).all() for part in vars(head).values() if part is not None):
         raise ValueError(f"{HEAD_FILE} or {SETTINGS_FILE} holds a number that is not finite")
+    if temperature < 1:
+        raise ValueError(f"the temperature in {SETTINGS_FILE} is {temperature:g}, and 1 is the least")
     if head.prototypes.ndim != 2 or head.centre.shape != head.prototypes.shape[1:]:
         raise ValueError(f"prototypes {head.prototypes.shape} and centre {head.centre.shape} do not belong together")
     return head

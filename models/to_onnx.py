@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.embedded import EmbeddedClip
 from models.errors import ModelError
-from models.export import ONNX_FILE
+from models.folder import ONNX_FILE
 from models.predictor import Head
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ class Classifier(nn.Module):
 def to_onnx(predictor: Predictor, folder: Path) -> float:
     """Write ``model.onnx``: ``pixels (n, 3, height, width)`` -> ``features (n, dim)``, ``logits (n, classes)``.
 
-    Probabilities are the softmax of the logits; the largest logit divided by the scale is the score.
+    Probabilities are the softmax of the logits divided by the folder's temperature; the largest logit divided by the
+    scale is the score.
 
     Returns:
         The largest difference between probabilities by PyTorch and by ONNX Runtime, of noise, one image and several.

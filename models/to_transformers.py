@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from models import clip
 from models.errors import ModelError
+from models.folder import TRANSFORMERS
 from models.settings import ClipSettings
 
 if TYPE_CHECKING:
@@ -88,8 +89,6 @@ def to_transformers(predictor: Predictor, folder: Path) -> float:
     """
     from open_clip import CLIP
     from transformers import CLIPConfig, CLIPModel
-
-    from models.export import TRANSFORMERS
 
     own = predictor.clip.model
     if type(own) is not CLIP:

@@ -11,16 +11,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from storage.errors import DataError
+from storage.errors import ColumnBroken, DataError
 
 _ROWS = 16
 """Rows decoded together."""
 _BATCHES = 4
 """Decoded batches kept, since several threads read neighbouring rows."""
-
-
-class ColumnBroken(Exception):
-    """The file is no Parquet or Arrow file, is damaged, or has no column of images."""
 
 
 class ImageColumn:

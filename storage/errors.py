@@ -13,5 +13,9 @@ class Damaged(StorageError):
     """Stored bytes differ from their digest. They were set aside; running again remakes them."""
 
 
+class ColumnBroken(Exception):
+    """A file is no Parquet or Arrow file, is damaged, or has no column of images."""
+
+
 class DataError(Exception):
     """The user's data is unusable as a whole (one bad image is quarantined instead)."""

@@ -11,17 +11,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from itertools import chain, islice
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from storage.errors import StorageError
 from storage.fingerprint import sha256
 from storage.images import ImageLimits, ImageRejected
 from storage.objects import ObjectStore
 from storage.sources import Entry, Source
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -212,6 +213,9 @@ class StatCache:
         return listing
 
     def _read(self) -> Iterator[tuple[Any, ...]]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         try:
             if self._objects.exists(self._key):
                 with pq.ParquetFile(io.BytesIO(self._objects.read(self._key))) as file:
@@ -222,6 +226,8 @@ class StatCache:
 
     def _write(self, listing: Listing) -> None:
         """Replace the cache by this listing; what could not be read is tried again next time."""
+        import pyarrow.parquet as pq
+
         out = io.BytesIO()
         query = "SELECT path, stamp, size, container, place, nullif(sha256, ?) FROM image ORDER BY path"
         rows = listing.database.execute(query, (UNREADABLE,))

@@ -11,10 +11,9 @@ import logging
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from storage.columns import ColumnBroken, ImageColumn
-from storage.errors import DataError
+from storage.errors import ColumnBroken, DataError
 from storage.images import (
     HEIC_HINT,
     HEIC_SUFFIXES,
@@ -28,6 +27,9 @@ from storage.images import (
 from storage.names import member_path, printable, raw
 from storage.roots import File, Root, is_hidden
 from storage.tars import TarBroken, members
+
+if TYPE_CHECKING:
+    from storage.columns import ImageColumn
 
 log = logging.getLogger("latteflow.storage")
 
@@ -223,6 +225,8 @@ class Source:
     def _table(self, path: str) -> ImageColumn:
         table = self._tables.get(path)
         if table is None:
+            from storage.columns import ImageColumn  # and pyarrow, which most sources do without
+
             root, name = self._find(path)
             parquet = _kind(path) == "parquet"
             table = ImageColumn(lambda: root.open(name), is_parquet=parquet, column=self._column, what=path)

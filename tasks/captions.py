@@ -8,7 +8,8 @@ from pathlib import Path
 import polars as pl
 
 from storage.artifacts import Artifact
-from storage.objects import ObjectStore
+from storage.errors import DataError
+from storage.folders import check_place, whole_folder
 from storage.shards import read_index
 from storage.tables import parquet, read_parquet
 from tasks.card import caption_card
@@ -17,6 +18,7 @@ from tasks.pair import read_pairs
 from tasks.screen import read_screened
 from tasks.stage import StageResult, open_store
 
+_CARD, _ALWAYS, _SOMETIMES = "README.md", ("images", "groups"), ("classes", "pairs")
 _OF_ALL = (
     "text", "flags", "finish_reason", "prompt_tokens", "output_tokens", "model", "revision", "prompt_id", "prompt",
     "sampling", "engine", "detail",
@@ -31,20 +33,35 @@ def write_captions(domain: Domain, stages: Mapping[str, StageResult], folder: Pa
 
     Args:
         stages: by label: shard train, describe, group, screen and, if the domain compares, pair.
+        folder: new, empty, or with texts that were written before, whose place the new ones take when they are whole.
 
     Returns:
         How many texts of each kind.
+
+    Raises:
+        DataError: the folder holds other things, or there can be none.
     """
+    _check(folder)
     store = open_store(domain)
     found = {label: store.open(stage.ref) for label, stage in stages.items()}
     paths = read_index(found["shard train"], removed=True).select("key", "path")
     tables = {name: _told(domain, table, paths) for name, table in _tables(found).items()}
-    files = ObjectStore(str(folder), single_writer=True)
-    for name, table in tables.items():
-        files.put(f"{name}.parquet", parquet(table))
     fingerprints = {label: artifact.fingerprint for label, artifact in found.items()}
-    files.put("README.md", caption_card(domain, tables, fingerprints).encode())
+    with whole_folder(folder) as new:
+        for name, table in tables.items():
+            (new / f"{name}.parquet").write_bytes(parquet(table))
+        (new / _CARD).write_text(caption_card(domain, tables, fingerprints), encoding="utf-8")
     return {name: table.height for name, table in tables.items()}
+
+
+def _check(folder: Path) -> None:
+    check_place(folder)
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    always, sometimes = ({f"{kind}.parquet" for kind in kinds} for kinds in (_ALWAYS, _SOMETIMES))
+    is_earlier = always | {_CARD} <= names
+    others = names - (always | sometimes | {_CARD} if is_earlier else set())
+    if others:
+        raise DataError(f"folder {folder} holds {min(others)!r} that is not of texts; give a new or empty folder")
 
 
 def _tables(found: Mapping[str, Artifact]) -> dict[str, pl.DataFrame]:

@@ -41,6 +41,8 @@ def model_card(
     artifacts: Mapping[str, str],
     parity: Mapping[str, float],
     formats: Sequence[str],
+    temperature: float,
+    unknown: str,
 ) -> str:
     """The README.md of an exported model.
 
@@ -51,6 +53,8 @@ def model_card(
         artifacts: fingerprints of further stages.
         parity: how far other readers of the model differ, by their name.
         formats: beside the folder's own.
+        temperature: what its logits are divided by.
+        unknown: how images of none of the classes are told, or why they are not.
     """
     base = ", ".join(_public(name) for name in (domain.clip.model, domain.clip.pretrained) if name)
     adapted = _HOW[method] + ("" if seed is None else f"; seed {seed}")
@@ -88,15 +92,16 @@ from PIL import Image
 from models.predictor import Predictor  # of the package latteflow
 model = Predictor.load(Path("."))  # this folder
 answers = model.predict([Image.open("photo.jpg")])
-print(model.classes[answers.labels[0]], answers.probabilities[0, 0], answers.unknown[0])
+print(model.classes[answers.labels[0]], answers.probabilities[0, 0])
 ```
 `latteflow predict . IMAGES --out predictions.parquet` does a folder or bucket, `latteflow serve .` a small web service.
 {_without(method, domain, formats)}
 
 ## Limits
-- It answers one of its classes for every image. `unknown` is set where the score is lower than that of 99 % of the
-  training images; that catches some images of other kinds, not all, and some images of the domain.
-- No label took part. Probabilities are not calibrated.
+- It answers one of its classes for every image. Images of none of them: {unknown}. Where there is a mark, it catches
+  some images of other kinds, not all, and some images of the domain.
+- No label took part. For probabilities that are about as often right as they say, logits are divided by the temperature
+  {temperature:.3g} before the softmax; `latteflow` does so. It was estimated without labels and may be off.
 - The licence is that of the base model's weights, of the language model that wrote the texts, if there was one, and of
   the images. Nobody has checked them for your use.
 

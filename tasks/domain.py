@@ -41,11 +41,7 @@ from models.settings import (
     WordsSettings,
     one_or_many,
 )
-
-
-class ConfigError(Exception):
-    """The domain file is wrong; the message lists every mistake with its line."""
-
+from tasks.errors import ConfigError
 
 OneOrMore = Annotated[
     list[str], Field(min_length=1), BeforeValidator(one_or_many, json_schema_input_type=str | list[str])

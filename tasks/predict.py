@@ -21,6 +21,7 @@ from storage.fingerprint import sha256
 from storage.images import ImageLimits, ImageRejected, RejectReason, open_image
 from storage.inspectors import SECONDS, Inspectors
 from storage.listing import REMOTE_THREADS, ahead, chunks, key_of
+from storage.names import printable, raw
 from storage.objects import ObjectStore
 from storage.sources import Entry, Source
 from storage.tables import parquet
@@ -38,10 +39,15 @@ _PIECE = 32
 
 @dataclass(frozen=True)
 class Predicted:
-    """What became of the images; ``quarantine`` is where those without a prediction are listed, if there are any."""
+    """What became of the images.
+
+    Attributes:
+        unknown: how many seem to be of none of the classes; None where the model cannot tell.
+        quarantine: where those without a prediction are listed, if there are any.
+    """
 
     images: int
-    unknown: int
+    unknown: int | None
     quarantined: int
     out: str
     quarantine: str | None
@@ -72,7 +78,9 @@ class Decoder:
     def one(self, data: bytes, most: int) -> tuple[torch.Tensor | ImageRejected, int]:
         """Pixels of an image that has at most so many as it is stored, or why there are none; and how many it has."""
         (said,) = self._inspect([data], most)
-        return (said, 0) if isinstance(said, ImageRejected) else (self._pixels(data, said.white), said.width * said.height)
+        return (
+            (said, 0) if isinstance(said, ImageRejected) else (self._pixels(data, said.white), said.width * said.height)
+        )
 
     def _pixels(self, data: bytes, white: int | None) -> torch.Tensor | ImageRejected:
         try:
@@ -92,10 +100,12 @@ def check_out(out: str) -> None:
     """Whether a table can be written under that name.
 
     Raises:
-        DataError: its ending says no format that we write.
+        DataError: its ending says no format that we write, or there is no such folder.
     """
     if Path(out).suffix not in _FORMATS:
         raise DataError(f"--out {out!r}: the name must end in {', '.join(_FORMATS)}")
+    if "://" not in out and not Path(out).parent.is_dir():
+        raise DataError(f"--out {out!r}: there is no folder {str(Path(out).parent)!r}; create it first")
 
 
 def predict(
@@ -110,8 +120,10 @@ def predict(
     """Classes of all images of a source, in the order of their paths.
 
     Columns: path, key (as ingest makes it), class and probability, class_2 and probability_2 and so on, margin (best
-    minus second probability), entropy (in nats), score (:class:`models.predictor.Answers`), unknown. Images that cannot
-    be used are listed in ``<out>.quarantine.jsonl``: path, reason, detail. Either file appears whole or not at all.
+    minus second probability), entropy (in nats), score (:class:`models.predictor.Answers`), unknown
+    (empty where the model cannot tell). Names are as they are, but in CSV as :func:`harmless` writes them. Images that
+    cannot be used are listed in ``<out>.quarantine.jsonl``: path, reason, detail. Either file appears whole or not
+    at all.
 
     Args:
         folder: of an exported model.
@@ -159,10 +171,11 @@ def predict(
         files.delete(beside)  # of an earlier time
     files.put(name, _FORMATS[Path(name).suffix](table))
     listed = files.address(beside) if quarantine else None
-    log.info("predict done images=%d quarantined=%d unknown=%d", table.height, len(quarantine), table["unknown"].sum())
+    unknown = None if predictor.head.unknown_below is None else int(table["unknown"].sum())
+    log.info("predict done images=%d quarantined=%d unknown=%s", table.height, len(quarantine), unknown)
     if not table.height:
         raise DataError(f"none of the {len(entries)} images of {images} can be used; {listed} says why")
-    return Predicted(table.height, int(table["unknown"].sum()), len(quarantine), out, listed)
+    return Predicted(table.height, unknown, len(quarantine), out, listed)
 
 
 def _decoded(
@@ -212,12 +225,34 @@ def _table(done: Sequence[tuple[list[str], list[str], Answers]], classes: Sequen
         columns[f"probability{suffix}"] = pl.Series(probabilities[:, place], dtype=pl.Float32)
     for name in ("margin", "entropy", "score"):
         columns[name] = pl.Series(joined(name), dtype=pl.Float32)
-    columns["unknown"] = pl.Series(joined("unknown").astype(bool), dtype=pl.Boolean)
+    marks = [answers.unknown for _, _, answers in done]
+    columns["unknown"] = pl.Series(
+        [None if mark is None else bool(mark[row]) for mark, (paths, _, _) in zip(marks, done, strict=True)
+         for row in range(len(paths))],
+        dtype=pl.Boolean,
+    )  # fmt: skip
     return pl.DataFrame(columns)
 
 
+def harmless(name: str) -> str:
+    """A name for CSV: no control character of it reaches a terminal, and no spreadsheet takes it for a formula.
+
+    Odd characters are escaped as in paths, and one that begins like a formula gets an apostrophe before it, as
+    spreadsheets have it for text.
+    """
+    shown = printable(name)
+    return f"'{shown}" if shown.lstrip()[:1] in tuple("=+-@") else shown
+
+
 def _csv(table: pl.DataFrame) -> bytes:
-    return table.write_csv().encode()
+    def column(values: pl.Series) -> pl.Series:
+        if values.dtype not in (pl.String, pl.Enum):
+            return values
+        # Paths are printable already; to escape their backslashes again would make other names of them.
+        text = values.cast(pl.String).to_list()
+        return pl.Series(values.name, [harmless(raw(each) if values.name == "path" else each) for each in text])
+
+    return pl.DataFrame([column(values) for values in table]).write_csv().encode()
 
 
 def _jsonl(table: pl.DataFrame) -> bytes:

@@ -17,8 +17,8 @@ import sys
 import atheris
 
 with atheris.instrument_imports(include=["storage.tars", "storage.names", "storage.columns"]):
-    from storage.columns import ColumnBroken, ImageColumn
-    from storage.errors import DataError
+    from storage.columns import ImageColumn
+    from storage.errors import ColumnBroken, DataError
     from storage.names import member_path, printable, raw
     from storage.tars import BLOCK, Member, TarBroken, members
 

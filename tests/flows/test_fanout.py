@@ -20,7 +20,7 @@ from flows.parameters import domain_of
 from flows.pipeline import run_plainly
 from storage.artifacts import ArtifactRef
 from storage.captions import CaptionStore
-from tasks.domain import ConfigError
+from tasks.errors import ConfigError
 from tasks.stage import open_store
 
 

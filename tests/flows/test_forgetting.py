@@ -13,7 +13,8 @@ from PIL import Image
 from flows.pipeline import graph, run_plainly
 from storage.shards import read_index
 from tasks import forgetting
-from tasks.domain import ConfigError, Domain
+from tasks.domain import Domain
+from tasks.errors import ConfigError
 from tasks.export import export_tuned
 from tasks.features import read_features
 from tasks.forgetting import general_answers

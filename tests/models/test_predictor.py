@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,7 @@ from safetensors.torch import load_file, save_file
 from conftest import draw
 from models import clip
 from models.errors import ModelError
-from models.export import export
-from models.predictor import Head, Predictor, unknown_below
+from models.predictor import Head, Predictor, scores, unknown_below
 from models.settings import ClipSettings
 
 
@@ -39,16 +40,21 @@ def test_it_says_what_the_formula_says(exported: Path) -> None:
     assert (found.unknown == (found.score < 0.05)).all()
 
 
-def test_one_image_in_a_hundred_of_the_training_images_is_unknown() -> None:
+def test_one_image_in_a_hundred_of_new_ones_is_unknown() -> None:
     generator = np.random.default_rng(0)
-    prototypes, features = (generator.normal(size=(n, 8)).astype(np.float32) for n in (3, 1000))
+    prototypes, features = (generator.normal(size=(n, 8)).astype(np.float32) for n in (3, 20_000))
     prototypes /= np.linalg.norm(prototypes, axis=1, keepdims=True)
     features /= np.linalg.norm(features, axis=1, keepdims=True)
-    below = unknown_below(features, prototypes, 30.0)
-    found = Head(prototypes, np.zeros(8, np.float32), 30.0, below).answers(features)
-    assert found.unknown.sum() == 10
+    found = scores(features, prototypes, 30.0)
     most = (features @ prototypes.T).max(1)
-    assert ((found.score >= most - 1e-6) & (found.score <= most + np.log(3) / 30 + 1e-6)).all()
+    assert ((found >= most - 1e-6) & (found <= most + np.log(3) / 30 + 1e-6)).all()
+    known = [unknown_below(found[start : start + 150]) for start in range(0, 15_000, 150)]
+    shares = [float((found[15_000:] < below).mean()) for below in known if below is not None]
+    assert len(shares) == 100 and 0.003 < np.mean(shares) < 0.012
+    assert unknown_below(found[:98]) is None and unknown_below(found[:99]) == found[:99].min()
+    head = Head(prototypes, np.zeros(8, np.float32), 30.0, known[0])
+    assert (head.answers(features).unknown == (found < known[0])).all()
+    assert replace(head, unknown_below=None).answers(features).unknown is None
 
 
 def test_a_large_jpeg_is_decoded_small_and_says_the_same(exported: Path, tmp_path: Path) -> None:
@@ -103,7 +109,10 @@ def cut(folder: Path) -> None:
         (remove("latteflow.json"), "has no latteflow.json"),
         (lambda folder: (folder / "latteflow.json").write_text("{"), "latteflow.json cannot be read"),
         (edit("latteflow.json", lambda said: {**said, "version": 99}), "not a .'latteflow-model', 1."),
-        (edit("latteflow.json", lambda said: {**said, "unknown_below": None}), "TypeError"),
+        (edit("latteflow.json", lambda said: {**said, "unknown_below": [1]}), "TypeError"),
+        (edit("latteflow.json", lambda said: {**said, "temperature": 0.5}), "temperature in latteflow.json is 0.5"),
+        (edit("latteflow.json", lambda said: {**said, "temperature": float("inf")}), "is not finite"),
+        (edit("latteflow.json", lambda said: {**said, "sha256": {"../x": ""}}), "which is not in the folder"),
         (remove("classes.json"), "classes.json"),
         (edit("classes.json", lambda said: [*said, "green"]), "names 3 classes, the classifier has 2"),
         (edit("classes.json", lambda said: ["red", "red"]), "names a class twice"),
@@ -130,36 +139,71 @@ def test_classes_may_be_renamed(folder: Path) -> None:
     assert Predictor.load(folder).classes == ["rot", "blau"]
 
 
-def test_a_folder_is_replaced_whole(folder: Path, tiny_clip: Path) -> None:
-    (folder / "notes.txt").write_text("mine")
-    for name in ("model.onnx", "clamp.safetensors", "README.md", "latteflow_embedded.json"):
-        (folder / name).write_text("old")
-    (folder / "transformers").mkdir()
-    model = clip.read(ClipSettings(model=str(tiny_clip)))
-    export(
-        model, folder, classes=["a", "b", "c"], prototypes=torch.eye(3, model.dim), centre=torch.zeros(model.dim),
-        scale=10.0, resize="crop", unknown_below=0.0,
-    )  # fmt: skip
-    assert {path.name for path in folder.iterdir()} == {
-        "notes.txt", "classes.json", "classifier.safetensors", "latteflow.json", "open_clip_config.json",
-        "open_clip_model.safetensors",
-    }  # fmt: skip
-    assert Predictor.load(folder).classes == ["a", "b", "c"]
+@pytest.mark.parametrize("name", ["latteflow.json", "classes.json", "tokenizer.json", "notes.txt"])
+@pytest.mark.parametrize("kind", ["pipe", "link to nothing", "link to itself", "link to a device"])
+def test_only_regular_files_are_opened(folder: Path, name: str, kind: str) -> None:
+    path = folder / name
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to({"link to nothing": "nowhere", "link to itself": name, "link to a device": "/dev/zero"}[kind])
+    with pytest.raises(ModelError, match=rf"{name} is (no regular file|a link that leads to no file)"):
+        Predictor.load(folder)
+    with pytest.raises(ModelError, match=f"{name} is "):
+        clip.identity(ClipSettings(model=str(folder)))  # the same folder as the base of a domain
 
 
-@pytest.mark.parametrize("name", ["README.md", "open_clip_config.json", None])
-def test_what_no_export_wrote_is_left_alone(tiny_clip: Path, tmp_path: Path, name: str | None) -> None:
-    folder = tiny_clip if name is None else tmp_path
-    if name is not None:
-        (folder / name).write_text("mine")
-    before = {path: path.read_bytes() for path in folder.iterdir()}
-    model = clip.read(ClipSettings(model=str(tiny_clip)))
-    with pytest.raises(ModelError, match=r"no export wrote|base model is read from"):
-        export(
-            model, folder, classes=["a", "b"], prototypes=torch.eye(2, model.dim), centre=torch.zeros(model.dim),
-            scale=10.0, resize="crop", unknown_below=0.0,
-        )  # fmt: skip
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+def test_a_link_to_a_file_is_a_file(folder: Path, tmp_path: Path) -> None:
+    """As model hubs lay out what they downloaded."""
+    blob = (folder / "open_clip_model.safetensors").rename(tmp_path / "blob")
+    (folder / "open_clip_model.safetensors").symlink_to(blob)
+    assert Predictor.load(folder).classes == ["red", "blue"]
+
+
+@pytest.mark.parametrize("name", ["latteflow.json", "classes.json", "open_clip_config.json"])
+@pytest.mark.parametrize("harm", ["deep", "large", "bytes"])
+def test_hostile_json_is_one_message(folder: Path, name: str, harm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.folder.MOST_JSON", 1 << 20)
+    content = {"deep": b"[" * 200_000 + b"]" * 200_000, "large": b" " * (1 << 20) + b"[]", "bytes": b"\xff\xfe{"}
+    (folder / name).write_bytes(content[harm])
+    with pytest.raises(ModelError, match=name if harm == "large" else str(folder)):
+        Predictor.load(folder)
+
+
+@pytest.mark.parametrize("name", ["classifier.safetensors", "open_clip_model.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no tensors", b"\xff" * 64, b"\x10\0\0\0\0\0\0\0" + b"[" * 16])
+def test_what_is_no_safetensors_is_one_message(folder: Path, name: str, content: bytes) -> None:
+    (folder / name).write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    edit("latteflow.json", lambda said: {**said, "sha256": {**said["sha256"], name: digest}})(folder)
+    with pytest.raises(ModelError):
+        Predictor.load(folder)
+
+
+def test_a_folder_of_the_embedded_model_with_other_files_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"no tensors")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in tmp_path.iterdir()}
+    config = {"schema": "latteflow-embedded", "version": 1, "n_anchors": 3, "sha256": digests}
+    (tmp_path / "latteflow_embedded.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        clip.read(ClipSettings(model=str(tmp_path)))
+    (tmp_path / "latteflow_embedded.json").write_text("[" * 200_000 + "]" * 200_000)
+    with pytest.raises(ModelError, match="cannot be read"):
+        clip.read(ClipSettings(model=str(tmp_path)))
+
+
+def test_a_temperature_makes_it_less_sure_and_changes_no_answer(folder: Path) -> None:
+    images = [draw(number, "red") for number in range(5)]
+    before = Predictor.load(folder).predict(images)
+    edit("latteflow.json", lambda said: {**said, "temperature": 4.0})(folder)
+    after = Predictor.load(folder).predict(images)
+    assert (after.ranked == before.ranked).all() and (after.probabilities[:, 0] < before.probabilities[:, 0]).all()
+    np.testing.assert_array_equal(after.score, before.score)
+    np.testing.assert_array_equal(after.unknown, before.unknown)
+    edit("latteflow.json", lambda said: {name: said[name] for name in said if name != "temperature"})(folder)
+    np.testing.assert_array_equal(Predictor.load(folder).predict(images).probabilities, before.probabilities)
 
 
 @pytest.mark.slow

@@ -17,7 +17,8 @@ from models.clamp import adapter, lm
 from models.errors import ModelError
 from models.settings import ClampSettings
 from tasks.clamp import read_tower
-from tasks.domain import ConfigError, Domain
+from tasks.domain import Domain
+from tasks.errors import ConfigError
 from tasks.export import export_tuned
 from tasks.stage import StageResult, open_store, statistic
 from tasks.tune import read_history, read_tuned

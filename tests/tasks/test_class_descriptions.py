@@ -10,7 +10,8 @@ from chatserver import Ask, ChatServer, Reply, answer
 from flows.pipeline import run_plainly
 from models import clip
 from models.screening import describes_class
-from tasks.domain import ConfigError, Domain
+from tasks.domain import Domain
+from tasks.errors import ConfigError
 from tasks.stage import open_store
 from tasks.tune import read_tuned
 

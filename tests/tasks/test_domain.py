@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.domain import ConfigError, Domain
+from tasks.domain import Domain
+from tasks.errors import ConfigError
 
 GOOD = """\
 name: birds

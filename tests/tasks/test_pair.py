@@ -19,7 +19,8 @@ from models.differences import RULES
 from models.settings import Method
 from storage.errors import DataError
 from storage.shards import read_index
-from tasks.domain import ConfigError, Domain
+from tasks.domain import Domain
+from tasks.errors import ConfigError
 from tasks.evaluate import evaluate
 from tasks.export import export_tuned
 from tasks.pair import read_class_pairs, read_pairs

@@ -3,6 +3,7 @@
 import functools
 import http.server
 import json
+import shutil
 import tarfile
 import threading
 from pathlib import Path
@@ -40,6 +41,7 @@ def quarantine(out: Path) -> dict[str, str]:
 
 def test_every_sound_image_has_a_row_and_the_others_a_reason(exported: Path, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "predictions.parquet"
+    out.parent.mkdir()
     steps: list[tuple[int, int]] = []
     found = predict(exported, str(images), str(out), batch=2, on_progress=lambda *step: steps.append(step))
     assert (found.images, found.quarantined) == (5, 4) and steps[-1] == (9, 9)
@@ -106,6 +108,9 @@ def test_what_cannot_be_predicted(exported: Path, images: Path, tmp_path: Path) 
     out = tmp_path / "p.parquet"
     with pytest.raises(DataError, match=r"the name must end in \.parquet, \.csv, \.jsonl"):
         predict(exported, str(images), str(tmp_path / "p.xlsx"))
+    with pytest.raises(DataError, match=r"there is no folder '.*mistyped'; create it first"):
+        predict(exported, str(images), str(tmp_path / "mistyped" / "p.csv"))
+    assert not (tmp_path / "mistyped").exists()
     (tmp_path / "nothing").mkdir()
     with pytest.raises(DataError, match="holds no image"):
         predict(exported, str(tmp_path / "nothing"), str(out))
@@ -117,3 +122,31 @@ def test_what_cannot_be_predicted(exported: Path, images: Path, tmp_path: Path) 
     with pytest.raises(DataError, match=r"none of the 1 images .* can be used; .*quarantine.jsonl says why"):
         predict(exported, str(images / "a-text.jpg"), str(out))
     assert pl.read_parquet(out).height == 0 and quarantine(out) == {"a-text.jpg": "not_an_image"}
+
+
+def test_names_of_classes_are_harmless_in_csv_and_exact_elsewhere(exported: Path, tmp_path: Path) -> None:
+    names = ['=HYPERLINK("http://example.invalid")', "\x1b[31mred\u202e\n\\"]
+    model = shutil.copytree(exported, tmp_path / "model")
+    (model / "classes.json").write_text(json.dumps(names))
+    draw_folder(tmp_path / "images", 2)
+    (tmp_path / "images" / "000.png").rename(tmp_path / "images" / "@a\\\x1b.png")
+    for name in ("a.parquet", "b.jsonl", "c.csv"):
+        predict(model, str(tmp_path / "images"), str(tmp_path / name))
+    exact = pl.read_parquet(tmp_path / "a.parquet")
+    assert {*exact["class"], *exact["class_2"]} == set(names)
+    assert pl.read_ndjson(tmp_path / "b.jsonl")["class"].to_list() == exact["class"].to_list()
+    data = (tmp_path / "c.csv").read_bytes()
+    assert b"\x1b" not in data and "\u202e" not in data.decode() and data.count(b"\n") == 3
+    shown = pl.read_csv(tmp_path / "c.csv")
+    assert {*shown["class"], *shown["class_2"]} == {"'" + names[0], r"\x1b[31mred\u202e\x0a\\"}
+    assert sorted(shown["path"]) == ["'@a\\\\\\x1b.png", "001.png"]
+
+
+def test_a_model_that_cannot_tell_strangers_leaves_the_column_empty(exported: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(exported, tmp_path / "model")
+    settings = json.loads((model / "latteflow.json").read_text())
+    (model / "latteflow.json").write_text(json.dumps({**settings, "unknown_below": None}))
+    draw_folder(tmp_path / "images", 3)
+    assert predict(model, str(tmp_path / "images"), str(tmp_path / "p.csv")).unknown is None
+    table = pl.read_csv(tmp_path / "p.csv")
+    assert table["unknown"].null_count() == 3 and table["class"].null_count() == 0

@@ -15,8 +15,9 @@ from storage.tables import parquet, read_parquet
 from tasks import report
 from tasks import screen as stage
 from tasks.describe import describe
-from tasks.domain import ConfigError, Domain
+from tasks.domain import Domain
 from tasks.embed import embed
+from tasks.errors import ConfigError
 from tasks.features import read_features
 from tasks.group import group
 from tasks.screen import read_screened, screen, usable

@@ -13,7 +13,8 @@ from flows.plan import plan
 from models.settings import Method
 from storage.errors import DataError
 from storage.tables import read_parquet
-from tasks.domain import ConfigError, Domain
+from tasks.domain import Domain
+from tasks.errors import ConfigError
 from tasks.export import export_tuned
 from tasks.stage import StageResult, open_store, statistic
 from tasks.tune import read_history, read_tuned
