@@ -6,14 +6,15 @@ import functools
 import json
 import re
 import traceback
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import Progress
 
 from flows import console
 from flows.console import fail, failures
+from flows.errors import UsageError
 from flows.pipeline import TUNING, as_they_are, graph, repaired, run_plainly
 from models.errors import ModelError
 from models.settings import ZERO_SHOT
@@ -25,6 +26,7 @@ from tasks.domain import ConfigError, Domain
 from tasks.history import History
 from tasks.select import read_selection
 from tasks.stage import StageResult, open_store
+from tasks.tune import check_model
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
@@ -41,8 +43,18 @@ StoreUrl = Annotated[
 ]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(f"latteflow {metadata.version('latteflow')}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
     """Adapt a CLIP model to a new image domain without labels.
 
     A domain file says where the images are and which classes there are; every command takes one, but for `gc --store`,
@@ -81,7 +93,7 @@ def run(
     Stages: shard, embed, describe, group, screen, pair (for pc_clip), tune, select, evaluate, report.
     """
     if start and only:
-        raise ConfigError("--from and --only exclude each other; give one")
+        raise UsageError("--from and --only exclude each other; give one")
     settings = Domain.load(domain)
     choice = functools.partial(run_plainly, start=start, only=only, refresh=refresh or ())
     results = repaired(choice, settings)
@@ -200,7 +212,7 @@ def verify(domain: DomainFiles = None, store: StoreUrl = None) -> None:
     objects = [stored for each in found for stored in each.inventory.objects.values()]
     total = sum(stored.bytes for stored in objects)
     wrong: list[str] = []
-    with Progress(console=failures, transient=True) as progress:
+    with console.progress() as progress:
         bar = progress.add_task("verify", total=total)
         for each in found:
             wrong += check(each.inventory, lambda size: progress.advance(bar, size))
@@ -275,6 +287,8 @@ def export(
     from tasks.export import Format, RunRecord, export_tuned, export_zero_shot, record_of
 
     settings = Domain.load(domain)
+    if method != ZERO_SHOT:
+        check_model(settings, seed, method)
     asked: dict[Format, bool] = {"onnx": onnx, "transformers": transformers}
     formats = [name for name, wanted in asked.items() if wanted]
     if served:
@@ -315,7 +329,7 @@ def predict(
     """Say which class each image has, by a model that `export` wrote. Needs no domain file and no store."""
     from tasks.predict import predict as predicted
 
-    with Progress(console=failures, transient=True) as progress:
+    with console.progress() as progress:
         bar = progress.add_task("predict", total=None)
         found = predicted(
             model, images, table, top=top, batch=batch,
@@ -384,6 +398,8 @@ def rank(
 
     sentence(attribute)  # before anything runs
     settings = Domain.load(domain)
+    if method != ZERO_SHOT:
+        check_model(settings, seed, method)
     results = {result.label: result for result in repaired(run_plainly, settings)}
     made_from = results["shard train"], results["embed train"], results["tune"]
     found = ranked(settings, *made_from, attribute, method=method, seed=seed)
@@ -412,6 +428,7 @@ def compare(
     from tasks.compare import read_run, write_page
 
     found = compared(read_run(one), read_run(other))
+    out.print(f"A        {console.printable(found.one.name)}\nB        {console.printable(found.other.name)}")
     out.print(console.comparison(found))
     out.print(f"page     {write_page(found, page)}")
 
@@ -419,12 +436,11 @@ def compare(
 @app.command()
 def champion(domain: DomainFile) -> None:
     """Show the model that the domain serves, and those before it, newest first."""
-    from tasks.promote import champion as read
-    from tasks.promote import champions
+    from tasks.promote import NO_CHAMPION, champions
 
     settings = Domain.load(domain)
-    read(settings)
-    out.print(console.champions(champions(open_store(settings), settings.name)))
+    found = champions(open_store(settings), settings.name)
+    out.print(console.champions(found) if found else NO_CHAMPION.format(name=settings.name))
 
 
 @app.command()
@@ -461,7 +477,7 @@ def _compact(store: ArtifactStore) -> int:
 def _seconds(age: str) -> float:
     match = re.fullmatch(r"(\d+)([smhd])", age)
     if match is None:
-        raise ConfigError(f"--older-than {age!r}: give a number and a unit, such as 30m, 12h or 7d")
+        raise UsageError(f"--older-than {age!r}: give a number and a unit, such as 30m, 12h or 7d")
     return int(match[1]) * {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}[match[2]]
 
 
@@ -471,7 +487,7 @@ def entry() -> None:
         app()
     except (ConfigError, DataError, ModelError, StorageError) as error:
         fail(str(error))
-        raise SystemExit(1) from None
+        raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
     except KeyboardInterrupt:
         failures.print("stopped; finished parts are kept, run again to go on")
         raise SystemExit(130) from None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -29,10 +30,17 @@ if TYPE_CHECKING:
     from tasks.compare import Comparison
 
 _PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
+_TOLD_AT_ZERO = frozenset({"accepted", "images", "kept", "labelled", "texts"})
+"""Counts that say most where there is none; the others, of what went wrong, are left out then."""
 _PIPE = 160
 """Columns of a table that nobody's window bounds."""
 console = Console(width=None if sys.stdout.isatty() else _PIPE, **_PLAIN)
 failures = Console(stderr=True, width=None if sys.stderr.isatty() else _PIPE, **_PLAIN)
+
+
+def progress() -> Progress:
+    """A bar on standard error that goes when it is done; nothing at all where that is no terminal."""
+    return Progress(console=failures, transient=True, disable=not failures.is_terminal)
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -329,7 +337,7 @@ def _pairs() -> Table:
 
 
 def _counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{number} {name}" for name, number in counts.items() if number)
+    return ", ".join(f"{number} {name}" for name, number in counts.items() if number or name in _TOLD_AT_ZERO)
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:

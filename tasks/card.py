@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.settings import own_zero_shot
 from storage.artifacts import Artifact
 from tasks.domain import Domain
 
@@ -207,8 +208,7 @@ def _accuracy(method: str, seed: int | None, metrics: Mapping[str, Any] | None) 
         return "Unknown: it was not measured against labels."
     zero = metrics["zero_shot"]
     if method == "zero_shot":
-        name = "zero_shot_centred" if metrics["centred"] else "zero_shot_plain"
-        found = zero["methods"][name]
+        found = zero["methods"][own_zero_shot(metrics["centred"])]
     else:
         found = metrics["methods"][method]
     low, high = found["interval"]
