@@ -17,6 +17,7 @@ from flows.console import fail, failures
 from flows.errors import UsageError
 from flows.pipeline import TUNING, as_they_are, graph, repaired, run_plainly
 from models.errors import ModelError
+from models.metrics import seen_note
 from models.settings import ZERO_SHOT
 from storage.artifacts import ArtifactStore
 from storage.captions import CaptionStore
@@ -24,6 +25,7 @@ from storage.errors import DataError, StorageError
 from storage.upkeep import Loose
 from tasks.domain import ConfigError, Domain
 from tasks.history import History
+from tasks.report import kept
 from tasks.select import read_selection
 from tasks.stage import StageResult, open_store
 from tasks.tune import check_model
@@ -101,11 +103,14 @@ def run(
     if results[-1].label == "report":
         folder = Path(settings.output) / settings.name
         metrics = json.loads((folder / "metrics.json").read_text())
+        if note := seen_note(metrics["n_seen"], metrics["n_test"]):
+            out.print(f"note     {note}")
         out.print(console.scores(metrics))
         if "general" in metrics:
             out.print(console.forgotten(metrics["general"]))
         found = {result.label: result for result in results}
-        out.print(f"kept     {read_selection(open_store(settings).open(found['select'].ref)).told}")
+        selection = read_selection(open_store(settings).open(found["select"].ref))
+        out.print(f"kept     {kept(settings, selection)}")
         out.print(f"report   {folder / 'report.html'}\nmetrics  {folder / 'metrics.json'}")
 
 
@@ -302,10 +307,10 @@ def export(
         store = open_store(settings)
         selected, evaluated = (store.open(results[label].ref) for label in ("select", "evaluate"))
         selection = read_selection(selected)
-        record = record_of(selected, evaluated, selection.told)
+        record = record_of(selected, evaluated, kept(settings, selection))
         if method is seed is None:
             method, seed = (selection.best.method, selection.best.seed) if selection.best else (ZERO_SHOT, None)
-            out.print(f"kept     {selection.told}")
+            out.print(f"kept     {record.verdict}")
         if method == ZERO_SHOT:
             export_zero_shot(settings, results["embed train"], folder, record, formats)
         else:

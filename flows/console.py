@@ -84,7 +84,9 @@ def scores(metrics: Mapping[str, Any]) -> Table | str:
         changed = {name: 1 - score["label_free"]["agreement"] for name, score in metrics["methods"].items()}
         told = ", ".join(f"{share:.1%} by {name}" for name, share in changed.items())
         return f"no labels: images that changed class: {told}; accuracy is unknown"
-    table = _table(f"on {metrics['n_test']} test images", "top-1>", "95 % interval>", "gain over the better zero-shot>")
+    n, seen = metrics["n_test"], metrics["n_seen"]
+    where = f"on {n} images adapted to" if seen == n else f"on {n} test images, {seen} adapted to" if seen else ""
+    table = _table(where or f"on {n} test images", "top-1>", "95 % interval>", "gain over the better zero-shot>")
     for name, score in {**metrics["zero_shot"]["methods"], **metrics["methods"]}.items():
         gain = ""
         if "gain" in score:

@@ -54,7 +54,7 @@ def pipeline(domain: Domain, run: Run) -> list[Any]:
     if domain.evaluation and domain.evaluation.general:
         others = run(shard, domain, "general")
         general = [others, run(embed, domain, others)]
-    scores = run(evaluate, domain, unseen, unseen_features, features, tuned, *general)
+    scores = run(evaluate, domain, unseen, unseen_features, images, features, tuned, *general)
     made = [images, unseen, features, unseen_features, texts, groups, screened, *pairs, tuned, selected]
     page = run(report, domain, *made, *general, scores)
     return [*made, *general, scores, page]

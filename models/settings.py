@@ -34,6 +34,20 @@ def own_zero_shot(is_centred: bool) -> str:
     return ZERO_SHOTS[is_centred]
 
 
+NAMES = {
+    "zero_shot_plain": "plain zero-shot",
+    "zero_shot_centred": "domain-centred zero-shot",
+    "latteclip": "LatteCLIP",
+    "latteclip_plus": "LatteCLIP plus",
+    "pc_clip": "PC-CLIP",
+    "transduction": "anchored transduction",
+    "clamp": "CLAMP",
+    "class_descriptions": "zero-shot with class descriptions",
+    "flyp": "FLYP",
+    "wise_ft": "FLYP averaged with zero-shot",
+    "self_training": "self-training",
+}
+"""Methods and zero-shots for people."""
 SEEDLESS: frozenset[Method] = frozenset({"transduction", "class_descriptions"})
 """Methods without random numbers."""
 READS_TEXTS: frozenset[Method] = frozenset({"latteclip", "latteclip_plus"})

@@ -483,8 +483,8 @@ def check_model(domain: Domain, seed: int | None, method: str | None) -> tuple[M
     chosen = next((each for each in domain.method if method in (None, each)), None)
     if chosen is None:
         raise DataError(
-            f"there is no model by {method!r}; `method` is {', '.join(domain.method)}, and zero_shot is the model as it "
-            "came"
+            f"there is no model by {method!r}; `method` is {', '.join(domain.method)}, and zero_shot is the model as "
+            "it came"
         )
     seeds = domain.seeds_of(chosen)
     if seed not in (None, *seeds):
