@@ -78,7 +78,8 @@ def evaluate(
 
     Args:
         shards, embedded: the images to evaluate on.
-        adapted_to, trained_on: the training images; their features, whose mean is the centre (a test image is never averaged over).
+        adapted_to: the training images.
+        trained_on: their features, whose mean is the centre (a test image is never averaged over).
         tuned: the adapted models, of each method one for each seed.
         general: shards and features of ``evaluation.general``, if there is one.
 

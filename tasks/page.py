@@ -660,7 +660,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Matrix:
-    """One confusion matrix: cells, a picture where there are too many to read, or both, as the page is wide or narrow."""
+    """One confusion matrix: cells, a picture where there are too many to read, or both, for wide and narrow pages."""
 
     id: str
     label: str
