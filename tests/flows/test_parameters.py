@@ -25,7 +25,10 @@ GENERAL = {"source": "/g", "labels": "/g.csv", "classes": ["car", "bus"]}
         ({**GIVEN, "latteclip": {"epoch": 2}}, "'domain.latteclip'. Failure reason: Additional properties"),
         ({**GIVEN, "evaluation": {"lables": "x"}}, "not allowed ('lables'"),
         ({**GIVEN, "evaluation": {"labels": "l", "general": {**GENERAL, "lables": "x"}}}, "not allowed ('lables'"),
-        ({**GIVEN, "describer": {"kind": "vlm"}}, "'domain.describer.kind'. Failure reason: 'vlm' is not one of ['tags'"),
+        (
+            {**GIVEN, "describer": {"kind": "vlm"}},
+            "'domain.describer.kind'. Failure reason: 'vlm' is not one of ['tags'",
+        ),
         ({**GIVEN, "describer": {"kind": "vllm", "model": "m", "modle": "x"}}, "not allowed ('modle'"),
         ({**GIVEN, "pairs": {"describer": {"kind": "vllm", "model": "m", "modle": "x"}}}, "not allowed ('modle'"),
         ({**GIVEN, "seeds": "x"}, "'domain.seeds'. Failure reason: 'x' is not of type 'array'"),

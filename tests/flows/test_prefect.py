@@ -53,7 +53,7 @@ def test_a_second_flow_shows_its_stages_as_cached(server: None, domain: Domain) 
     limit = time.monotonic() + 60  # the server records task runs from events, some time after they happened
     with get_client(sync_client=True) as client:
         wanted = {"shapes-shard-train", "shapes-embed-train", "shapes-embed-test", "shapes-report"}
-    while not wanted <= names.keys() and time.monotonic() < limit:
+        while not wanted <= names.keys() and time.monotonic() < limit:
             names = {
                 run.name: run.state.name
                 for run in client.read_task_runs()
