@@ -60,8 +60,8 @@ def _lies_in(value: Any, folder: str) -> bool:
 def told_by_key(schema: Any, definitions: Mapping[str, Any]) -> Any:
     """A JSON schema without references, whose alternatives are chosen by type or by `kind`.
 
-    Of a value that fits none of several alternatives a validator says no more than that. Here it is held to the one that
-    is meant, and the message names the key that is wrong.
+    Of a value that fits none of several alternatives a validator says no more than that. Here it is held to the one
+    that is meant, and the message names the key that is wrong.
 
     Args:
         schema: as pydantic writes it, or a part of it.
