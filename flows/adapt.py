@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from prefect import Task, flow
+from prefect import Task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
 from flows import shown
 from flows.fanout import cancel_workers, pairs_on_pool, train_on_pool, write_on_pool
-from flows.parameters import DomainOrFile
+from flows.parameters import DomainOrFile, domain_flow, told
 from flows.pipeline import pipeline, repaired
 from models.settings import LanguageModelSettings, SidecarSettings
 from storage.lease import lease
@@ -19,6 +19,7 @@ from tasks.check import check_models
 from tasks.describe import describe
 from tasks.domain import Domain
 from tasks.group import group
+from tasks.history import SPLIT_STAGES
 from tasks.pair import pair
 from tasks.report import publish
 from tasks.stage import StageResult, open_store
@@ -26,7 +27,7 @@ from tasks.texts import collecting
 from tasks.tune import tune
 
 
-@flow(name="adapt", flow_run_name="adapt-{domain.name}", on_cancellation=[cancel_workers])
+@domain_flow(on_cancellation=[cancel_workers])
 def adapt(domain: DomainOrFile) -> list[StageResult]:
     """Adapt a CLIP model to one image domain, without labels; finished work is taken from the store.
 
@@ -57,6 +58,7 @@ class _Submit:
         self.futures: list[Any] = []
         """All that were submitted, none before those that it waits for."""
         self._elsewhere: dict[tuple[Any, ...], Any] = {}
+        self._splits: dict[int, str] = {}
 
     def __call__(self, stage: Callable[..., StageResult], domain: Domain, *args: Any) -> Any:
         before = None
@@ -65,15 +67,17 @@ class _Submit:
             before = self._first(work, work.__name__.replace("_", "-"), domain, *args)
         elif domain.workers and domain.workers.train and stage is tune:
             before = self._first(train_on_pool, "train-on-pool", domain, *args)
-        split = f"-{args[0]}" if isinstance(args[0], str) else ""
-        task = _task(_skin(stage), f"{stage.__name__}{split}", stage.__name__)
+        split = args[0] if isinstance(args[0], str) else self._splits[id(args[0])]
+        label = f"{stage.__name__}-{split}" if stage.__name__ in SPLIT_STAGES else stage.__name__
+        task = _task(_skin(stage), f"{domain.name}-{label}", stage.__name__)
         self.futures.append(task.submit(domain, *args, wait_for=[before] if before is not None else None))
+        self._splits[id(self.futures[-1])] = split
         return self.futures[-1]
 
     def _first(self, work: Callable[..., Any], name: str, domain: Domain, *args: Any) -> Any:
         """The task that does ``work``, once for all stages that wait for it."""
         if (work, *args) not in self._elsewhere:
-            self._elsewhere[work, *args] = _task(work, name, name).submit(domain, *args)
+            self._elsewhere[work, *args] = _task(work, f"{domain.name}-{name}", name).submit(domain, *args)
             self.futures.append(self._elsewhere[work, *args])
         return self._elsewhere[work, *args]
 
@@ -102,4 +106,4 @@ def _skin(stage: Callable[..., StageResult]) -> Callable[..., Any]:
 
 def _task(work: Callable[..., Any], run_name: str, name: str) -> Task[..., Any]:
     # Our store decides what is cached; Prefect's own cache keys cover neither helpers nor models.
-    return Task(work, name=name, task_run_name=run_name, cache_policy=NO_CACHE)
+    return Task(told(work), name=name, task_run_name=run_name, cache_policy=NO_CACHE)

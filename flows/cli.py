@@ -9,6 +9,7 @@ import functools
 import json
 import re
 import traceback
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,7 @@ import typer
 
 from flows import console
 from flows.console import fail, failures
+from flows.errors import UsageError
 from models.errors import ModelError
 from storage.errors import DataError, StorageError
 from tasks.errors import ConfigError
@@ -40,8 +42,18 @@ StoreUrl = Annotated[
 ]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(f"latteflow {metadata.version('latteflow')}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
     """Adapt a CLIP model to a new image domain without labels.
 
     A domain file says where the images are and which classes there are; every command takes one, but for `gc --store`,
@@ -80,7 +92,7 @@ def run(
     Stages: shard, embed, describe, group, screen, pair (for pc_clip), tune, select, evaluate, report.
     """
     if start and only:
-        raise ConfigError("--from and --only exclude each other; give one")
+        raise UsageError("--from and --only exclude each other; give one")
     settings = _domain(domain)
     from flows.pipeline import repaired, run_plainly
 
@@ -88,16 +100,21 @@ def run(
     results = repaired(choice, settings)
     out.print(console.results(results))
     if results[-1].label == "report":
+        from models.metrics import seen_note
+        from tasks.report import kept
         from tasks.select import read_selection
         from tasks.stage import open_store
 
         folder = Path(settings.output) / settings.name
         metrics = json.loads((folder / "metrics.json").read_text())
+        if note := seen_note(metrics["n_seen"], metrics["n_test"]):
+            out.print(f"note     {note}")
         out.print(console.scores(metrics))
         if "general" in metrics:
             out.print(console.forgotten(metrics["general"]))
         found = {result.label: result for result in results}
-        out.print(f"kept     {read_selection(open_store(settings).open(found['select'].ref)).told}")
+        selection = read_selection(open_store(settings).open(found["select"].ref))
+        out.print(f"kept     {kept(settings, selection)}")
         out.print(f"report   {folder / 'report.html'}\nmetrics  {folder / 'metrics.json'}")
 
 
@@ -204,7 +221,6 @@ def verify(domain: DomainFiles = None, store: StoreUrl = None) -> None:
     The exit code is 1 if anything was wrong.
     """
     settings = [_domain(path) for path in domain or ()]
-    from rich.progress import Progress
 
     from flows.upkeep import histories, stores
     from storage.upkeep import verify as check
@@ -214,7 +230,7 @@ def verify(domain: DomainFiles = None, store: StoreUrl = None) -> None:
     objects = [stored for each in found for stored in each.inventory.objects.values()]
     total = sum(stored.bytes for stored in objects)
     wrong: list[str] = []
-    with Progress(console=failures, transient=True) as progress:
+    with console.progress() as progress:
         bar = progress.add_task("verify", total=total)
         for each in found:
             wrong += check(each.inventory, lambda size: progress.advance(bar, size))
@@ -296,10 +312,14 @@ def export(
     from flows.pipeline import repaired, run_plainly
     from models.settings import ZERO_SHOT
     from tasks.export import Format, RunRecord, check_export, export_tuned, export_zero_shot, record_of
+    from tasks.report import kept
     from tasks.select import read_selection
     from tasks.stage import StageResult, open_store
+    from tasks.tune import check_model
 
     check_export(settings, folder, force=force)
+    if method != ZERO_SHOT:
+        check_model(settings, seed, method)
     asked: dict[Format, bool] = {"onnx": onnx, "transformers": transformers}
     formats = [name for name, wanted in asked.items() if wanted]
     if transformers:
@@ -318,10 +338,10 @@ def export(
         store = open_store(settings)
         selected, evaluated = (store.open(results[label].ref) for label in ("select", "evaluate"))
         selection = read_selection(selected)
-        record = record_of(selected, evaluated, selection.told)
+        record = record_of(selected, evaluated, kept(settings, selection))
         if method is seed is None:
             method, seed = (selection.best.method, selection.best.seed) if selection.best else (ZERO_SHOT, None)
-            out.print(f"kept     {selection.told}")
+            out.print(f"kept     {record.verdict}")
         if method == ZERO_SHOT:
             export_zero_shot(settings, results["embed train"], folder, record, formats, force=force)
         else:
@@ -343,11 +363,10 @@ def predict(
     batch: Annotated[int, typer.Option(min=1, max=4096, help="Images in one forward pass.")] = 64,
 ) -> None:
     """Say which class each image has, by a model that `export` wrote. Needs no domain file and no store."""
-    from rich.progress import Progress
 
     from tasks.predict import predict as predicted
 
-    with Progress(console=failures, transient=True) as progress:
+    with console.progress() as progress:
         bar = progress.add_task("predict", total=None)
         found = predicted(
             model, images, table, top=top, batch=batch,
@@ -429,10 +448,14 @@ def rank(
     _check_page(page)
     settings = _domain(domain)
     from flows.pipeline import repaired, run_plainly
+    from models.settings import ZERO_SHOT
     from tasks.rank import rank as ranked
     from tasks.rank import sentence, write_page
+    from tasks.tune import check_model
 
     sentence(attribute)  # before anything runs
+    if method != ZERO_SHOT:
+        check_model(settings, seed, method)
     results = {result.label: result for result in repaired(run_plainly, settings)}
     made_from = results["shard train"], results["embed train"], results["tune"]
     found = ranked(settings, *made_from, attribute, method=method, seed=seed)
@@ -462,6 +485,7 @@ def compare(
     from tasks.compare import read_run, write_page
 
     found = compared(read_run(one), read_run(other))
+    out.print(f"A        {console.printable(found.one.name)}\nB        {console.printable(found.other.name)}")
     out.print(console.comparison(found))
     out.print(f"page     {write_page(found, page or Path('runs/compare.html'))}")
 
@@ -470,12 +494,11 @@ def compare(
 def champion(domain: DomainFile) -> None:
     """Show the model that the domain serves, and those before it, newest first."""
     settings = _domain(domain)
-    from tasks.promote import champion as read
-    from tasks.promote import champions
+    from tasks.promote import NO_CHAMPION, champions
     from tasks.stage import open_store
 
-    read(settings)
-    out.print(console.champions(champions(open_store(settings), settings.name)))
+    found = champions(open_store(settings), settings.name)
+    out.print(console.champions(found) if found else NO_CHAMPION.format(name=settings.name))
 
 
 @app.command()
@@ -528,7 +551,7 @@ def _compact(store: ArtifactStore) -> int:
 def _seconds(age: str) -> float:
     match = re.fullmatch(r"(\d+)([smhd])", age)
     if match is None:
-        raise ConfigError(f"--older-than {age!r}: give a number and a unit, such as 30m, 12h or 7d")
+        raise UsageError(f"--older-than {age!r}: give a number and a unit, such as 30m, 12h or 7d")
     return int(match[1]) * {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}[match[2]]
 
 
@@ -538,7 +561,7 @@ def entry() -> None:
         app()
     except (ConfigError, DataError, ModelError, StorageError) as error:
         fail(str(error))
-        raise SystemExit(1) from None
+        raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
     except KeyboardInterrupt:
         failures.print("stopped; finished parts are kept, run again to go on")
         raise SystemExit(130) from None

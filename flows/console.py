@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -27,10 +28,17 @@ if TYPE_CHECKING:
     from tasks.stage import StageResult
 
 _PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
+_TOLD_AT_ZERO = frozenset({"accepted", "images", "kept", "labelled", "texts"})
+"""Counts that say most where there is none; the others, of what went wrong, are left out then."""
 _PIPE = 160
 """Columns of a table that nobody's window bounds."""
 console = Console(width=None if sys.stdout.isatty() else _PIPE, **_PLAIN)
 failures = Console(stderr=True, width=None if sys.stderr.isatty() else _PIPE, **_PLAIN)
+
+
+def progress() -> Progress:
+    """A bar on standard error that goes when it is done; nothing at all where that is no terminal."""
+    return Progress(console=failures, transient=True, disable=not failures.is_terminal)
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -74,7 +82,9 @@ def scores(metrics: Mapping[str, Any]) -> Table | str:
         changed = {name: 1 - score["label_free"]["agreement"] for name, score in metrics["methods"].items()}
         told = ", ".join(f"{share:.1%} by {name}" for name, share in changed.items())
         return f"no labels: images that changed class: {told}; accuracy is unknown"
-    table = _table(f"on {metrics['n_test']} test images", "top-1>", "95 % interval>", "gain over the better zero-shot>")
+    n, seen = metrics["n_test"], metrics["n_seen"]
+    where = f"on {n} images adapted to" if seen == n else f"on {n} test images, {seen} adapted to" if seen else ""
+    table = _table(where or f"on {n} test images", "top-1>", "95 % interval>", "gain over the better zero-shot>")
     for name, score in {**metrics["zero_shot"]["methods"], **metrics["methods"]}.items():
         gain = ""
         if "gain" in score:
@@ -333,7 +343,7 @@ def _pairs() -> Table:
 
 
 def _counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{number} {name}" for name, number in counts.items() if number)
+    return ", ".join(f"{number} {name}" for name, number in counts.items() if number or name in _TOLD_AT_ZERO)
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:

@@ -6,16 +6,14 @@ open_clip. Texts go to the caption store, where the stages `describe` and `group
 
 from __future__ import annotations
 
-from prefect import flow
-
-from flows.parameters import DomainOrFile
+from flows.parameters import DomainOrFile, domain_flow
 from flows.pipeline import as_they_are
 from storage.artifacts import ArtifactRef
 from tasks.describe import write_range
 from tasks.stage import StageResult
 
 
-@flow(name="describe", flow_run_name="describe-{domain.name}-{first}-{last}")
+@domain_flow()
 def describe(
     domain: DomainOrFile,
     first: int = 0,

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import functools
 
-from prefect import flow
-
 from flows import shown
-from flows.parameters import DomainOrFile
+from flows.parameters import DomainOrFile, domain_flow
 from flows.pipeline import repaired, run_plainly
 from tasks.stage import StageResult
 
 
-@flow(name="evaluate", flow_run_name="evaluate-{domain.name}")
+@domain_flow()
 def evaluate(domain: DomainOrFile) -> list[StageResult]:
     """Score the newest models again. Nothing is sharded, described or tuned; a stage that would have to is an error."""
     results = repaired(functools.partial(run_plainly, start="evaluate"), domain)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from prefect import flow
-
-from flows.parameters import DomainOrFile
+from flows.parameters import DomainOrFile, domain_flow
 from storage.artifacts import ArtifactRef
 from tasks.pair import pair as pair_stage
 from tasks.stage import StageResult
 
 
-@flow(name="pair", flow_run_name="pair-{domain.name}")
+@domain_flow()
 def pair(domain: DomainOrFile, images: ArtifactRef, features: ArtifactRef, screened: ArtifactRef) -> StageResult:
     """The stage `pair` on these artifacts; the run that waits finds its texts in the store."""
     return pair_stage(domain, StageResult.of(images), StageResult.of(features), StageResult.of(screened))

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from flows.errors import UsageError
 from storage.errors import Damaged, DataError
 from tasks.check import check_models
 from tasks.describe import describe
 from tasks.domain import Domain
 from tasks.embed import embed
-from tasks.errors import ConfigError
 from tasks.evaluate import evaluate
 from tasks.group import group
 from tasks.history import SPLIT_STAGES, History
@@ -55,7 +55,7 @@ def pipeline(domain: Domain, run: Run) -> list[Any]:
     if domain.evaluation and domain.evaluation.general:
         others = run(shard, domain, "general")
         general = [others, run(embed, domain, others)]
-    scores = run(evaluate, domain, unseen, unseen_features, features, tuned, *general)
+    scores = run(evaluate, domain, unseen, unseen_features, images, features, tuned, *general)
     made = [images, unseen, features, unseen_features, texts, groups, screened, *pairs, tuned, selected]
     page = run(report, domain, *made, *general, scores)
     return [*made, *general, scores, page]
@@ -107,7 +107,7 @@ def run_plainly(
         refresh: stages to make anew even if they are cached.
 
     Raises:
-        ConfigError: there is no such stage.
+        UsageError: there is no such stage.
         ModelError: a model cannot be had; before any stage.
         DataError: a stage before ``start`` or ``only`` is not up to date.
     """
@@ -117,7 +117,7 @@ def run_plainly(
     steps = graph(domain)
     for name in filter(None, [start, only]):
         if name not in {step.name for step in steps}:
-            raise ConfigError(f"no method of `method: {domain.method}` needs the stage {name!r}; pc_clip does")
+            raise UsageError(f"no method of `method: {domain.method}` needs the stage {name!r}; pc_clip does")
     check_models(domain)
     done: dict[Step, StageResult] = {}
     wanted = _wanted(steps, start, only)
@@ -158,11 +158,11 @@ def repaired(run: Callable[[Domain], T], domain: Domain, attempts: int = 3) -> T
 
 
 def check_stage(name: str) -> None:
-    """Raises ConfigError, with what was probably meant, if there is no such stage."""
+    """Raises UsageError, with what was probably meant, if there is no such stage."""
     if name not in STAGES:
         near = difflib.get_close_matches(name, STAGES, 1)
         hint = f"did you mean {near[0]}?" if near else f"stages are {', '.join(STAGES)}"
-        raise ConfigError(f"there is no stage {name!r}; {hint}")
+        raise UsageError(f"there is no stage {name!r}; {hint}")
 
 
 def _wanted(steps: list[Step], start: str | None, only: str | None) -> set[Step]:

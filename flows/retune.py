@@ -11,14 +11,13 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import polars as pl
-from prefect import flow
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from flows import shown
 from flows.adapt import stages
 from flows.fanout import cancel_workers
-from flows.parameters import DomainOrFile
+from flows.parameters import DomainOrFile, domain_flow
 from flows.pipeline import repaired
 from storage.artifacts import Artifact
 from storage.lease import Busy, lease
@@ -51,7 +50,7 @@ class Night:
     decision: Decision
 
 
-@flow(name="retune", flow_run_name="retune-{domain.name}", on_cancellation=[cancel_workers])
+@domain_flow(on_cancellation=[cancel_workers])
 def retune(domain: DomainOrFile) -> Any:
     """Take in what is new, tune a challenger, and serve it if it is better than zero-shot and than the champion.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
+from models.metrics import seen_note
 from tasks.domain import Domain
 from tasks.stage import StageResult, open_store
 
@@ -55,6 +56,8 @@ def night(domain: Domain, found: Night) -> None:
 def _page(domain: Domain, page: StageResult, metrics: Mapping[str, Any]) -> str:
     where = open_store(domain).open(page.ref).address("report.html")
     lines = [f"# {domain.name}", "", f"Report: `{where}`", ""]
+    if note := seen_note(metrics["n_seen"], metrics["n_test"]):
+        lines += [f"Mind that {note}.", ""]
     if metrics["n_test"]:
         lines += ["| method | top-1 | gain over the better zero-shot |", "| --- | --- | --- |"]
         lines += [

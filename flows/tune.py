@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from prefect import flow
-
-from flows.parameters import DomainOrFile
+from flows.parameters import DomainOrFile, domain_flow
 from storage.artifacts import ArtifactRef
 from tasks.stage import StageResult
 from tasks.tune import tune as tune_stage
 
 
-@flow(name="tune", flow_run_name="tune-{domain.name}")
+@domain_flow()
 def tune(
     domain: DomainOrFile,
     images: ArtifactRef,

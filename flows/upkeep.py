@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from flows.errors import UsageError
 from flows.pipeline import repaired
 from flows.plan import plan
 from storage.artifacts import Artifact, ArtifactStore
@@ -12,7 +13,6 @@ from storage.inventory import domains
 from storage.objects import ObjectStore
 from storage.upkeep import Loose, garbage
 from tasks.domain import Domain
-from tasks.errors import ConfigError
 from tasks.history import History
 from tasks.promote import champions
 from tasks.stage import open_store
@@ -22,11 +22,11 @@ def histories(files: Sequence[Domain], url: str | None) -> list[History]:
     """Each domain that is meant, once.
 
     Raises:
-        ConfigError: neither domain files nor a store were given, or both.
+        UsageError: neither domain files nor a store were given, or both.
         DataError: there is no such store, or nothing of a domain in it.
     """
     if bool(files) == bool(url):
-        raise ConfigError("give domain files, or --store URL for all domains of a store")
+        raise UsageError("give domain files, or --store URL for all domains of a store")
     if url:
         store = ArtifactStore(ObjectStore(url))
         names = domains(store.objects)

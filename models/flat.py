@@ -9,6 +9,8 @@ import numpy as np
 PERPLEXITY = 30
 DIMENSIONS = 50
 """Kept before t-SNE, as its authors do."""
+FEW = 100
+"""Of so few rows the groups are a speck each; they are moved apart until every one can be seen."""
 
 
 def flat(kinds: Sequence[np.ndarray], seed: int = 0) -> np.ndarray:
@@ -34,4 +36,29 @@ def flat(kinds: Sequence[np.ndarray], seed: int = 0) -> np.ndarray:
     with threadpool_limits(1):
         few = PCA(min(DIMENSIONS, *rows.shape), random_state=seed).fit_transform(rows)
         perplexity = min(PERPLEXITY, (len(rows) - 1) / 3)
-        return TSNE(perplexity=perplexity, init="pca", max_iter=500, random_state=seed).fit_transform(few)
+        found = TSNE(perplexity=perplexity, init="pca", max_iter=500, random_state=seed).fit_transform(few)
+    return apart(found) if len(found) <= FEW else found
+
+
+def apart(places: np.ndarray, rounds: int = 200) -> np.ndarray:
+    """Places moved, no further than it takes, until none lies on another: neighbours stay neighbours.
+
+    Args:
+        places: ``(n, 2)``.
+
+    Returns:
+        ``(n, 2)``, with about ``0.4 / sqrt(n)`` of the larger side between any two.
+    """
+    n = len(places)
+    least = 0.4 / np.sqrt(n) * np.ptp(places, axis=0).max()
+    angle = np.arange(n) * 2.4  # so that no two that coincide go the same way
+    found = places + 1e-3 * least * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    for _ in range(rounds):
+        between = found[:, None] - found[None]
+        distance = np.linalg.norm(between, axis=2)
+        np.fill_diagonal(distance, np.inf)
+        lacking = np.maximum(least - distance, 0)
+        if lacking.max() < 0.02 * least:
+            break
+        found = found + (between * (lacking / distance / 2)[:, :, None]).sum(axis=1)
+    return found

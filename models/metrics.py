@@ -18,6 +18,17 @@ TEMPERATURES = (0.02, 50.0)
 _ROWS = 8192
 
 
+def seen_note(n_seen: int, n_test: int) -> str:
+    """What must be said before any figure where ``n_seen`` of ``n_test`` images are those of adapting; empty for 0."""
+    if not n_seen:
+        return ""
+    if n_seen == n_test:
+        return f"the {n_test:,} labelled images are those that the models were adapted to; of new ones nothing is known"
+    return (
+        f"{n_seen:,} of the {n_test:,} labelled images are among those that the models were adapted to, so are not new"
+    )
+
+
 @dataclass(frozen=True)
 class Predictions:
     """What one classifier says of n images.

@@ -27,6 +27,27 @@ ZERO_SHOT = "zero_shot"
 """In place of a method: the model as it came."""
 ZERO_SHOTS = ("zero_shot_plain", "zero_shot_centred")
 """What every method is compared with: on features as they are, and less the domain's mean."""
+
+
+def own_zero_shot(is_centred: bool) -> str:
+    """Which of :data:`ZERO_SHOTS` a domain means by :data:`ZERO_SHOT`: the one it keeps, exports and serves."""
+    return ZERO_SHOTS[is_centred]
+
+
+NAMES = {
+    "zero_shot_plain": "plain zero-shot",
+    "zero_shot_centred": "domain-centred zero-shot",
+    "latteclip": "LatteCLIP",
+    "latteclip_plus": "LatteCLIP plus",
+    "pc_clip": "PC-CLIP",
+    "transduction": "anchored transduction",
+    "clamp": "CLAMP",
+    "class_descriptions": "zero-shot with class descriptions",
+    "flyp": "FLYP",
+    "wise_ft": "FLYP averaged with zero-shot",
+    "self_training": "self-training",
+}
+"""Methods and zero-shots for people."""
 SEEDLESS: frozenset[Method] = frozenset({"transduction", "class_descriptions"})
 """Methods without random numbers."""
 READS_TEXTS: frozenset[Method] = frozenset({"latteclip", "latteclip_plus"})

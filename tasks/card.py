@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.clip import is_centred
+from models.metrics import seen_note
+from models.settings import NAMES, ZERO_SHOT, own_zero_shot
 from storage.artifacts import Artifact
 from tasks.domain import Domain
 
@@ -58,6 +61,8 @@ def model_card(
     """
     base = ", ".join(_public(name) for name in (domain.clip.model, domain.clip.pretrained) if name)
     adapted = _HOW[method] + ("" if seed is None else f"; seed {seed}")
+    if method == ZERO_SHOT:
+        adapted += f" ({NAMES[own_zero_shot(is_centred(domain.clip))]})"
     fingerprints = {stage: artifact.fingerprint for stage, artifact in lineage.items()} | dict(artifacts)
     counts = lineage["shard"].counts
     gate = f"The gate, which reads no label: {verdict}." if verdict else "The gate was not asked about this model."
@@ -211,18 +216,17 @@ def _accuracy(method: str, seed: int | None, metrics: Mapping[str, Any] | None) 
     if metrics is None or not metrics["n_test"]:
         return "Unknown: it was not measured against labels."
     zero = metrics["zero_shot"]
-    if method == "zero_shot":
-        name = "zero_shot_centred" if metrics["centred"] else "zero_shot_plain"
-        found = zero["methods"][name]
-    else:
-        found = metrics["methods"][method]
+    name = own_zero_shot(metrics["centred"]) if method == ZERO_SHOT else method
+    found = {**zero["methods"], **metrics["methods"]}[name]
     low, high = found["interval"]
+    note = seen_note(metrics["n_seen"], metrics["n_test"])
     lines = [
+        *([f"Mind that {note}.\n"] if note else []),
         "| on labelled images | |",
         "| --- | --- |",
         f"| images | {metrics['n_test']:,} |",
         f"| top-1{_of_seeds(found, seed)} | {found['top1']:.1%} ({low:.1%} to {high:.1%}) |",
-        f"| top-5 | {found['top5']:.1%} |",
+        *([f"| top-5 | {found['top5']:.1%} |"] if len(metrics["classes"]) > 5 else []),
         f"| mean over classes | {found['mean_per_class']:.1%} |",
         f"| the better zero-shot | {zero['top1']:.1%} |",
     ]

@@ -173,16 +173,17 @@ def atlas(points: Sequence[Placed]) -> Markup:
     data = [{"x": p.x, "y": p.y, "kind": p.kind, "told": plain(p.told, 160), "name": plain(p.name, 22)} for p in points]
     bare = alt.Axis(labels=False, ticks=False, grid=False, domain=False)
     chart = alt.Chart(alt.Data(values=data)).encode(
-        x=alt.X("x:Q", title=None, axis=bare, scale=alt.Scale(zero=False)),
-        y=alt.Y("y:Q", title=None, axis=bare, scale=alt.Scale(zero=False)),
+        x=alt.X("x:Q", title=None, axis=bare, scale=alt.Scale(zero=False, padding=24)),
+        y=alt.Y("y:Q", title=None, axis=bare, scale=alt.Scale(zero=False, padding=24)),
         color=alt.Color("kind:N", legend=None, scale=alt.Scale(domain=list(kinds), range=list(kinds.values()))),
         shape=alt.Shape("kind:N", legend=None, scale=alt.Scale(domain=list(kinds), range=shapes)),
         description=alt.Description("told:N"),
     )
-    images = chart.transform_filter("datum.kind != 'prototype'").mark_point(filled=True, size=26, opacity=0.65)
-    marks = chart.transform_filter("datum.kind == 'prototype'").mark_point(filled=True, size=90, opacity=1)
-    names = chart.transform_filter("datum.kind == 'prototype'").mark_text(fontSize=11, dy=-11).encode(text="name:N")
     n = sum(point.kind != "prototype" for point in points)
+    size = min(max(26, 8_000 / max(n, 1)), 130)  # few marks are larger
+    images = chart.transform_filter("datum.kind != 'prototype'").mark_point(filled=True, size=size, opacity=0.65)
+    marks = chart.transform_filter("datum.kind == 'prototype'").mark_point(filled=True, size=size + 64, opacity=1)
+    names = chart.transform_filter("datum.kind == 'prototype'").mark_text(fontSize=11, dy=-13).encode(text="name:N")
     return _svg(
         (images + marks + names).properties(width=720, height=560), "map", f"Map of {n} images and the prototypes",
         "Scatter plot: what the model finds alike lies close together. Each mark says what it is when pointed at.",

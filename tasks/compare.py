@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import polars as pl
 
 from models import metrics
-from models.settings import ZERO_SHOTS, Method
+from models.settings import ZERO_SHOT, ZERO_SHOTS, own_zero_shot
 from storage.artifacts import Artifact
 from storage.errors import DataError
 from storage.shards import read_index, read_records
@@ -36,7 +37,7 @@ class Run:
     """An evaluation and a method in it.
 
     Attributes:
-        name: for people.
+        name: for people: domain, method, evaluation, and the domain file, as two domains may have one name.
         method: whose answers are meant.
         scores: the artifact of `evaluate`.
         classes: their names.
@@ -121,13 +122,13 @@ def read_run(name: str) -> Run:
 
     Args:
         name: a domain file; the beginning of the fingerprint of an evaluation, by default the newest; a method of it,
-            by default the first; `zero_shot_plain` and `zero_shot_centred` are methods too.
+            by default the first; `zero_shot_plain` and `zero_shot_centred` are methods too, and `zero_shot` is the one
+            of them that the domain keeps.
 
     Raises:
         DataError: there is no such evaluation, or no such method in it.
     """
-    known = "|".join([*get_args(Method), *ZERO_SHOTS])
-    match = re.fullmatch(rf"(.+?)(?:@([0-9a-f]{{4,64}}))?(?::({known}))?", name)
+    match = None if Path(name).exists() else re.fullmatch(r"(.+?)(?:@([0-9a-f]{4,64}))?(?::(\w+))?", name)
     file, fingerprint, method = match.groups() if match else (name, None, None)
     domain = Domain.load(file)
     history = History(open_store(domain), domain.name)
@@ -139,9 +140,12 @@ def read_run(name: str) -> Run:
     else:
         scores = history.find(f"evaluate/{fingerprint}")
     found = json.loads(scores.read("metrics.json"))
-    method = method or next(iter(found["methods"]))
-    if method not in {*found["methods"], *ZERO_SHOTS}:
-        raise DataError(f"{name}: no model by {method!r} was evaluated; there are {', '.join(found['methods'])}")
+    method = own_zero_shot(found["centred"]) if method == ZERO_SHOT else method or next(iter(found["methods"]))
+    known = [*found["methods"], ZERO_SHOT, *ZERO_SHOTS]
+    if method not in known:
+        near = difflib.get_close_matches(method, known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise DataError(f"{name}: no model by {method!r} was evaluated; {hint}")
     table = read_parquet(scores.read("predictions.parquet"))
     classes = pl.Series(found["classes"], dtype=pl.String)
     made_from: dict[str, Artifact] = {}
@@ -154,7 +158,7 @@ def read_run(name: str) -> Run:
         label=pl.col(method).map_elements(classes.__getitem__, pl.String),
         labels=pl.col(f"{method}_seeds").list.eval(pl.element().map_elements(classes.__getitem__, pl.String)),
     )
-    title = f"{domain.name}, {method.replace('_', ' ')}, evaluation {scores.fingerprint[:12]}"
+    title = f"{domain.name}, {method.replace('_', ' ')}, evaluation {scores.fingerprint[:12]}, by {file}"
     return Run(title, method, scores, found["classes"], answers, made_from)
 
 

@@ -18,7 +18,7 @@ from models.few_labels import LABELS, few_labels, worth
 from models.metrics import Predictions
 from models.settings import ZERO_SHOTS, Method
 from storage.artifacts import Artifact, ArtifactWriter
-from storage.shards import read_index
+from storage.shards import overlap, read_index
 from storage.tables import parquet
 from tasks.domain import Domain
 from tasks.features import centred, read_features
@@ -28,7 +28,7 @@ from tasks.slices import Slice, slices
 from tasks.stage import StageResult, open_store, run_stage
 from tasks.tune import read_tuned, tuned_features
 
-VERSION = 2
+VERSION = 3
 FORMAT = 2
 """Of ``metrics.json``: docs/formats.md says what is in it."""
 FLOOR = 1e-300
@@ -69,6 +69,7 @@ def evaluate(
     domain: Domain,
     shards: StageResult,
     embedded: StageResult,
+    adapted_to: StageResult,
     trained_on: StageResult,
     tuned: StageResult,
     *general: StageResult,
@@ -77,7 +78,8 @@ def evaluate(
 
     Args:
         shards, embedded: the images to evaluate on.
-        trained_on: features of the training images, whose mean is the centre (a test image is never averaged over).
+        adapted_to: the training images.
+        trained_on: their features, whose mean is the centre (a test image is never averaged over).
         tuned: the adapted models, of each method one for each seed.
         general: shards and features of ``evaluation.general``, if there is one.
 
@@ -90,6 +92,7 @@ def evaluate(
     inputs: dict[str, Any] = {
         "shards": shards.ref.digest,
         "embed": embedded.ref.digest,
+        "adapted_to": adapted_to.ref.digest,
         "trained_on": trained_on.ref.digest,
         "tune": tuned.ref.digest,
         "labels": digest_of_labels(domain),
@@ -128,7 +131,11 @@ def evaluate(
         for method in domain.method:
             said[method] = answers((head(method, seed) for seed in domain.seeds_of(method)), own)
         labelled = np.flatnonzero(truth >= 0)
-        report = _metrics(domain, said, truth, labelled, found.keys, is_centred=clip.is_centred(domain.clip))
+        known_before = set(overlap(store.open(adapted_to.ref), images)["key"])
+        n_seen = sum(found.keys[row] in known_before for row in labelled)
+        report = _metrics(
+            domain, said, truth, labelled, found.keys, is_centred=clip.is_centred(domain.clip), n_seen=n_seen
+        )
         if len(labelled):
             keys, known = [found.keys[row] for row in labelled], truth[labelled]
             others = None if is_own else centred(train.embeds, train.centre)
@@ -177,6 +184,7 @@ def _metrics(
     keys: Sequence[str],
     *,
     is_centred: bool,
+    n_seen: int,
 ) -> dict[str, Any]:
     n, classes, known = len(labelled), len(domain.classes), truth[labelled]
     scores = {name: _score(each, known, labelled) for name, each in said.items()} if n else {}
@@ -194,6 +202,7 @@ def _metrics(
         "format": FORMAT,
         "domain": domain.name,
         "n_test": n,
+        "n_seen": n_seen,
         "classes": domain.classes,
         "centred": is_centred,
         "zero_shot": {

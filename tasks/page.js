@@ -9,13 +9,13 @@
     set: (theme) => { try { localStorage.setItem("latteflow-theme", theme); } catch { /* nothing to keep it in */ } },
   };
   let chosen = memory.get();
+  const isDark = () => (chosen ? chosen === "dark" : system.matches);
   const show = () => {
-    const dark = chosen ? chosen === "dark" : system.matches;
-    if (chosen) root.dataset.theme = dark ? "dark" : "light";
-    button.setAttribute("aria-pressed", String(dark));
+    if (chosen) root.dataset.theme = chosen;
+    button.textContent = isDark() ? "Light" : "Dark";  // what a click brings
   };
   button.addEventListener("click", () => {
-    chosen = button.getAttribute("aria-pressed") === "true" ? "light" : "dark";
+    chosen = isDark() ? "light" : "dark";
     memory.set(chosen);
     show();
   });

@@ -15,15 +15,18 @@ from typing import Any, Literal
 from markupsafe import Markup
 from PIL import Image
 
+from models import metrics
 from tasks import charts
 from tasks.charts import Axis, Placed, make_axis
-from tasks.html import OPEN_TEXT_LIMIT, TEXT_LIMIT, data_url, html, plain
+from tasks.html import OPEN_TEXT_LIMIT, TEXT_LIMIT, data_url, html, percent, plain
 
 ROWS_IN_FULL = 24
 """Up to this many classes every list is whole; above, the ends are shown and the whole list can be opened."""
 ROWS_AT_EACH_END = 10
 MATRIX_CELLS_WITH_NUMBERS = 30
 """Up to this many classes the confusion matrix is a table of numbers; above, it is a picture."""
+MATRIX_CELLS_ON_A_PHONE = 12
+"""The same where the page is narrow."""
 TOP_CONFUSIONS = 15
 QUARANTINE_ROWS = 40
 WEAKEST = 3
@@ -357,6 +360,8 @@ class Report:
     classes: Sequence[str]
     n_train: int
     n_test: int
+    n_seen: int = 0
+    """Of the labelled images, those that the models were adapted to."""
     model: Component
     describer: Component
     centring: bool
@@ -515,9 +520,12 @@ def _view(report: Report) -> dict[str, Any]:
         "baseline": baseline,
         "labelled": labelled,
         "verdict": verdict,
+        "headline": _headline(verdict, report.n_seen, report.n_test),
+        "seen_note": metrics.seen_note(report.n_seen, report.n_test),
         "gain": gain,
         "gain_axis": gain_axis,
         "methods_axis": methods_axis,
+        "has_top5": len(report.classes) > 5,  # else every class is among the best five
         "n_predicted": n_predicted,
         "never_before": sum(n == 0 for n in free.predicted_before),
         "never_after": sum(n == 0 for n in free.predicted_after),
@@ -544,6 +552,23 @@ def _view(report: Report) -> dict[str, Any]:
         "n_epochs": max(map(len, history.values()), default=0),
         "curves": [charts.curve(key, values, f"curve-{i}") for i, (key, values) in enumerate(history.items(), 1)],
     }
+
+
+_VERDICTS = {
+    "better": "it helped",
+    "worse": "it did not help",
+    "unclear": "too close to call",
+    "unknown": "accuracy is unknown",
+}
+
+
+def _headline(verdict: str, n_seen: int, n_test: int) -> str:
+    """The verdict; before it, if so, that the images are those it was adapted to."""
+    said = _VERDICTS[verdict]
+    if not n_seen:
+        return f"{said.capitalize()}."
+    share = "" if n_seen == n_test else f", {percent(n_seen / n_test)} of which"
+    return f"On {'images' if share else 'the images'}{share} it was adapted to: {said}."
 
 
 @dataclass(frozen=True)
@@ -635,7 +660,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Matrix:
-    """One confusion matrix: cells, or a picture where there are too many cells to read."""
+    """One confusion matrix: cells, a picture where there are too many to read, or both, for wide and narrow pages."""
 
     id: str
     label: str
@@ -661,11 +686,9 @@ def _matrices(*confusions: Sequence[Sequence[int]]) -> list[Matrix]:
             for j, n in enumerate(row)
             if n
         }
-        if len(counts) > MATRIX_CELLS_WITH_NUMBERS:
-            matrices.append(Matrix(id, label, [], _picture(shades, len(counts), label)))
-        else:
-            rows = [[Cell(n, shades.get((i, j), "")) for j, n in enumerate(row)] for i, row in enumerate(counts)]
-            matrices.append(Matrix(id, label, rows, Markup("")))
+        rows = [[Cell(n, shades.get((i, j), "")) for j, n in enumerate(row)] for i, row in enumerate(counts)]
+        picture = _picture(shades, len(counts), label) if len(counts) > MATRIX_CELLS_ON_A_PHONE else Markup("")
+        matrices.append(Matrix(id, label, rows if len(counts) <= MATRIX_CELLS_WITH_NUMBERS else [], picture))
     return matrices
 
 

@@ -73,7 +73,7 @@ def preview(domain: Domain, shards: StageResult, embedded: StageResult, count: i
                 tokens = (row["prompt_tokens"] or 0, row["output_tokens"] or 0)
                 detail, flags = row["detail"] or "", tuple(row["flags"])
                 answers[key].append(Answered(kind, row["prompt"] or "", row["text"], flags, detail, tokens))
-                engines[f"{row['model']} by {row['engine']}"] += 1
+                engines[" by ".join(dict.fromkeys((row["model"], row["engine"])))] += 1
     rows = [
         Row(
             path=gallery.path(key),
@@ -86,7 +86,7 @@ def preview(domain: Domain, shards: StageResult, embedded: StageResult, count: i
     ]
     path = Path(domain.output) / domain.name / "preview.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    pack = domain.prompt_pack.id if domain.prompt_pack else "no questions"
+    pack = domain.prompt_pack.id if domain.prompt_pack else None
     path.write_text(
         html("preview.html.j2", domain=domain.name, rows=rows, describer=", ".join(engines), pack=pack),
         encoding="utf-8",

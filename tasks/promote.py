@@ -22,6 +22,7 @@ from tasks.stage import StageResult, open_store, run_stage
 
 VERSION = 1
 _REMEMBERED = 50
+NO_CHAMPION = "domain {name!r} has no champion yet; `latteflow promote` or the flow `retune` makes one"
 log = logging.getLogger("latteflow.tasks")
 
 
@@ -92,9 +93,7 @@ def champion(domain: Domain) -> Champion:
     """
     found = read_champion(domain)
     if found is None:
-        raise DataError(
-            f"domain {domain.name!r} has no champion yet; `latteflow promote` or the flow `retune` makes one"
-        )
+        raise DataError(NO_CHAMPION.format(name=domain.name))
     return found
 
 
@@ -205,7 +204,10 @@ def _met(
     score = duel(torch.from_numpy(views.features), challenger, champion).score
     agreement = kappa(challenger, champion, len(domain.classes))
     if score < 0 or agreement < LEAST_AGREEMENT:
-        why = f"duel with the champion {score:+.3f}, agreement {agreement:.2f}"
+        why = (
+            f"duel with the champion {score:+.3f}, agreement {agreement:.2f} (at least 0 and {LEAST_AGREEMENT} are "
+            "asked for)"
+        )
         return replace(said, promote=False, champion=score, reason=why)
     return replace(said, champion=score, reason=f"{said.reason}, duel with the champion {score:+.3f}")
 

@@ -55,7 +55,9 @@ class Place:
 
 
 def sentence(attribute: str) -> str:
-    """A text about a difference, as pc_clip is trained on: "larger" -> "The first image shows something larger, ...".
+    """A text about a difference, as pc_clip is trained on: "larger" -> "The first image shows this, ...: larger.".
+
+    Nothing is put before the attribute, so that it may be an adjective, a noun with or without one, or "with a hat".
 
     Raises:
         DataError: there is no attribute, or far too much of one.
@@ -70,7 +72,7 @@ def sentence(attribute: str) -> str:
         )
     if "first" in text.lower().split():
         return text
-    return f"The first image shows something {text.rstrip('.')}, while the second image does not."
+    return f"The first image shows this, while the second image does not: {text.rstrip('.')}."
 
 
 def rank(

@@ -16,7 +16,7 @@ from models import clip
 from models.differences import RULES
 from models.flat import flat
 from models.screening import FLAGS, FLOOR_WEIGHT
-from models.settings import SEEDLESS, ZERO_SHOTS
+from models.settings import NAMES, SEEDLESS, ZERO_SHOTS, own_zero_shot
 from storage.artifacts import Artifact, ArtifactStore, ArtifactWriter
 from storage.objects import ObjectStore
 from storage.shards import overlap, read_index, read_quarantine, read_records
@@ -28,29 +28,16 @@ from tasks.domain import Domain
 from tasks.features import Features, read_features
 from tasks.pair import read_pairs
 from tasks.screen import read_screened, usable
-from tasks.select import read_selection
+from tasks.select import Selection, read_selection
 from tasks.slices import nearest
 from tasks.stage import StageResult, open_store, run_stage, statistic
 from tasks.texts import describer_identity
 from tasks.tune import read_history, read_tuned, tuned_features
 
-VERSION = 2
+VERSION = 3
 EXAMPLES = 12
 THUMBNAIL = 160
 """Longer side of an example's picture, in pixels."""
-LABELS = {
-    "zero_shot_plain": "zero-shot",
-    "zero_shot_centred": "domain-centred zero-shot",
-    "latteclip": "LatteCLIP",
-    "latteclip_plus": "LatteCLIP plus",
-    "pc_clip": "PC-CLIP",
-    "transduction": "anchored transduction",
-    "clamp": "CLAMP",
-    "class_descriptions": "zero-shot with class descriptions",
-    "flyp": "FLYP",
-    "wise_ft": "FLYP averaged with zero-shot",
-    "self_training": "self-training",
-}
 CAPTIONED_DROPPED = {"images": 90, "groups": 30}
 """Images and groups with a dropped text that the page shows at most."""
 CAPTIONED_OTHERS = {"images": 45, "groups": 15}
@@ -93,6 +80,13 @@ def publish(domain: Domain, scores: StageResult, page: StageResult) -> Path:
     return Path(domain.output) / domain.name
 
 
+def kept(domain: Domain, selection: Selection) -> str:
+    """What the gate kept and why, in a sentence that says which zero-shot where it is that."""
+    if selection.best is not None:
+        return selection.told
+    return f"{NAMES[own_zero_shot(clip.is_centred(domain.clip))]}: {selection.told}"
+
+
 class _Findings:
     """The artifacts of a run, opened, and what the page says of them."""
 
@@ -121,13 +115,14 @@ class _Findings:
             classes=domain.classes,
             n_train=self._open["embed train"].counts["images"],
             n_test=found["n_test"],
+            n_seen=found["n_seen"],
             model=self._model(),
             describer=self._describer(),
             centring=found["centred"],
             methods=self._methods(),
             adapted=self._adapted,
             best_baseline=self._better,
-            selection=self._selection.told,
+            selection=kept(domain, self._selection),
             judged=self._judged(),
             counts=self._counts(),
             label_free=page.LabelFree(**found["label_free"]),
@@ -163,22 +158,22 @@ class _Findings:
         return page.Component(name=str(who["model"]), revision=str(who["revision"]), note=note)
 
     def _methods(self) -> list[page.Method]:
-        kept = ("top1", "interval", "top5", "mean_per_class", "macro_f1", "permutation_p")
+        shown = ("top1", "interval", "top5", "mean_per_class", "macro_f1", "permutation_p")
         methods = []
         for name in (*ZERO_SHOTS, *self._domain.method):
             score = self._scores.get(name, {})
             seeds = () if name not in self._domain.method or name in SEEDLESS else score.get("seeds", ())
-            found = {key: score[key] for key in kept if score.get(key) is not None}
+            found = {key: score[key] for key in shown if score.get(key) is not None}
             if "mcnemar" in score:
                 found["mcnemar_p"] = score["mcnemar"]["p"]
             if "calibration" in score:
                 found["calibration"] = _calibration(score["calibration"])
-            methods.append(page.Method(id=name, label=LABELS[name], seeds=seeds, note=_gain(score), **found))
+            methods.append(page.Method(id=name, label=NAMES[name], seeds=seeds, note=_gain(score), **found))
         return methods
 
     def _judged(self) -> list[page.Judged]:
         def name(method: str, seed: int | None) -> str:
-            return LABELS[method] if seed is None else f"{LABELS[method]}, seed {seed}"
+            return NAMES[method] if seed is None else f"{NAMES[method]}, seed {seed}"
 
         return [
             page.Judged(

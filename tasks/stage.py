@@ -120,7 +120,7 @@ def run_stage(
     refresh = stage in asked.refresh
     found = None if refresh else store.find(domain.name, stage, version, inputs)
     if found is not None:
-        log.log(logging.INFO if asked.make else logging.DEBUG, "%s cached %s", label, _shown(found.counts))
+        log.debug("%s cached %s", label, _shown(found.counts))
         return StageResult(found.ref, label, True, seconds_taken(store, found), found.counts)
     if not asked.make:
         raise NotMade(label, stage, version, inputs)

@@ -470,15 +470,27 @@ def chosen_model(
     Raises:
         DataError: the domain has no such model.
     """
+    chosen, number = check_model(domain, seed, method)
+    return chosen, number, read_tuned(open_store(domain).open(tuned.ref), chosen, number)
+
+
+def check_model(domain: Domain, seed: int | None, method: str | None) -> tuple[Method, int | None]:
+    """Method and seed of the adapted model that somebody means, before anything is read; see :func:`chosen_model`.
+
+    Raises:
+        DataError: the domain has no such model.
+    """
     chosen = next((each for each in domain.method if method in (None, each)), None)
     if chosen is None:
-        raise DataError(f"there is no model by {method!r}; `method` is {', '.join(domain.method)}")
+        raise DataError(
+            f"there is no model by {method!r}; `method` is {', '.join(domain.method)}, and zero_shot is the model as "
+            "it came"
+        )
     seeds = domain.seeds_of(chosen)
     if seed not in (None, *seeds):
         have = f"`seeds` are {', '.join(map(str, seeds))}" if None not in seeds else f"{chosen} has one model, no seeds"
         raise DataError(f"there is no model with seed {seed}; {have}")
-    number = seeds[0] if seed is None else seed
-    return chosen, number, read_tuned(open_store(domain).open(tuned.ref), chosen, number)
+    return chosen, seeds[0] if seed is None else seed
 
 
 def text_reader(domain: Domain, tuned: Tuned) -> clip.Clip:

@@ -54,7 +54,9 @@ def two_methods() -> Any:
 REPORTS = {
     "two methods": two_methods,
     "labelled": lambda: data.make_report(),
+    "few": lambda: data.make_report(3, 18, n_seen=18),
     "unlabelled": lambda: data.make_report(n_test=0),
+    "twenty-eight": lambda: data.make_report(28, 1000),
     "many": lambda: data.make_report(100, 1000),
     "hostile": lambda: data.hostile_report(),
 }
@@ -135,6 +137,77 @@ def test_never_wider_than_the_screen(open_tab: Any, urls: dict[str, str], name: 
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+MENU_CUT = """() => {
+    const room = document.querySelector("nav").getBoundingClientRect();
+    return [...document.querySelectorAll("nav a")].filter(link => {
+        const box = link.getBoundingClientRect();
+        return box.left < room.left - 9 || box.right > Math.min(room.right, innerWidth) || box.bottom > room.bottom + 1;
+    }).map(link => link.textContent);
+}"""
+
+
+@pytest.mark.parametrize("width", [390, 900, 1400])
+def test_every_section_stands_in_the_menu(open_tab: Any, urls: dict[str, str], width: int) -> None:
+    window = {"width": width, "height": 900}
+    page = open_tab(urls["labelled"], viewport=window, reduced_motion="reduce").page
+    assert page.locator("nav a").count() == 17 and page.evaluate(MENU_CUT) == []
+    page.locator("nav a", has_text="Confusion").click()
+    title, top = (page.locator(each).bounding_box() for each in ("#confusion-title", ".top"))
+    assert top["y"] + top["height"] < title["y"] < 200, "the heading is not under the menu"
+
+
+@pytest.mark.parametrize(("name", "cells"), [("few", 9), ("labelled", 100), ("twenty-eight", 0)])
+def test_a_confusion_matrix_is_whole_on_a_phone(open_tab: Any, urls: dict[str, str], name: str, cells: int) -> None:
+    page = open_tab(urls[name], viewport={"width": 390, "height": 800}).page
+    panel = page.locator("#confusion .panel-after")
+    assert panel.locator("tbody td:visible").count() == cells
+    for box in (panel.locator(".scroll" if cells else "figure"), panel.locator("table" if cells else "img")):
+        assert box.evaluate("e => e.getBoundingClientRect().right <= innerWidth && e.scrollWidth <= e.clientWidth + 1")
+    assert panel.locator("img:visible").count() == (0 if cells else 1)
+
+
+def test_a_matrix_of_many_classes_has_its_numbers_where_there_is_room(open_tab: Any, urls: dict[str, str]) -> None:
+    panel = open_tab(urls["twenty-eight"], viewport={"width": 1400, "height": 900}).page.locator(".panel-after")
+    assert panel.locator("tbody td:visible").count() == 28**2 and panel.locator("img:visible").count() == 0
+
+
+@pytest.mark.parametrize("name", ["few", "labelled", "two methods", "twenty-eight"])
+def test_a_phone_need_not_scroll_for_ever(open_tab: Any, urls: dict[str, str], name: str) -> None:
+    page = open_tab(urls[name], viewport={"width": 390, "height": 800}).page
+    assert page.evaluate("document.documentElement.scrollHeight") < 18_000
+    cards = page.locator("#examples .cards").first
+    assert cards.evaluate("row => row.scrollWidth > row.clientWidth && row.offsetHeight < 800")
+    width = cards.locator(".card").first.evaluate("card => card.offsetWidth")
+    assert 250 < width < 358
+
+
+def test_a_map_of_few_images_has_a_frame_and_marks_to_see(open_tab: Any, urls: dict[str, str]) -> None:
+    page = open_tab(urls["few"], viewport={"width": 1400, "height": 900}).page
+    assert page.locator("#atlas svg").evaluate("map => getComputedStyle(map).borderTopWidth") == "1px"
+    sizes = page.locator("#atlas path:has(title)").evaluate_all("all => all.map(m => m.getBoundingClientRect().width)")
+    assert min(sizes) > 9
+    inside = """() => {
+        const frame = document.querySelector("#atlas svg").getBoundingClientRect();
+        return [...document.querySelectorAll("#atlas path:has(title)")].every(mark => {
+            const box = mark.getBoundingClientRect();
+            return box.left > frame.left && box.right < frame.right && box.top > frame.top && box.bottom < frame.bottom;
+        });
+    }"""
+    assert page.evaluate(inside)
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert page.evaluate(inside) and page.locator("#atlas svg").evaluate("e => e.getBoundingClientRect().right") <= 390
+
+
+def test_the_headline_says_first_that_these_images_are_known(open_tab: Any, urls: dict[str, str]) -> None:
+    page = open_tab(urls["few"]).page
+    assert page.locator(".verdict").inner_text().startswith("On the images it was adapted to: ")
+    note = page.locator(".verdict + .note")
+    assert note.inner_text() == (
+        "Mind that the 18 labelled images are those that the models were adapted to; of new ones nothing is known."
+    )
+    assert page.locator(".verdict + .note").count() == 1 and page.get_by_text("Top-5", exact=True).count() == 0
+
+
 def test_phone_plots_do_not_cover_the_numbers(open_tab: Any, urls: dict[str, str]) -> None:
     page = open_tab(urls["labelled"], viewport={"width": 390, "height": 800}).page
     covered = page.evaluate("""() => [...document.querySelectorAll("tbody .plot-cell")].filter(cell => {
@@ -151,15 +224,15 @@ def test_phone_plots_do_not_cover_the_numbers(open_tab: Any, urls: dict[str, str
 
 def test_theme_follows_the_system_until_someone_chooses(open_tab: Any, urls: dict[str, str]) -> None:
     page = open_tab(urls["labelled"]).page
-    button = page.get_by_role("button", name="Dark")
+    button = page.locator("#theme")
     light = background(page)
-    assert button.get_attribute("aria-pressed") == "false"
+    assert button.inner_text() == "Dark", "what a click brings"
     page.emulate_media(color_scheme="dark")
-    page.wait_for_function("document.getElementById('theme').getAttribute('aria-pressed') === 'true'")
+    page.wait_for_function("document.getElementById('theme').textContent === 'Light'")
     dark = background(page)
     assert dark != light
     button.click()
-    assert background(page) == light and button.get_attribute("aria-pressed") == "false"
+    assert background(page) == light and button.inner_text() == "Dark"
     page.reload()
     assert background(page) == light, "the choice is kept"
     button.focus()

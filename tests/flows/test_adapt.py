@@ -1,12 +1,15 @@
 """The whole pipeline on a tiny CLIP: what runs, what is cached, what a mistake costs."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 
-from conftest import draw, draw_folder
+from conftest import COLOURS, call, draw, draw_folder
 from flows.pipeline import repaired, run_plainly
+from models.metrics import seen_note
 from storage.errors import DataError
 from tasks.domain import Domain
 from tasks.stage import StageResult
@@ -76,6 +79,56 @@ def test_labels_change_nothing_but_the_evaluation(domain: Domain, tmp_path: Path
     labels = (tmp_path / "labels.csv").read_text()
     (tmp_path / "labels.csv").write_text(labels.replace(",red", ",x").replace(",green", ",red").replace(",x", ",green"))
     assert ran(run_plainly(domain)) == {"evaluate", "report"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "n_test", "n_seen", "headline"),
+    [
+        ("source: train, ", 24, 24, "On the images it was adapted to: "),
+        ("", 24, 24, "On the images it was adapted to: "),
+        ("source: both, ", 15, 3, "On images, 20.0% of which it was adapted to: "),
+    ],
+)
+def test_images_that_it_was_adapted_to_are_told_first(
+    domain: Domain, tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str, n_test: int, n_seen: int,
+    headline: str,
+) -> None:  # fmt: skip
+    shutil.copytree(tmp_path / "test", tmp_path / "both")
+    for name in ("000.png", "001.png", "002.png"):  # under other names, which is another key
+        shutil.copy(tmp_path / "train" / name, tmp_path / "both" / f"again-{name}")
+    paths = [path for folder in ("train", "both") for path in (tmp_path / folder).iterdir()]
+    rows = "".join(f"{path.relative_to(tmp_path)},{list(COLOURS)[int(path.stem[-3:]) % 3]}\n" for path in paths)
+    (tmp_path / "all.csv").write_text("path,class\n" + rows)
+    file = tmp_path / "domain.yaml"
+    text = file.read_text().replace("source: test, labels: labels.csv", f"{source}labels: all.csv")
+    file.write_text(text.replace("seeds: [0, 1]", "seeds: [0]"))
+    assert call("run", file) == 0
+    metrics = json.loads((tmp_path / "runs/shapes/metrics.json").read_text())
+    assert (metrics["n_test"], metrics["n_seen"]) == (n_test, n_seen)
+    assert list(metrics).index("n_seen") < list(metrics).index("methods")
+    said = capsys.readouterr().out
+    note = seen_note(n_seen, n_test)
+    assert note in said and said.index(note) < said.index("gain over the better zero-shot")
+    page = (tmp_path / "runs/shapes/report.html").read_text()
+    assert headline in page and note in page and page.index(headline) < page.index("is right on")
+    assert call("export", file, tmp_path / "model", "--method", "zero_shot") == 0
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert f"Mind that {note}." in card and card.index(note) < card.index("| top-1 |") and "top-5" not in card
+    assert "the text tower's reading of the class names (plain zero-shot) |" in card
+
+
+@pytest.mark.slow
+def test_which_zero_shot_is_kept_is_told(domain: Domain, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "domain.yaml"
+    for centre, name in (("true", "domain-centred zero-shot"), ("false", "plain zero-shot")):
+        file.write_text(re.sub("resize: pad.*}", f"resize: pad, centre: {centre}}}", file.read_text()))
+        told = f"{name}: without labels, no model is preferred"
+        assert call("run", file) == 0 and f"kept     {told}" in capsys.readouterr().out
+        assert told in (tmp_path / "runs/shapes/report.html").read_text()
+        assert call("export", file, tmp_path / name) == 0 and f"kept     {told}" in capsys.readouterr().out
+        card = (tmp_path / name / "README.md").read_text()
+        assert told in card and f"({name}) |" in card
 
 
 def test_without_labels_nothing_is_claimed(domain: Domain) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -257,14 +258,14 @@ def test_a_refresh_that_dies_loses_nothing(latteflow: Latteflow, folder: Path, m
 @pytest.mark.parametrize("option", ["--from", "--only", "--refresh"])
 def test_a_mistyped_stage_is_told_what_was_meant(latteflow: Latteflow, option: str) -> None:
     code, _, error = latteflow("run", "domain.yaml", option, "descibe")
-    assert code == 1 and error.strip() == "error: there is no stage 'descibe'; did you mean describe?"
+    assert code == 2 and error.strip() == "error: there is no stage 'descibe'; did you mean describe?"
     code, _, error = latteflow("run", "domain.yaml", option, "\x1b[31m")
-    assert code == 1 and f"stages are {', '.join(STAGES)}" in error
+    assert code == 2 and f"stages are {', '.join(STAGES)}" in error
 
 
 def test_options_that_exclude_each_other(latteflow: Latteflow) -> None:
     code, _, error = latteflow("run", "domain.yaml", "--from", "tune", "--only", "tune")
-    assert code == 1 and "exclude each other" in error
+    assert code == 2 and "exclude each other" in error
 
 
 @pytest.mark.parametrize("command", ["run", "plan", "show", "explain", "replay", "verify", "gc"])
@@ -299,6 +300,51 @@ def test_help_is_there(latteflow: Latteflow, command: str) -> None:
     assert code == 0 and "Usage" in said
 
 
+def test_the_version_is_told(latteflow: Latteflow) -> None:
+    assert latteflow("--version") == (0, f"latteflow {metadata.version('latteflow')}\n", "")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [[], ["rnu"], ["run"], ["run", "domain.yaml", "--onyl", "tune"], ["predict", "model", "train", "--top", "0"]],
+)
+def test_a_command_line_that_is_wrong_ends_with_2(latteflow: Latteflow, wrong: list[str]) -> None:
+    assert latteflow(*wrong)[0] == 2
+
+
+def test_a_domain_without_a_champion_says_so(latteflow: Latteflow) -> None:
+    code, said, error = latteflow("champion", "domain.yaml")
+    assert (code, error) == (0, "") and said.startswith("domain 'shapes' has no champion yet; `latteflow promote`")
+    for needs_one in (["rollback", "domain.yaml"], ["export", "domain.yaml", "model", "--champion"]):
+        assert latteflow(*needs_one)[0] == 1
+
+
+def test_what_is_cached_is_no_news_before_another_answer(latteflow: Latteflow) -> None:
+    code, said, beside = latteflow("rank", "domain.yaml", "red", "--top", 2)
+    assert (code, beside) == (0, "") and said.startswith("place ")
+    code, said, beside = latteflow("export", "domain.yaml", "model")
+    assert code == 0 and "cached" not in beside and said.startswith("kept ")
+
+
+@pytest.mark.parametrize("command", [["rank", "domain.yaml", "red"], ["export", "domain.yaml", "model"]])
+def test_a_model_that_is_not_there_is_told_before_anything_runs(
+    latteflow: Latteflow, folder: Path, command: list[str]
+) -> None:
+    edit(folder, "store: store", "store: elsewhere")
+    for option, told in (
+        (["--method", "clamp"], "no model by 'clamp'; `method` is latteclip, and zero_shot is the model as it came"),
+        (["--seed", "7"], "no model with seed 7; `seeds` are 0, 1"),
+    ):
+        assert latteflow(*command, *option) == (1, "", f"error: there is {told}\n")
+    assert not (folder / "elsewhere").exists()
+
+
+def test_a_zero_that_matters_stays_in_the_table(latteflow: Latteflow) -> None:
+    _, said, _ = latteflow("run", "domain.yaml")
+    assert re.search(r"^select .* 0 accepted, 2 models", said, re.M)
+    assert "0 duplicates" not in said and "0 removed" not in said
+
+
 def test_preview_writes_a_page(latteflow: Latteflow, folder: Path) -> None:
     code, said, _ = latteflow("preview", "domain.yaml", "--images", "3")
     assert code == 0 and said.splitlines()[-1].endswith("runs/shapes/preview.html")
@@ -309,7 +355,8 @@ def test_an_exported_model_predicts_without_the_domain(latteflow: Latteflow, fol
     code, said, _ = latteflow("export", "domain.yaml", "model", "--method", "zero_shot")
     assert code == 0 and (folder / "model" / "README.md").is_file()
     shutil.rmtree(folder / "store")
-    code, said, _ = latteflow("predict", "model", "train", "--out", "p[b].csv")
+    code, said, beside = latteflow("predict", "model", "train", "--out", "p[b].csv")
+    assert not beside.startswith("\n")
     assert code == 0 and re.match("images +25, the model cannot say which", said)
     assert "quarantined  1: " in said and said.endswith("predictions  p[b].csv\n")
     code, _, error = latteflow("predict", "model\x1b[31m", "train")
@@ -462,24 +509,24 @@ def test_gc_leaves_a_domain_alone_that_is_run_or_never_was(latteflow: Latteflow,
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "status", "message"),
     [
-        ([], "give domain files, or --store URL"),
-        (["domain.yaml", "--store", "store"], "give domain files, or --store URL"),
-        (["--store", "nowhere"], "store 'nowhere' holds nothing; check the path"),
-        (["--store", "train"], "'train' is no store: latteflow wrote none of it; check the path"),
-        (["elsewhere.yaml"], "holds nothing of domain 'shapes'; run it first, or check `store` and `name`"),
+        ([], 2, "give domain files, or --store URL"),
+        (["domain.yaml", "--store", "store"], 2, "give domain files, or --store URL"),
+        (["--store", "nowhere"], 1, "store 'nowhere' holds nothing; check the path"),
+        (["--store", "train"], 1, "'train' is no store: latteflow wrote none of it; check the path"),
+        (["elsewhere.yaml"], 1, "holds nothing of domain 'shapes'; run it first, or check `store` and `name`"),
     ],
 )
 @pytest.mark.parametrize("command", ["gc", "verify"])
 def test_gc_and_verify_need_to_know_where(
-    latteflow: Latteflow, folder: Path, command: str, arguments: list[str], message: str
+    latteflow: Latteflow, folder: Path, command: str, arguments: list[str], status: int, message: str
 ) -> None:
     elsewhere = (folder / "domain.yaml").read_text().replace("store: store", "store: train")
     (folder / "elsewhere.yaml").write_text(elsewhere)
     before = tree(folder / "train")
     code, _, error = latteflow(command, *arguments, *(["--delete"] if command == "gc" else []))
-    assert code == 1 and message in error and error.count("\n") == 1
+    assert code == status and message in error and error.count("\n") == 1
     assert tree(folder / "train") == before
 
 
@@ -492,15 +539,15 @@ def test_a_store_that_holds_nothing_of_a_domain(latteflow: Latteflow, folder: Pa
 
 def test_gc_wants_an_age(latteflow: Latteflow) -> None:
     code, _, error = latteflow("gc", "domain.yaml", "--older-than", "soon")
-    assert code == 1 and "--older-than 'soon': give a number and a unit, such as 30m, 12h or 7d" in error
+    assert code == 2 and "--older-than 'soon': give a number and a unit, such as 30m, 12h or 7d" in error
 
 
 @pytest.mark.parametrize("address", [["domain.yaml"], ["--store", "store"]])
 def test_verify_finds_damage_and_the_next_run_repairs_it(
     latteflow: Latteflow, folder: Path, address: list[str]
 ) -> None:
-    code, said, _ = latteflow("verify", *address)
-    assert code == 0 and "all sound" in said
+    code, said, beside = latteflow("verify", *address)
+    assert code == 0 and "all sound" in said and beside == ""
     harmed = [
         next((folder / "store/shapes/embed/data").glob("shard-00001.*")),
         next((folder / "store/captions").glob("*/*.parquet")),

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from prefect.blocks.system import Secret
@@ -51,13 +52,14 @@ def test_a_second_flow_shows_its_stages_as_cached(server: None, domain: Domain) 
     names: dict[str, str] = {}
     limit = time.monotonic() + 60  # the server records task runs from events, some time after they happened
     with get_client(sync_client=True) as client:
-        while not {"shard-train", "embed", "report"} <= names.keys() and time.monotonic() < limit:
+        wanted = {"shapes-shard-train", "shapes-embed-train", "shapes-embed-test", "shapes-report"}
+        while not wanted <= names.keys() and time.monotonic() < limit:
             names = {
                 run.name: run.state.name
                 for run in client.read_task_runs()
                 if run.flow_run_id == again.state_details.flow_run_id and run.state and run.state.is_final()
             }
-    assert names["shard-train"] == names["embed"] == names["report"] == "Cached"
+    assert {names[each] for each in wanted} == {"Cached"}
 
 
 @pytest.mark.slow
@@ -71,3 +73,18 @@ def test_ranges_of_shards_are_described_by_flows_of_their_own(
     assert [each["image"] for each in found] == [each["group"] for each in found] == [20, 4]
     monkeypatch.setattr("tasks.texts.open_describer", lambda *_, **__: pytest.fail("a text was asked for again"))
     assert {result.label: result.counts for result in run_plainly(domain)}["describe"]["texts"] == 24
+
+
+@pytest.mark.slow
+def test_a_bad_domain_file_is_a_few_lines_and_names_its_run(
+    server: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "bad.yaml").write_text("name: bad\nsource: train\nclasses: [a, b]\nepochs: 3\n")
+    (tmp_path / "gone.yaml").write_text("name: gone\nsource: nowhere\nclasses: [a, b]\nclip: {model: embedded}\n")
+    with get_client(sync_client=True) as client:
+        for name, told in (("bad", "line 4: `epochs` unknown key"), ("gone", "nowhere")):
+            caplog.clear()
+            state = adapt(str(tmp_path / f"{name}.yaml"), return_state=True)
+            assert state.is_failed() and told in state.message
+            assert client.read_flow_run(state.state_details.flow_run_id).name == f"adapt-{name}"
+            assert told in caplog.text and "Traceback" not in caplog.text

@@ -41,7 +41,9 @@ def test_two_runs_of_a_domain(file: Path, capsys: pytest.CaptureFixture[str]) ->
     same = {label for label, one, other in found.lineage if one == other}
     assert {"shard train", "shard test", "embed train", "embed test"} <= same and "evaluate" not in same
     assert call("compare", f"{file}@{old[:10]}", file, "--out", file.parent / "compare.html") == 0
-    assert "12 labelled of 12 shared images" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "12 labelled of 12 shared images" in said and f"B        {newest.name}\n" in said
+    assert newest.name == f"shapes, latteclip, evaluation {newest.scores.fingerprint[:12]}, by {file}"
     assert (file.parent / "compare.html").read_text() == page_of(found)
 
 
@@ -55,11 +57,23 @@ def test_two_methods_of_a_run(file: Path) -> None:
     assert found.settings == [] and all(one == other for _, one, other in found.lineage)
 
 
+def test_zero_shot_is_the_one_that_the_domain_keeps(file: Path) -> None:
+    kept = read_run(f"{file}:zero_shot")
+    assert kept.method == "zero_shot_plain"
+    assert kept.answers.equals(read_run(f"{file}:zero_shot_plain").answers)
+
+
+def test_a_file_may_be_called_like_a_method(file: Path) -> None:
+    assert read_run(str(file.rename(file.with_name("own:zero_shot")))).method == "latteclip"
+
+
 def test_what_cannot_be_compared_is_said(file: Path) -> None:
-    with pytest.raises(DataError, match=r"A and B are both shapes, latteclip, evaluation .*; give FILE@FINGERPRINT"):
+    with pytest.raises(DataError, match=r"A and B are both shapes, latteclip, .*, by .*; give FILE@FINGERPRINT"):
         compare(read_run(str(file)), read_run(f"{file}:latteclip"))
-    with pytest.raises(DataError, match="no model by 'clamp' was evaluated; there are latteclip"):
+    with pytest.raises(DataError, match="no model by 'clamp' was evaluated; there are latteclip, zero_shot, "):
         read_run(f"{file}:clamp")
+    with pytest.raises(DataError, match="no model by 'lateclip' was evaluated; did you mean latteclip"):
+        read_run(f"{file}:lateclip")
     with pytest.raises(DataError, match="has no artifact 'evaluate/ffffffff'"):
         read_run(f"{file}@ffffffff")
     other = file.parent / "third.yaml"

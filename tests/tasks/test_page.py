@@ -576,7 +576,8 @@ def test_few_and_many_classes(n_classes: int) -> None:
     assert all(percent(row.adapted) in page.text for row in report.details[0].per_class)
     for name in report.classes:
         assert name in page.text
-    assert ('class="heat"' in html) == (n_classes > 30)
+    assert ('class="heat"' in html) == (n_classes > 12) and ('class="matrix' in html) == (n_classes <= 30)
+    assert ("Top-5" in page.text) == (n_classes > 5)
     assert html.count("data-filter=") == (2 if n_classes > 24 else 0)
     assert ('id="scatter-title"' in html) == (n_classes > 24)
     assert len(html.encode()) < 1_000_000

@@ -1,5 +1,6 @@
 """preview and prices: what a user sees of a language model before paying for it."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -76,6 +77,20 @@ def test_a_preview_shows_questions_and_answers_and_is_paid_once(
     assert len(server.asked) == asked
     run_plainly(domain)
     assert len(server.asked) == COUNT + COUNT + 2 * 3
+
+
+@pytest.mark.parametrize("describer", ["kind: tags", "kind: sidecar, texts: texts.csv"])
+def test_a_preview_without_questions_says_who_wrote_the_texts(folder: Path, tiny_clip: Path, describer: str) -> None:
+    file = folder / "domain.yaml"
+    load(folder, tiny_clip, "http://127.0.0.1:1/v1")
+    file.write_text(re.sub("describer: .*", f"describer: {{{describer}}}", file.read_text()))
+    (folder / "texts.csv").write_text("path,text\ntrain/000.png,a red shape\n")
+    domain = Domain.load(file)
+    shards = shard(domain, "train")
+    page = preview(domain, shards, embed(domain, shards), count=3).read_text()
+    name = describer.split(",")[0].removeprefix("kind: ")
+    assert f"Texts by <bdi>{name}</bdi>; no language model is asked." in page
+    assert "3 images, and their texts" in page and "no questions" not in page
 
 
 def test_hostile_answers_are_text(folder: Path, tiny_clip: Path, server: ChatServer) -> None:

@@ -20,8 +20,10 @@ from tasks.tune import read_tuned, text_reader, tuned_features
 pytestmark = pytest.mark.slow
 
 
-def test_an_attribute_becomes_a_sentence_about_a_difference() -> None:
-    assert sentence(" larger. ") == "The first image shows something larger, while the second image does not."
+@pytest.mark.parametrize("attribute", ["larger", "larger shape", "longer sleeves", "with a hat", "red and round"])
+def test_an_attribute_becomes_a_sentence_about_a_difference(attribute: str) -> None:
+    told = f"The first image shows this, while the second image does not: {attribute}."
+    assert sentence(f" {attribute}. ") == told
     own = "The first animal is larger than the second."
     assert sentence(own) == own
 
@@ -84,7 +86,10 @@ def test_the_command_prints_and_writes_a_page(
 ) -> None:
     assert call("rank", tmp_path / "domain.yaml", "red <b>", "--top", 3, "--out", tmp_path / "my" / "order.html") == 0
     said = capsys.readouterr().out
-    assert "The first image shows something red <b>" in said and f"page     {tmp_path / 'my' / 'order.html'}" in said
+    assert (
+        "The first image shows this, while the second image does not: red <b>." in said
+        and f"page     {tmp_path / 'my' / 'order.html'}" in said
+    )
     assert [int(place) for place in re.findall(r"^ *(\d+) +[+-]0\.\d{3} ", said, re.MULTILINE)] == [1, 2, 3, 22, 23, 24]
     page = (tmp_path / "my" / "order.html").read_text()
     assert "red &lt;b&gt;" in page and "red <b>" not in page and page.count("<li>") == 9

@@ -1,0 +1,7 @@
+"""Mistakes in how something was called, beside those in what it was given."""
+
+from tasks.domain import ConfigError
+
+
+class UsageError(ConfigError):
+    """The command line itself is wrong: an option's value, or options that do not go together. Exit status 2."""
