@@ -119,11 +119,6 @@ def class_features(text_features: np.ndarray, templates: int) -> np.ndarray:
     return mean / np.linalg.norm(mean, axis=1, keepdims=True)
 
 
-def is_centred(settings: ClipSettings) -> bool:
-    """Whether the adapted model works on domain-centred embeddings."""
-    return settings.model == "embedded" if settings.centre is None else settings.centre
-
-
 def identity(settings: ClipSettings) -> dict[str, Any]:
     """What tells this model from any other, for fingerprints: names for published weights, digests for local files."""
     found: dict[str, Any] = {"model": settings.model, "pretrained": settings.pretrained, "resize": settings.resize}

@@ -25,18 +25,20 @@ Method = Literal[
 """Ways to adapt: docs/methods.md."""
 ZERO_SHOT = "zero_shot"
 """In place of a method: the model as it came."""
-ZERO_SHOTS = ("zero_shot_plain", "zero_shot_centred")
-"""What every method is compared with: on features as they are, and less the domain's mean."""
+ZERO_SHOTS = ("zero_shot_plain", "zero_shot_centred", "zero_shot_estimated")
+"""What every method is compared with: on features as they are, less the domain's mean, and less as much of it as the
+images speak for (:mod:`models.shift`)."""
 
 
-def own_zero_shot(is_centred: bool) -> str:
-    """Which of :data:`ZERO_SHOTS` a domain means by :data:`ZERO_SHOT`: the one it keeps, exports and serves."""
-    return ZERO_SHOTS[is_centred]
+def own_zero_shot(centre: bool | None) -> str:
+    """Which of :data:`ZERO_SHOTS` a domain with this ``clip.centre`` starts from, keeps, exports and serves."""
+    return {None: "zero_shot_estimated", True: "zero_shot_centred", False: "zero_shot_plain"}[centre]
 
 
 NAMES = {
     "zero_shot_plain": "plain zero-shot",
     "zero_shot_centred": "domain-centred zero-shot",
+    "zero_shot_estimated": "estimated zero-shot",
     "latteclip": "LatteCLIP",
     "latteclip_plus": "LatteCLIP plus",
     "pc_clip": "PC-CLIP",
@@ -95,7 +97,7 @@ class ClipSettings(Settings):
     resize: Literal["crop", "pad"] = "crop"
     """crop: short side, then centre crop (photos). pad: to a square on white (icons, cut-outs)."""
     centre: bool | None = None
-    """Subtract the domain's mean image embedding before normalising. Default: on for embedded, off otherwise."""
+    """Subtract the domain's mean image embedding before normalising. Default: as much of it as the images speak for."""
 
 
 class TagsSettings(Settings):
@@ -421,7 +423,9 @@ class TransductionSettings(Settings):
     """Anchored transduction, by itself and in latteclip_plus (docs/methods.md)."""
 
     neighbours: int = Field(default=8, ge=1)
-    """Nearest images whose text beliefs make up half of an image's own."""
+    """Nearest images that an image's text beliefs travel from."""
+    spread: float = Field(default=0.5, ge=0, lt=1)
+    """How much of an image's beliefs is its neighbours', who have most of theirs from their own neighbours. 0: none."""
     shrinkage: float = Field(default=0.03, gt=0)
     """Added to the covariance, in units of its largest eigenvalue. Large values make the mixture spherical."""
     anchor: float = Field(default=20.0, gt=0)

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.clip import is_centred
 from models.metrics import seen_note
 from models.settings import NAMES, ZERO_SHOT, own_zero_shot
 from storage.artifacts import Artifact
@@ -62,7 +61,7 @@ def model_card(
     base = ", ".join(_public(name) for name in (domain.clip.model, domain.clip.pretrained) if name)
     adapted = _HOW[method] + ("" if seed is None else f"; seed {seed}")
     if method == ZERO_SHOT:
-        adapted += f" ({NAMES[own_zero_shot(is_centred(domain.clip))]})"
+        adapted += f" ({NAMES[own_zero_shot(domain.clip.centre)]})"
     fingerprints = {stage: artifact.fingerprint for stage, artifact in lineage.items()} | dict(artifacts)
     counts = lineage["shard"].counts
     gate = f"The gate, which reads no label: {verdict}." if verdict else "The gate was not asked about this model."
@@ -216,7 +215,7 @@ def _accuracy(method: str, seed: int | None, metrics: Mapping[str, Any] | None) 
     if metrics is None or not metrics["n_test"]:
         return "Unknown: it was not measured against labels."
     zero = metrics["zero_shot"]
-    name = own_zero_shot(metrics["centred"]) if method == ZERO_SHOT else method
+    name = zero["own"] if method == ZERO_SHOT else method
     found = {**zero["methods"], **metrics["methods"]}[name]
     low, high = found["interval"]
     note = seen_note(metrics["n_seen"], metrics["n_test"])

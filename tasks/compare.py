@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from models import metrics
-from models.settings import ZERO_SHOT, ZERO_SHOTS, own_zero_shot
+from models.settings import ZERO_SHOT, ZERO_SHOTS
 from storage.artifacts import Artifact
 from storage.errors import DataError
 from storage.shards import read_index, read_records
@@ -122,8 +122,8 @@ def read_run(name: str) -> Run:
 
     Args:
         name: a domain file; the beginning of the fingerprint of an evaluation, by default the newest; a method of it,
-            by default the first; `zero_shot_plain` and `zero_shot_centred` are methods too, and `zero_shot` is the one
-            of them that the domain keeps.
+            by default the first; `zero_shot_plain`, `zero_shot_centred` and `zero_shot_estimated` are methods too, and
+            `zero_shot` is the one of them that the domain keeps.
 
     Raises:
         DataError: there is no such evaluation, or no such method in it.
@@ -140,7 +140,7 @@ def read_run(name: str) -> Run:
     else:
         scores = history.find(f"evaluate/{fingerprint}")
     found = json.loads(scores.read("metrics.json"))
-    method = own_zero_shot(found["centred"]) if method == ZERO_SHOT else method or next(iter(found["methods"]))
+    method = found["zero_shot"]["own"] if method == ZERO_SHOT else method or next(iter(found["methods"]))
     known = [*found["methods"], ZERO_SHOT, *ZERO_SHOTS]
     if method not in known:
         near = difflib.get_close_matches(method, known, 1)

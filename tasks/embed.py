@@ -18,6 +18,8 @@ from tasks.features import centred
 from tasks.stage import StageResult, open_store, run_stage
 
 VERSION = 1
+ESTIMATE = 1
+"""Version of :mod:`models.shift`; the features do not depend on it."""
 CANDIDATES = 5
 """Pseudo-label candidates kept for each image."""
 
@@ -26,7 +28,8 @@ def embed(domain: Domain, shards: StageResult) -> StageResult:
     """Features of every image, shard by shard, and the classes the untouched model sees in them.
 
     Files: ``<shard>.features.parquet`` (key, norm, feature: unit rows), ``zero_shot.parquet`` (key, label, labels and
-    probabilities of the best candidates; one row for each live image), ``classes.safetensors`` (text_features, centre).
+    probabilities of the best candidates; one row for each live image), ``classes.safetensors`` (text_features, centre,
+    share: how much of the centre is to be subtracted).
     """
     store = open_store(domain)
     images = store.open(shards.ref)
@@ -37,7 +40,7 @@ def embed(domain: Domain, shards: StageResult) -> StageResult:
         "shards": shards.ref.digest,
         "clip": who,
         "prompts": domain.prompts(),
-        "centred": clip.is_centred(domain.clip),
+        "centre": f"estimated, {ESTIMATE}" if domain.clip.centre is None else domain.clip.centre,
     }
 
     def body(writer: ArtifactWriter) -> Mapping[str, int]:
@@ -59,13 +62,15 @@ def embed(domain: Domain, shards: StageResult) -> StageResult:
             frames.append(features)
         live = index.select("key").join(pl.concat(frames), on="key", how="inner", maintain_order="left")
         text = class_text_features(domain, model.loaded.text_features)
-        labels, centre = _zero_shot(live, text, model.loaded.scale, bool(inputs["centred"]))
+        labels, centre, share = _zero_shot(live, text, model.loaded.scale, domain.clip.centre)
         writer.put(
             "zero_shot",
             {"features": sha256(canonical_json(live["key"].to_list())), **inputs},
             {
                 "zero_shot.parquet": parquet(labels),
-                "classes.safetensors": safetensors(text_features=text, centre=centre),
+                "classes.safetensors": safetensors(
+                    text_features=text, centre=centre, share=np.array([share], np.float32)
+                ),
             },
             rows=labels.height,
         )
@@ -115,12 +120,22 @@ def class_text_features(domain: Domain, read: Callable[[Sequence[str]], np.ndarr
     return clip.class_features(read(texts), len(domain.templates))
 
 
+def _estimated(embeds: np.ndarray, text: np.ndarray, scale: float) -> float:
+    import torch
+
+    from models.shift import centre_share
+
+    return centre_share(torch.from_numpy(embeds), torch.from_numpy(text), scale)
+
+
 def _zero_shot(
-    live: pl.DataFrame, text: np.ndarray, scale: float, centre_first: bool
-) -> tuple[pl.DataFrame, np.ndarray]:
+    live: pl.DataFrame, text: np.ndarray, scale: float, centre_first: bool | None
+) -> tuple[pl.DataFrame, np.ndarray, float]:
+    """Pseudo-labels; the centre of the images, and how much of it was subtracted first."""
     embeds = live["feature"].to_numpy() * live["norm"].to_numpy()[:, None]
     centre = embeds.mean(axis=0, dtype=np.float64).astype(np.float32)
-    features = centred(embeds, centre) if centre_first else live["feature"].to_numpy()
+    share = _estimated(embeds, text, scale) if centre_first is None else float(centre_first)
+    features = centred(embeds, share * centre)
     logits = scale * features @ text.T
     probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities /= probabilities.sum(axis=1, keepdims=True)
@@ -134,4 +149,4 @@ def _zero_shot(
         },
         schema={"key": pl.String, "label": pl.Int64, "labels": pl.List(pl.Int64), "probabilities": pl.List(pl.Float32)},
     )
-    return labels, centre
+    return labels, centre, share

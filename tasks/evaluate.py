@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 
-from models import clip, metrics
+from models import metrics
 from models.few_labels import LABELS, few_labels, worth
 from models.metrics import Predictions
-from models.settings import ZERO_SHOTS, Method
+from models.settings import ZERO_SHOTS, Method, own_zero_shot
 from storage.artifacts import Artifact, ArtifactWriter
 from storage.shards import overlap, read_index
 from storage.tables import parquet
@@ -29,7 +29,7 @@ from tasks.stage import StageResult, open_store, run_stage
 from tasks.tune import read_tuned, tuned_features
 
 VERSION = 3
-FORMAT = 2
+FORMAT = 3
 """Of ``metrics.json``: docs/formats.md says what is in it."""
 FLOOR = 1e-300
 """A probability of 0 has a logarithm all the same."""
@@ -121,25 +121,23 @@ def evaluate(
                 return Head(logits, np.eye(len(domain.classes)), 1.0)
             return Head(tuned_features(domain, model, images, found), model.prototypes, model.scale)
 
-        heads = dict(zip(ZERO_SHOTS, (Head(found.features, text, scale), Head(middle, text, scale)), strict=True))
-        plain, centre = (metrics.predict(*each).labels for each in heads.values())
-        own = centre if clip.is_centred(domain.clip) else plain
-        said = {
-            "zero_shot_plain": answers([heads["zero_shot_plain"]], centre),
-            "zero_shot_centred": answers([heads["zero_shot_centred"]], plain),
-        }
+        spaces = (found.features, middle, centred(found.embeds, train.shift))
+        heads = {name: Head(space, text, scale) for name, space in zip(ZERO_SHOTS, spaces, strict=True)}
+        labels = {name: metrics.predict(*each).labels for name, each in heads.items()}
+        own = labels[own_zero_shot(domain.clip.centre)]
+        # The one that each is less like.
+        others = ("zero_shot_centred", "zero_shot_plain", ZERO_SHOTS[train.share <= 0.5])
+        said = {name: answers([each], labels[other]) for (name, each), other in zip(heads.items(), others, strict=True)}
         for method in domain.method:
             said[method] = answers((head(method, seed) for seed in domain.seeds_of(method)), own)
         labelled = np.flatnonzero(truth >= 0)
         known_before = set(overlap(store.open(adapted_to.ref), images)["key"])
         n_seen = sum(found.keys[row] in known_before for row in labelled)
-        report = _metrics(
-            domain, said, truth, labelled, found.keys, is_centred=clip.is_centred(domain.clip), n_seen=n_seen
-        )
+        report = _metrics(domain, said, truth, labelled, found.keys, share=train.share, n_seen=n_seen)
         if len(labelled):
             keys, known = [found.keys[row] for row in labelled], truth[labelled]
-            others = None if is_own else centred(train.embeds, train.centre)
-            report["slices"] = _slices(slices(images, keys, middle[labelled], others), said, known, labelled)
+            before = None if is_own else centred(train.embeds, train.centre)
+            report["slices"] = _slices(slices(images, keys, middle[labelled], before), said, known, labelled)
             if inputs["few_labels"] and len(labelled) > 1:  # one half to learn from, one to be tested on
                 report["few_labels"] = _few_labels(report, few_labels(middle[labelled], known))
         if general:
@@ -183,20 +181,21 @@ def _metrics(
     labelled: np.ndarray,
     keys: Sequence[str],
     *,
-    is_centred: bool,
+    share: float,
     n_seen: int,
 ) -> dict[str, Any]:
     n, classes, known = len(labelled), len(domain.classes), truth[labelled]
     scores = {name: _score(each, known, labelled) for name, each in said.items()} if n else {}
-    plain, middle = (scores.get(name, {}).get("top1") for name in ZERO_SHOTS)
-    better = "zero_shot_centred" if (middle or 0.0) > (plain or 0.0) or (not n and is_centred) else "zero_shot_plain"
+    own = own_zero_shot(domain.clip.centre)
+    plain, middle, estimated = (scores.get(name, {}).get("top1") for name in ZERO_SHOTS)
+    better = max(ZERO_SHOTS, key=lambda name: scores[name]["top1"]) if n else own
     methods: dict[str, Any] = {}
     for name in domain.method:
         entry = scores.get(name, {"top1": None, "interval": None})
         if n:
             entry = entry | _compared(said[name], said[better], known, labelled)
-            for label, own in entry["per_class"].items():
-                own["gain"] = own["top1"] - scores[better]["per_class"][label]["top1"]
+            for label, of_class in entry["per_class"].items():
+                of_class["gain"] = of_class["top1"] - scores[better]["per_class"][label]["top1"]
         methods[name] = entry | {"label_free": _label_free(said[better].runs[0], said[name].runs[0], classes)}
     report: dict[str, Any] = {
         "format": FORMAT,
@@ -204,10 +203,12 @@ def _metrics(
         "n_test": n,
         "n_seen": n_seen,
         "classes": domain.classes,
-        "centred": is_centred,
+        "centre_share": share,
         "zero_shot": {
             "plain": plain,
             "centred": middle,
+            "estimated": estimated,
+            "own": own,
             "top1": scores.get(better, {}).get("top1"),
             "better": better,
             "methods": {name: scores[name] for name in ZERO_SHOTS if n},

@@ -25,7 +25,7 @@ from storage.shards import read_index, read_records
 from tasks.card import model_card
 from tasks.decode import opened
 from tasks.domain import Domain
-from tasks.features import Features, centred, read_features, used_centre
+from tasks.features import Features, centred, read_features
 from tasks.heldout import NOTHING_LEARNT, held_out_scores, why_not
 from tasks.stage import StageResult, open_store
 from tasks.tune import Tuned, chosen_model, part_name, tuned_clip, tuned_features
@@ -91,10 +91,9 @@ def export_zero_shot(
     store = open_store(domain)
     artifact = store.open(embedded.ref)
     found = read_features(artifact)
-    centre = used_centre(domain, found)
-    model = Tuned(found.class_features, centre, None, None, None, {}, clip.load(domain.clip).scale)
+    model = Tuned(found.class_features, found.shift, None, None, None, {}, clip.load(domain.clip).scale)
     lineage = {"embed": artifact, "shard": _made(store, domain, "shard", artifact.inputs["shards"])}
-    features = centred(found.embeds, centre)
+    features = centred(found.embeds, found.shift)
     _Export(domain, None, None, model, lineage, features, found).write(
         folder, record or RunRecord(), formats, force=force
     )
@@ -234,18 +233,17 @@ class _Export:
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
     def _temperature(self) -> float:
-        """What its logits are divided by, as neighbours tell; of zero-shot, as its other form does."""
+        """What its logits are divided by, as neighbours tell; of zero-shot, as the form that it is less like does."""
         from models.calibration import expected_accuracy, neighbours_say, temperature
 
         rows = np.unique(np.linspace(0, len(self.found.keys) - 1, MOST_COMPARED).astype(np.int64))
         some, features, model = self.found.at(rows), self.features[rows], self.model
         middle = centred(some.embeds, some.centre)
-        own, other = (space @ some.class_features.T for space in (middle, some.features))
-        if not clip.is_centred(self.domain.clip):
-            own, other = other, own
         if self.method is None:
-            said = other.argmax(1)
+            other = some.features if some.share > 0.5 else middle
+            said = (other @ some.class_features.T).argmax(1)
         else:
+            own = centred(some.embeds, some.shift) @ some.class_features.T
             said = neighbours_say(middle, own.argmax(1), len(self.domain.classes))
         labels = (features @ model.prototypes.T).argmax(1)
         return temperature(features, model.prototypes, model.scale, expected_accuracy(labels, said))

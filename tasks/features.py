@@ -7,10 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import polars as pl
 
-from models import clip
 from storage.artifacts import Artifact
 from storage.tables import read_parquet, read_safetensors
-from tasks.domain import Domain
 
 
 @dataclass(frozen=True)
@@ -23,6 +21,7 @@ class Features:
         norms: length of each image embedding before it was normalised, ``(n,)``.
         class_features: unit text features of the classes, ``(classes, dim)``.
         centre: mean image *embedding* of the split, ``(dim,)``.
+        share: how much of it the domain's models subtract, 0 to 1.
         zero_shot: pseudo-label of each image by the untouched model, ``(n,)`` int64.
         confidence: its probability, ``(n,)``.
     """
@@ -32,6 +31,7 @@ class Features:
     norms: np.ndarray
     class_features: np.ndarray
     centre: np.ndarray
+    share: float
     zero_shot: np.ndarray
     confidence: np.ndarray
 
@@ -39,6 +39,12 @@ class Features:
     def embeds(self) -> np.ndarray:
         """Image embeddings, ``(n, dim)`` float32."""
         return self.features * self.norms[:, None]
+
+    @property
+    def shift(self) -> np.ndarray:
+        """What the domain's models subtract from image embeddings, ``(dim,)``."""
+        shift: np.ndarray = self.share * self.centre
+        return shift
 
     def at(self, rows: np.ndarray) -> Features:
         """Some of the images, in the order of their shards; what is of the whole split stays."""
@@ -59,11 +65,6 @@ def centred(embeds: np.ndarray, centre: np.ndarray) -> np.ndarray:
     return moved / np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), 1e-12)
 
 
-def used_centre(domain: Domain, found: Features) -> np.ndarray:
-    """What the domain's models subtract from image embeddings, ``(dim,)``: the centre, or zeros."""
-    return found.centre if clip.is_centred(domain.clip) else np.zeros_like(found.centre)
-
-
 def read_features(embedded: Artifact) -> Features:
     """The features of an `embed` artifact."""
     labels = read_parquet(embedded.read("zero_shot.parquet"))
@@ -76,6 +77,7 @@ def read_features(embedded: Artifact) -> Features:
         norms=rows["norm"].to_numpy(),
         class_features=classes["text_features"],
         centre=classes["centre"],
+        share=float(classes["share"][0]),
         zero_shot=rows["label"].to_numpy(),
         confidence=rows["probabilities"].list.first().to_numpy(),
     )

@@ -11,7 +11,7 @@ from storage.artifacts import Artifact
 from tasks import clamp
 from tasks.domain import Domain
 from tasks.embed import class_text_features
-from tasks.features import read_features, used_centre
+from tasks.features import read_features
 from tasks.tune import part_name, read_tuned, text_reader, tuned_features
 
 
@@ -29,7 +29,7 @@ def general_answers(
     """
     own = domain.of_split("general")
     found = read_features(embedded)
-    model = replace(read_tuned(models, method, seed), centre=used_centre(domain, found))
+    model = replace(read_tuned(models, method, seed), centre=found.shift)
     if method == "clamp":
         tower = clamp.read_tower(domain, models, part_name(method, seed))
         text = tower.text_features(own.prompt_names).cpu().numpy()

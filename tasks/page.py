@@ -364,7 +364,8 @@ class Report:
     """Of the labelled images, those that the models were adapted to."""
     model: Component
     describer: Component
-    centring: bool
+    centre_share: float
+    """How much of the images' mean embedding is subtracted, 0 to 1."""
     methods: Sequence[Method]
     adapted: str
     best_baseline: str

@@ -16,7 +16,7 @@ from storage.errors import DataError
 from storage.shards import read_index, read_records
 from tasks.decode import opened
 from tasks.domain import Domain
-from tasks.features import centred, read_features, used_centre
+from tasks.features import centred, read_features
 from tasks.html import html, picture_url, thumbnail
 from tasks.stage import StageResult, open_store
 from tasks.tune import chosen_model, text_reader, tuned_features
@@ -99,7 +99,7 @@ def rank(
     images, found = store.open(shards.ref), read_features(store.open(embedded.ref))
     if method == ZERO_SHOT:
         reader, name = clip.load(domain.clip), ZERO_SHOT
-        features = centred(found.embeds, used_centre(domain, found))
+        features = centred(found.embeds, found.shift)
     else:
         preferred = "pc_clip" if method is None and "pc_clip" in domain.method else method
         name, _, model = chosen_model(domain, tuned, seed, preferred)

@@ -84,7 +84,7 @@ def kept(domain: Domain, selection: Selection) -> str:
     """What the gate kept and why, in a sentence that says which zero-shot where it is that."""
     if selection.best is not None:
         return selection.told
-    return f"{NAMES[own_zero_shot(clip.is_centred(domain.clip))]}: {selection.told}"
+    return f"{NAMES[own_zero_shot(domain.clip.centre)]}: {selection.told}"
 
 
 class _Findings:
@@ -118,7 +118,7 @@ class _Findings:
             n_seen=found["n_seen"],
             model=self._model(),
             describer=self._describer(),
-            centring=found["centred"],
+            centre_share=found["centre_share"],
             methods=self._methods(),
             adapted=self._adapted,
             best_baseline=self._better,

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from models.clip import is_centred
 from models.settings import Method
 from storage.artifacts import Artifact, ArtifactWriter
 from tasks.domain import Domain
@@ -16,8 +15,7 @@ from tasks.features import Features, centred, read_features
 from tasks.stage import StageResult, open_store, run_stage
 from tasks.tune import read_tuned, tuned_features
 
-VERSION = 3
-PLAIN, CENTRED = "plain zero-shot", "centred zero-shot"
+VERSION = 4
 MOST_IMAGES = 20_000
 """Models are compared on at most so many images; which ones depends on their keys alone, which are digests."""
 
@@ -31,7 +29,7 @@ class Judged:
     accepted: bool
     reason: str
     score: float
-    """The worse of the duels with plain and domain-centred zero-shot."""
+    """Of the evidence for its method, see :class:`models.selection.Verdict`."""
     estimates: Mapping[str, float]
     """See :func:`models.selection.estimates`; zero-shot is the domain's own."""
 
@@ -57,13 +55,13 @@ class Selection:
     def told(self) -> str:
         """For people, in a sentence."""
         if self.best is None:
-            return "without labels, no model is preferred to zero-shot, which is kept"
+            return "without labels, no model is preferred to it, and it is kept"
         seed = "" if self.best.seed is None else f" of seed {self.best.seed}"
         return f"without labels, {self.best.method}{seed} is preferred: {self.best.reason}"
 
 
 def select(domain: Domain, images: StageResult, features: StageResult, tuned: StageResult) -> StageResult:
-    """Judge every model on the images it was adapted to, by features that none has shaped.
+    """Judge every method, by all its models, on the images it was adapted to and features that none has shaped.
 
     Kept is the method that stands first in the domain file and has an accepted model; of its seeds, the one that the
     neighbours of images vouch for most.
@@ -105,11 +103,24 @@ class Views:
         self._found: Features = found.at(np.array((rows or list(range(len(found.keys))))[:MOST_IMAGES]))
         self.keys, self.features = self._found.keys, self._found.features
 
-    def zero_shots(self) -> dict[str, np.ndarray]:
-        """Classes by plain and domain-centred zero-shot, ``(n,)`` each."""
+    @property
+    def space(self) -> np.ndarray:
+        """Unit features less the shift of the domain, ``(n, dim)``."""
+        return centred(self._found.embeds, self._found.shift)
+
+    def centre_share(self, scale: float) -> float:
+        """See :func:`models.shift.centre_share`; of these images, whatever `clip.centre` says."""
+        import torch
+
+        from models.shift import centre_share
+
         found = self._found
-        spaces = {PLAIN: found.features, CENTRED: centred(found.embeds, found.centre)}
-        return {name: (space @ found.class_features.T).argmax(1) for name, space in spaces.items()}
+        return centre_share(torch.from_numpy(found.embeds), torch.from_numpy(found.class_features), scale)
+
+    def zero_shot(self) -> np.ndarray:
+        """Classes by the domain's own zero-shot, ``(n,)``."""
+        labels: np.ndarray = (self.space @ self._found.class_features.T).argmax(1)
+        return labels
 
     def logits(self, models: Artifact, method: Method, seed: int | None) -> np.ndarray:
         """By a model of a `tune` artifact, ``(n, classes)``."""
@@ -121,25 +132,25 @@ class Views:
 def _selected(domain: Domain, images: Artifact, embedded: Artifact, models: Artifact) -> Selection:
     import torch
 
-    from models.selection import NEIGHBOURS, estimates, judge
-    from models.transduction import nearest
+    from models.selection import estimates, judge, kappa, neighbours
 
     views = Views(domain, images, embedded)
-    features = torch.from_numpy(views.features)
-    zero_shots = {name: torch.from_numpy(labels) for name, labels in views.zero_shots().items()}
-    own, near = zero_shots[CENTRED if is_centred(domain.clip) else PLAIN], nearest(features, NEIGHBOURS)[0]
+    near, own = neighbours(torch.from_numpy(views.space)), torch.from_numpy(views.zero_shot())
+    share = views.centre_share(read_tuned(models, domain.method[0], domain.seeds[0]).scale)
+    before = kappa(own, own[near], len(domain.classes))
     judged: list[Judged] = []
     chosen: int | None = None
     for method in domain.method:
-        accepted = {}
-        for seed in domain.seeds_of(method):
-            probabilities = torch.from_numpy(views.logits(models, method, seed)).softmax(1)
-            verdict = judge(features, probabilities.argmax(1), zero_shots, len(domain.classes))
-            guesses = estimates(probabilities, own, near)
-            if verdict.accepted:
-                accepted[len(judged)] = guesses["vouched"]
-            score = min(each.score for each in verdict.duels.values())
-            judged.append(Judged(method, seed, verdict.accepted, verdict.reason, score, guesses))
-        if chosen is None and accepted:
-            chosen = max(accepted, key=accepted.__getitem__)
+        seeds = domain.seeds_of(method)
+        guesses = [
+            estimates(torch.from_numpy(views.logits(models, method, seed)).softmax(1), own, near) for seed in seeds
+        ]
+        vouched = [each["vouched"] for each in guesses]
+        verdict = judge(vouched, before, share)
+        if chosen is None and verdict.accepted:
+            chosen = len(judged) + int(np.argmax(vouched))
+        judged += [
+            Judged(method, seed, verdict.accepted, verdict.reason, verdict.score, each)
+            for seed, each in zip(seeds, guesses, strict=True)
+        ]
     return Selection(tuple(judged), chosen)

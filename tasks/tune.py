@@ -24,7 +24,7 @@ from storage.tables import read_safetensors, safetensors
 from tasks import clamp
 from tasks.decode import pixel_batches
 from tasks.domain import Domain
-from tasks.features import Features, centred, read_features, used_centre
+from tasks.features import Features, centred, read_features
 from tasks.pair import read_class_pairs, read_pairs
 from tasks.pixels import PixelReader
 from tasks.screen import read_screened, read_text_features, usable
@@ -172,7 +172,6 @@ def _made_from(
     own: dict[str, Any] = {
         "embed": embedded.ref.digest,
         "clip": clip.identity(domain.clip),
-        "centred": clip.is_centred(domain.clip),
     }
     if method not in SEEDLESS:
         own["training"] = domain.training.model_dump(mode="json", exclude=NOT_OF_THE_MODEL)
@@ -223,7 +222,7 @@ class Trainer:
             self._clip = text_reader(domain, tuned_from(tower))
             self._text_features = self._clip.text_features
         self._found = read_features(embedded)
-        self._centre = used_centre(domain, self._found)
+        self._centre = self._found.shift
 
     @functools.cached_property
     def _plain(self) -> TuneData:

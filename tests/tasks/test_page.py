@@ -208,7 +208,7 @@ def make_report(n_classes: int = 10, n_test: int = 1000, skill: float = 0.09, se
             note="Embedded fallback model, not CLIP: numbers are not comparable.",
         ),
         describer=Component(name="tags", note="No LMM: tags written from zero-shot scores."),
-        centring=True,
+        centre_share=0.97,
         methods=(
             method("zero_shot_plain", "zero-shot", right_before - 0.06),
             method("zero_shot_centred", "centred zero-shot", right_before),
