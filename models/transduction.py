@@ -7,8 +7,9 @@ own, and why, is in docs/methods.md.
 
 With unit image features `x`, class texts `t`, the CLIP's scale `s` and shapes `(n, d)` and `(c, d)`:
 
-1. `y = 1/2 softmax(s x t) + 1/2 (mean of the neighbours' softmax)`, fixed from here on.
-2. `u = (C + shrinkage |C|)^(-1/2) x`, with C the features' second moment and |C| its largest eigenvalue.
+1. `u = (C + shrinkage |C|)^(-1/2) x`, with C the features' second moment and |C| its largest eigenvalue.
+2. `y = (1 - spread) softmax(s x t) + spread (mean of the neighbours' y)`, by ROUNDS rounds and fixed from here on: what
+   the texts say travels along the graph of nearest images by `x` (label propagation, as ZLaP, arXiv 2404.04072).
 3. Until nothing moves: `mu_k = (sum_i z_ik u_i + anchor a_k) / (sum_i z_ik + anchor)`,
    `z_i = softmax(ln y_i + kappa u_i mu_k)`.
 
@@ -28,6 +29,8 @@ from torch import Tensor
 from models.losses import at_least_float32
 from models.settings import TransductionSettings
 
+ROUNDS = 30
+"""Of 2.; what is then left to travel is `spread ** ROUNDS`, nothing by default."""
 BLOCK_NUMBERS = 1 << 23
 """Numbers in a block of similarities: 32 MB, whatever the number of images."""
 FLOOR = 1e-12
@@ -83,15 +86,13 @@ def transduce(cfg: TransductionSettings, image_features: Tensor, class_texts: Te
         )
     if not (x.isfinite().all() and texts.isfinite().all()):
         raise ValueError("transduce needs finite features: embed the images again, or drop the rows with NaN")
-    logits = scale * x @ texts.T
-    spread = float(logits.std(correction=0))
-    text_beliefs = logits.softmax(1)
-    log_beliefs = smooth(text_beliefs, *nearest(x, cfg.neighbours)).clamp_(min=FLOOR).log_()
-    del logits, text_beliefs
-
     whiten = whitening(x, cfg.shrinkage)
     u, anchors = x @ whiten, texts @ whiten
-    z = log_beliefs.exp()
+    logits = scale * x @ texts.T
+    deviation = float(logits.std(correction=0))
+    z = propagate(logits.softmax(1), *nearest(x, cfg.neighbours), cfg.spread).clamp_(min=FLOOR)
+    log_beliefs = z.log()
+    del logits
     # The texts lie far from the images; at this length they reach as far as an image of their class does on average.
     best = anchors[z.argmax(1)]
     anchors = anchors * ((u * best).sum() / best.square().sum().clamp(min=FLOOR)).clamp(min=0)
@@ -101,7 +102,7 @@ def transduce(cfg: TransductionSettings, image_features: Tensor, class_texts: Te
         means = (z.T @ u + cfg.anchor * anchors) / (z.sum(0)[:, None] + cfg.anchor)
         evidence = u @ means.T
         if not steps:
-            kappa = spread / max(float(evidence.std(correction=0)), FLOOR)
+            kappa = deviation / max(float(evidence.std(correction=0)), FLOOR)
         after = evidence.mul_(kappa).add_(log_beliefs).softmax(1)
         change = float((after - z).abs_().sum() / 2 / len(z))
         z, steps = after, steps + 1
@@ -135,18 +136,22 @@ def nearest(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return rows, weights / weights.sum(1, keepdim=True).clamp(min=FLOOR)
 
 
-def smooth(beliefs: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """Half of an image's own beliefs and half of its neighbours', `(n, classes)`; its own alone without neighbours.
+def propagate(beliefs: Tensor, rows: Tensor, weights: Tensor, spread: float) -> Tensor:
+    """Beliefs after ROUNDS rounds of `(1 - spread) own + spread neighbours'`, `(n, classes)`; rows keep their sums.
 
     Args:
-        beliefs: `(n, classes)`.
-        rows, weights: from `nearest`, `(n, k)`.
+        beliefs: `(n, classes)`; they are each image's own in every round.
+        rows, weights: from `nearest`, `(n, k)`. An image without any weight keeps its own beliefs.
+        spread: 0 to 1.
     """
-    share = weights.sum(1, keepdim=True) / 2
-    result = (1 - share) * beliefs
-    for row, weight in zip(rows.unbind(1), weights.unbind(1), strict=True):  # never (n, k, classes) at once
-        result.addcmul_(beliefs[row], weight[:, None], value=0.5)
-    return result
+    share = spread * weights.sum(1, keepdim=True)
+    own, found = (1 - share) * beliefs, beliefs
+    for _ in range(ROUNDS if spread else 0):
+        after = own.clone()
+        for row, weight in zip(rows.unbind(1), weights.unbind(1), strict=True):  # never (n, k, classes) at once
+            after.addcmul_(found[row], weight[:, None], value=spread)
+        found = after
+    return found
 
 
 def whitening(features: Tensor, shrinkage: float) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from models import transduction
 from models.settings import TransductionSettings
-from models.transduction import nearest, smooth, transduce, whitening
+from models.transduction import nearest, propagate, transduce, whitening
 
 pytestmark = pytest.mark.slow
 
@@ -41,23 +41,22 @@ def accuracy(labels: torch.Tensor, truth: torch.Tensor) -> float:
 def test_equations_against_a_plain_loop() -> None:
     images, texts, _ = domain([4, 3, 5])
     x, t = images.double(), texts.double()
-    cfg = TransductionSettings(neighbours=2, max_steps=3, tolerance=0)
+    cfg = TransductionSettings(neighbours=2, max_steps=3, tolerance=0, spread=0.6)
     n, c, scale = len(x), len(t), 7.0
     belief = [[math.exp(scale * float(x[i] @ t[k])) for k in range(c)] for i in range(n)]
     belief = [[b / sum(row) for b in row] for row in belief]
-    y = []
-    for i in range(n):
-        near = sorted((j for j in range(n) if j != i), key=lambda j: -float(x[i] @ x[j]))[:2]
-        w = [max(0.0, float(x[i] @ x[j])) for j in near]
-        y.append(
-            [
-                belief[i][k] / 2 + sum(a * belief[j][k] for a, j in zip(w, near, strict=True)) / sum(w) / 2
-                for k in range(c)
-            ]
-        )
     moment = sum(torch.outer(row, row) for row in x) / n
     shrunk = moment + 0.03 * torch.linalg.eigvalsh(moment)[-1] * torch.eye(DIM, dtype=torch.float64)
     inverse = torch.linalg.inv(shrunk)  # u_i . u_j = x_i inverse x_j
+    y = belief
+    for _ in range(transduction.ROUNDS):
+        after = []
+        for i in range(n):
+            near = sorted((j for j in range(n) if j != i), key=lambda j: -float(x[i] @ x[j]))[:2]
+            w = [max(0.0, float(x[i] @ x[j])) for j in near]
+            theirs = [sum(a * y[j][k] for a, j in zip(w, near, strict=True)) / sum(w) for k in range(c)]
+            after.append([0.4 * belief[i][k] + 0.6 * theirs[k] for k in range(c)])
+        y = after
     anchors = t.clone()
     best = [max(range(c), key=lambda k, i=i: y[i][k]) for i in range(n)]
     top = sum(float(x[i] @ inverse @ t[best[i]]) for i in range(n))
@@ -163,10 +162,23 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(their_weights, weights)
 
 
-def test_smooth_and_whitening() -> None:
-    beliefs = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    rows, weights = torch.tensor([[1], [0]]), torch.tensor([[1.0], [0.0]])
-    torch.testing.assert_close(smooth(beliefs, rows, weights), torch.tensor([[0.5, 0.5], [0.0, 1.0]]))
+def test_beliefs_travel_and_keep_their_sums() -> None:
+    """Three images in a row, of which the last has no neighbour that is like it at all: solved by hand."""
+    beliefs = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])
+    rows, weights = torch.tensor([[1], [2], [0]]), torch.tensor([[1.0], [1.0], [0.0]])
+    found = propagate(beliefs, rows, weights, 0.5)
+    torch.testing.assert_close(found, torch.tensor([[0.625, 0.375], [0.25, 0.75], [0.0, 1.0]]))
+    torch.testing.assert_close(propagate(beliefs, rows, weights, 0.0), beliefs)
+    draws = torch.Generator().manual_seed(0)
+    beliefs = torch.rand(40, 3, generator=draws).softmax(1)
+    rows, weights = nearest(unit(torch.randn(40, DIM, generator=draws)), 4)
+    found, share = propagate(beliefs, rows, weights, 0.7), 0.7 * weights
+    torch.testing.assert_close(found.sum(1), torch.ones(40))
+    own = (1 - share.sum(1, keepdim=True)) * beliefs
+    torch.testing.assert_close(found, own + (share[:, :, None] * found[rows]).sum(1), rtol=0, atol=1e-4)
+
+
+def test_whitening() -> None:
     stretched = torch.diag(torch.tensor([2.0, 1.0]))  # moment: 2, 1/2
     expected = torch.diag(torch.tensor([(2 + 0.2) ** -0.5, (0.5 + 0.2) ** -0.5]))
     torch.testing.assert_close(whitening(stretched, 0.1), expected)
