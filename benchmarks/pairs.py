@@ -268,7 +268,7 @@ def split(
     texts, groups = describe(texts_of, shards, embedded), group(texts_of, shards, embedded)
     screened = screen(texts_of, shards, embedded, texts, groups)
     found, captions = read_features(store.open(embedded.ref)), described(store.open(screened.ref))
-    middle = centre if centre is not None else found.centre * clip.is_centred(domain.clip)
+    middle = centre if centre is not None else found.shift
     truth = np.full(len(found.keys), -1)
     if name == "test":
         paths = dict(read_index(store.open(shards.ref)).select("key", "path").iter_rows())

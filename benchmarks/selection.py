@@ -1,6 +1,6 @@
 """What the gate lets pass and how estimates rank models, against the truth.
 
-    python -m benchmarks.selection domains/demo.yaml domains/clipart.yaml [--steps 640] [--store runs/store]
+    python -m benchmarks.selection domains/demo.yaml domains/clipart.yaml [--steps 640] [--store runs/store] [--quick]
 
 Each domain as `benchmarks.accuracy` has it: whole, with a long tail, and with a quarter of its classes. Every method of
 METHODS is adapted and judged on the images it was adapted to, and scored on the test images; so are broken models: of
@@ -9,14 +9,13 @@ that have collapsed. A model is *better* or *worse* than the better zero-shot if
 between, either answer will do. Labels are opened when everything was judged.
 
 The second table compares estimates of accuracy that need no label: Spearman's rank correlation with top-1 over all
-models of a case, the two zero-shots and broken ones among them, mean and worst over the cases; and what one would gain
+models of a case, zero-shots and broken ones among them, mean and worst over the cases; and what one would gain
 over the better zero-shot by always taking the model with the highest estimate.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -29,13 +28,13 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from benchmarks.accuracy import Case, Images, answers, build
+from benchmarks.accuracy import Case, answers, build
 from models.adaptation import Adapted, TuneData
 from models.losses import unit
 from models.methods import adapt
-from models.selection import NEIGHBOURS, estimates, judge, kappa
-from models.settings import DEFAULT_STEPS, LatteClipSettings, Method, TransductionSettings
-from models.transduction import nearest, transduce
+from models.selection import estimates, judge, kappa, neighbours
+from models.settings import DEFAULT_STEPS, Method, TransductionSettings
+from models.transduction import transduce
 from tasks.domain import Domain
 
 METHODS: tuple[Method, ...] = ("latteclip", "latteclip_plus", "transduction")
@@ -72,14 +71,12 @@ def others_texts(data: TuneData, draws: torch.Generator) -> TuneData:
     return replace(data, image_texts=data.image_texts[order], has_image_text=data.has_image_text[order])
 
 
-def models(case: Case, broken: bool, steps: int) -> Iterator[tuple[str, Adapted]]:
+def models(case: Case, broken: bool) -> Iterator[tuple[str, Adapted]]:
     """By name."""
     data, draws = case.data(), torch.Generator().manual_seed(0)
 
-    epochs = math.ceil(steps / LatteClipSettings().n_steps(len(data)))
-
     def adapted(method: Method, data: TuneData, **settings: Any) -> Adapted:
-        cfg = LatteClipSettings(epochs=epochs, **settings)
+        cfg = case.settings.model_copy(update=settings)
         return adapt(method, data, cfg, TransductionSettings(), scale=case.scale)
 
     for method in METHODS:
@@ -93,35 +90,35 @@ def models(case: Case, broken: bool, steps: int) -> Iterator[tuple[str, Adapted]
         yield "collapsed", Adapted(prototypes=unit(near), scale=case.scale)
 
 
-def rows(name: str, case: Case, broken: bool, steps: int) -> Iterator[Row]:
+def rows(name: str, case: Case, broken: bool) -> Iterator[Row]:
     """Everything of a case, judged and scored."""
-    features, n_classes = unit(case.train.embeds), len(case.class_texts)
-    near = nearest(features, NEIGHBOURS)[0]
-    shots = {shot: Adapted(prototypes=case.class_texts, scale=case.scale) for shot in ("plain", "centred")}
+    features, n_classes = case.features(case.train), len(case.class_texts)
+    own, near = (features @ case.class_texts.T).argmax(1), neighbours(features)
+    zero_shots = {"plain": 0.0, "centred": 1.0, "estimated": case.share}
+    spaces = {
+        shot: [case.features(images, share) for images in (case.train, case.test)] for shot, share in zero_shots.items()
+    }
 
-    def logits(images: Images, found: Adapted) -> Tensor:
-        return found.scale * answers(found, case if found is not shots["plain"] else plain, images)
+    def top1(logits: Tensor) -> float:
+        return float((logits.argmax(1).numpy() == case.test.truth).mean())
 
-    def top1(found: Adapted) -> float:
-        return float((logits(case.test, found).argmax(1).numpy() == case.test.truth).mean())
-
-    plain = replace(case, centred=False)
-    zero_shots = {shot: logits(case.train, found).argmax(1) for shot, found in shots.items()}
-    own = zero_shots["centred" if case.centred else "plain"]
-    in_space = case.features(case.train, case.centred)
-    together = transduce(TransductionSettings(), in_space, case.class_texts, case.scale).assignments.argmax(1)
+    before = max(top1(spaces[shot][1] @ case.class_texts.T) for shot in ("plain", "centred"))
+    together = transduce(TransductionSettings(), features, case.class_texts, case.scale).assignments.argmax(1)
     told = (case.train.texts @ case.class_texts.T).argmax(1)[case.train.has_text]
-    before = max(top1(found) for found in shots.values())
-    for model, found in [*shots.items(), *models(case, broken, steps)]:
-        probabilities = logits(case.train, found).softmax(1)
+
+    def row(model: str, train: Tensor, test: Tensor, judged: bool) -> Row:
+        probabilities = (case.scale * train).softmax(1)
         labels = probabilities.argmax(1)
         guesses = estimates(probabilities, own, near)
         guesses["transduction"] = kappa(labels, together, n_classes)
         guesses["captions"] = kappa(labels[case.train.has_text], told, n_classes)
-        guesses["vouched + captions"] = guesses["vouched"] + guesses["captions"]
-        verdict = judge(features, labels, zero_shots, n_classes)
-        guesses["duel"] = min(each.score for each in verdict.duels.values())
-        yield Row(name, model, top1(found) - before, None if model in shots else verdict.accepted, guesses)
+        verdict = judge([guesses["vouched"]], kappa(own, own[near], n_classes), case.share)
+        return Row(name, model, top1(test) - before, verdict.accepted if judged else None, guesses)
+
+    for shot, space in spaces.items():
+        yield row(shot, *(features @ case.class_texts.T for features in space), judged=False)
+    for model, found in models(case, broken):
+        yield row(model, *(answers(found, case, images) for images in (case.train, case.test)), judged=True)
 
 
 def summary(found: list[Row], chosen: Callable[[Row], bool]) -> str:
@@ -157,17 +154,21 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("domains", nargs="+", type=Path)
     options.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="of training")
+    options.add_argument("--draws", type=int, default=3, help="of each variant")
+    options.add_argument("--quick", action="store_true", help="one draw, 160 steps")
     options.add_argument("--store", help="instead of the domains' own")
     chosen = options.parse_args()
+    if chosen.quick:
+        chosen.draws, chosen.steps = 1, 160
     torch.set_num_threads(1)
     found: list[Row] = []
     for path in chosen.domains:
         domain = Domain.load(path)
         if chosen.store:
             domain = domain.model_copy(update={"store": str(Path(chosen.store).resolve())})
-        for kind, cases in build(domain, [IMBALANCE], True, ["inductive"]):
+        for kind, cases in build(domain, [IMBALANCE], True, ["inductive"], chosen.draws, chosen.steps):
             for number, case in enumerate(cases):
-                for row in rows(f"{domain.name} {kind} {number}", case, kind == "inductive", chosen.steps):
+                for row in rows(f"{domain.name} {kind} {number}", case, kind == "inductive"):
                     found.append(row)
                     said = {None: "zero-shot", True: "accepted", False: "refused"}[row.accepted]
                     sys.stderr.write(f"{row.case}: {row.model} {100 * row.gain:+.1f} {said}\n")
