@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import uuid
@@ -19,7 +20,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """An empty folder to write into, which takes the place of ``folder`` when the body ends without an error.
 
     It lies beside it, hidden, so that taking its place is a rename. Until then whatever is under the name stays as it
-    is; after an error nothing is left of the new one. What a killed process left is removed a day later.
+    is; after an error nothing is left of the new one. What a killed process left is removed a day later, but for the
+    folder whose place it was just taking, which gets its name back first.
 
     Raises:
         DataError: there can be no such folder: it is a file, a mount point, the working folder, or its parent is
@@ -31,6 +33,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     new, old = (folder.parent / f".{folder.name}.{kind}-{uuid.uuid4().hex}" for kind in ("new", "old"))
     try:
         new.mkdir()
+        _put_back(folder)
         _sweep(folder, new)
         yield new
         _replace(folder, new, old)
@@ -94,11 +97,21 @@ def _replace(folder: Path, new: Path, old: Path) -> None:
         raise
 
 
+def _put_back(folder: Path) -> None:
+    """Undo the first of two renames after which a process was killed."""
+    old = _leftovers(folder, "old")
+    if old and not folder.exists():
+        max(old, key=lambda each: each.stat().st_mtime).rename(folder)
+
+
 def _sweep(folder: Path, fresh: Path) -> None:
     """Remove what killed processes left beside a folder, by the file system's own clock."""
     now = fresh.stat().st_mtime
-    for each in folder.parent.glob(f".{folder.name}.*-*"):
-        kind, _, number = each.name.removeprefix(f".{folder.name}.").partition("-")
-        is_ours = kind in ("new", "old") and len(number) == 32
-        if is_ours and now - each.stat().st_mtime > _LEFTOVER_SECONDS:
+    for each in _leftovers(folder, "old") + _leftovers(folder, "new"):
+        if now - each.stat().st_mtime > _LEFTOVER_SECONDS:
             shutil.rmtree(each, ignore_errors=True)
+
+
+def _leftovers(folder: Path, kind: str) -> list[Path]:
+    prefix = f".{folder.name}.{kind}-"
+    return [each for each in folder.parent.glob(f"{glob.escape(prefix)}*") if len(each.name) == len(prefix) + 32]

@@ -1,6 +1,8 @@
 """A folder that appears whole or not at all, and what is never touched meanwhile."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,3 +92,21 @@ def test_other_files_are_carried_over(tmp_path: Path) -> None:
     carry(source, target, without={"old.json"})
     assert names(target) == {"mine.jpg", "deep", "link", "both.txt"}
     assert (target / "both.txt").read_text() == "target" and (target / "deep" / "x.jpg").read_text() == "source"
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
+    """Whoever writes next first gives the earlier folder its name back, however long ago that was."""
+    folder = tmp_path / "model"
+    write(folder, "first")
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom storage.folders import whole_folder\nrename = Path.rename\n"
+        "def killed(self, target):\n    rename(self, target)\n    os.kill(os.getpid(), 9)\n"
+        "Path.rename = killed\nwith whole_folder(Path(sys.argv[1])) as new:\n    (new / 'a.txt').write_text('second')\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(folder)], check=False).returncode == -9
+    assert not folder.exists()
+    for each in tmp_path.iterdir():
+        os.utime(each, (0, 0))
+    with pytest.raises(RuntimeError), whole_folder(folder):
+        raise RuntimeError
+    assert (folder / "a.txt").read_text() == "first" and names(tmp_path) == {"model"}
