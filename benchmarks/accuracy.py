@@ -43,7 +43,7 @@ from models.adaptation import Adapted, TuneData
 from models.losses import unit
 from models.methods import adapt
 from models.metrics import bootstrap_interval
-from models.selection import judge, kappa, neighbours
+from models.selection import Evidence, duel, judge, kappa, neighbours
 from models.settings import DEFAULT_STEPS, SEEDLESS, LatteClipSettings, Method, TransductionSettings
 from models.shift import centre_share
 from storage.shards import read_index
@@ -172,9 +172,10 @@ def adapted(method: Method, *, texts: bool = True) -> Predict:
 def shipped(case: Case, seed: int) -> Tensor:
     """What the gate lets through of the default method."""
     features, classes = case.features(case.train), len(case.class_texts)
-    own, near = (features @ case.class_texts.T).argmax(1), neighbours(features)
+    own = (features @ case.class_texts.T).argmax(1)
     labels = answers(tuned("latteclip_plus", case, seed, True), case, case.train).argmax(1)
-    verdict = judge([kappa(labels, own[near], classes)], kappa(own, own[near], classes), case.share)
+    vouched = kappa(labels, own[neighbours(features)], classes)
+    verdict = judge([Evidence(vouched, duel(features, labels, own))], case.share)
     return METHODS["latteclip_plus" if verdict.accepted else "zero_shot_estimated"](case, seed)
 
 

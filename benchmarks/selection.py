@@ -32,7 +32,7 @@ from benchmarks.accuracy import Case, answers, build
 from models.adaptation import Adapted, TuneData
 from models.losses import unit
 from models.methods import adapt
-from models.selection import estimates, judge, kappa, neighbours
+from models.selection import Evidence, duel, estimates, judge, kappa, neighbours
 from models.settings import DEFAULT_STEPS, Method, TransductionSettings
 from models.transduction import transduce
 from tasks.domain import Domain
@@ -112,7 +112,7 @@ def rows(name: str, case: Case, broken: bool) -> Iterator[Row]:
         guesses = estimates(probabilities, own, near)
         guesses["transduction"] = kappa(labels, together, n_classes)
         guesses["captions"] = kappa(labels[case.train.has_text], told, n_classes)
-        verdict = judge([guesses["vouched"]], kappa(own, own[near], n_classes), case.share)
+        verdict = judge([Evidence(guesses["vouched"], duel(features, labels, own))], case.share)
         return Row(name, model, top1(test) - before, verdict.accepted if judged else None, guesses)
 
     for shot, space in spaces.items():

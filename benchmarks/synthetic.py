@@ -32,7 +32,7 @@ from models import selection
 from models.adaptation import Adapted, TuneData
 from models.losses import unit
 from models.methods import adapt
-from models.selection import estimates, judge, kappa, neighbours
+from models.selection import ERRORS, Duel, Evidence, duel, estimates, judge, neighbours
 from models.settings import LatteClipSettings, TransductionSettings
 from models.shift import centre_share
 
@@ -203,8 +203,7 @@ class Row:
     model: str
     gain: float
     above_chance: float
-    vouched: float
-    before: float
+    evidence: Evidence
     share: float
     accepted: bool | None = None
 
@@ -220,7 +219,6 @@ def rows(found: Problem) -> Iterator[Row]:
     shift = share * mean
     x, test = unit(found.embeds - shift), unit(found.test_embeds - shift)
     own, near = (x @ found.class_texts.T).argmax(1), neighbours(x)
-    by_itself = kappa(own, own[near], len(found.class_texts))
 
     def top1(features: Tensor, classifier: Tensor) -> float:
         return float(((features @ classifier.T).argmax(1) == found.test_truth).double().mean())
@@ -230,7 +228,7 @@ def rows(found: Problem) -> Iterator[Row]:
     before = max(zero_shots["plain"], zero_shots["centred"])
     above = before - 1 / len(found.class_texts)
     for name, value in zero_shots.items():
-        yield Row(found, f"zero-shot, {name}", value - before, above, by_itself, by_itself, share)
+        yield Row(found, f"zero-shot, {name}", value - before, above, Evidence(math.nan, Duel(0, 0)), share)
 
     def data(texts: Tensor) -> TuneData:
         return TuneData(
@@ -252,10 +250,10 @@ def rows(found: Problem) -> Iterator[Row]:
     ):
         model: Adapted = adapt(method, given, cfg, settings, scale=found.scale)  # type: ignore[arg-type]
         mapped = [y if model.image_map is None else unit(y @ model.image_map) for y in (x, test)]
-        vouched = estimates((model.scale * mapped[0] @ model.prototypes.T).softmax(1), own, near)["vouched"]
+        said = (model.scale * mapped[0] @ model.prototypes.T).softmax(1)
+        evidence = Evidence(estimates(said, own, near)["vouched"], duel(x, said.argmax(1), own))
         gain = top1(mapped[1], model.prototypes) - before
-        verdict = judge([vouched], by_itself, share)
-        yield Row(found, name, gain, above, vouched, by_itself, share, verdict.accepted)
+        yield Row(found, name, gain, above, evidence, share, judge([evidence], share).accepted)
 
 
 def interval(hits: int, n: int) -> str:
@@ -297,11 +295,12 @@ def verdicts(found: Sequence[Row]) -> str:
 def fitted(found: Sequence[Row]) -> str:
     """SHARE in steps of 0.1, and BAR, that let the most better models pass and at most MOST_FALSE of the worse."""
     judged = [row for row in found if row.accepted is not None]
-    vouched, before, share = np.array([[row.vouched, row.before, row.share] for row in judged]).T
+    vouched, share = np.array([[row.evidence.vouched, row.share] for row in judged]).T
+    won = np.array([row.evidence.duel.score > ERRORS * row.evidence.duel.error for row in judged])
     better, worse = (np.array([row.kind == kind for row in judged]) for kind in ("better", "worse"))
     tried = []
     for weight in np.arange(0, 0.51, 0.1):
-        scores = np.where(vouched > before, vouched + weight * share, -np.inf)
+        scores = np.where(won, vouched + weight * share, -np.inf)
         bar = np.sort(scores[worse])[::-1][int(MOST_FALSE * worse.sum())]
         tried.append(((scores[better] > bar).mean(), weight, bar))
     power, weight, bar = max(tried)

@@ -201,7 +201,7 @@ def _met(
         torch.from_numpy(views.logits(*each).argmax(1))
         for each in ((tuned, said.method, said.seed), (rival, now.method, now.seed))
     )
-    score = duel(torch.from_numpy(views.features), challenger, champion)
+    score = duel(torch.from_numpy(views.features), challenger, champion).score
     agreement = kappa(challenger, champion, len(domain.classes))
     if score < 0 or agreement < LEAST_AGREEMENT:
         why = (

@@ -132,23 +132,25 @@ class Views:
 def _selected(domain: Domain, images: Artifact, embedded: Artifact, models: Artifact) -> Selection:
     import torch
 
-    from models.selection import estimates, judge, kappa, neighbours
+    from models.selection import Evidence, duel, estimates, judge, neighbours
 
     views = Views(domain, images, embedded)
-    near, own = neighbours(torch.from_numpy(views.space)), torch.from_numpy(views.zero_shot())
+    space, own = torch.from_numpy(views.space), torch.from_numpy(views.zero_shot())
+    near = neighbours(space)
     share = views.centre_share(read_tuned(models, domain.method[0], domain.seeds[0]).scale)
-    before = kappa(own, own[near], len(domain.classes))
     judged: list[Judged] = []
     chosen: int | None = None
     for method in domain.method:
         seeds = domain.seeds_of(method)
-        guesses = [
-            estimates(torch.from_numpy(views.logits(models, method, seed)).softmax(1), own, near) for seed in seeds
+        said = [torch.from_numpy(views.logits(models, method, seed)).softmax(1) for seed in seeds]
+        guesses = [estimates(each, own, near) for each in said]
+        found = [
+            Evidence(guess["vouched"], duel(space, each.argmax(1), own))
+            for guess, each in zip(guesses, said, strict=True)
         ]
-        vouched = [each["vouched"] for each in guesses]
-        verdict = judge(vouched, before, share)
+        verdict = judge(found, share)
         if chosen is None and verdict.accepted:
-            chosen = len(judged) + int(np.argmax(vouched))
+            chosen = len(judged) + int(np.argmax([each.vouched for each in found]))
         judged += [
             Judged(method, seed, verdict.accepted, verdict.reason, verdict.score, each)
             for seed, each in zip(seeds, guesses, strict=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models.losses import unit
-from models.selection import BAR, NEIGHBOURS, SHARE, duel, estimates, judge, kappa, neighbours
+from models.selection import BAR, NEIGHBOURS, SHARE, Duel, Evidence, duel, estimates, judge, kappa, neighbours
 from models.transduction import nearest
 
 K = 5
@@ -32,11 +32,12 @@ def test_by_hand() -> None:
     both = (torch.arange(2 * NEIGHBOURS + 1) > NEIGHBOURS).long()  # the first eleven are 0, the others 1
     one, other = both.clone(), both.clone()
     one[0], other[0] = 0, 1  # its neighbours are all 0
-    assert duel(features, one, other) == 1 and duel(features, other, one) == -1
+    assert duel(features, one, other) == (1, 0) and duel(features, other, one) == (-1, 0)
     one[0], other[0] = 2, 1  # nobody near it is either
-    assert duel(features, one, other) == duel(features, both, both) == duel(features[:3], one[:3], other[:3]) == 0
+    assert duel(features, one, other).score == 0
+    assert duel(features, both, both) == duel(features[:3], one[:3], other[:3]) == (0, 0)
     one[1], other[1] = 1, 0  # the ten neighbours of both are now nine 0 and a 1: -0.1 and -0.8
-    assert duel(features, one, other) == pytest.approx(-0.45)
+    assert duel(features, one, other) == pytest.approx((-0.45, 0.35 / 2**0.5))
     with pytest.raises(ValueError, match="21, 21, 20"):
         duel(features, one, other[:-1])
 
@@ -50,47 +51,48 @@ def test_kappa() -> None:
     assert kappa(torch.zeros(4).long(), torch.zeros(4).long(), 3) == 0
 
 
-def vouched(features: Tensor, labels: Tensor, zero_shot: Tensor) -> float:
-    return kappa(labels, zero_shot[neighbours(features)], K)
+def evidence(features: Tensor, labels: Tensor, zero_shot: Tensor) -> Evidence:
+    return Evidence(kappa(labels, zero_shot[neighbours(features)], K), duel(features, labels, zero_shot))
 
 
 def test_the_truth_is_accepted_and_what_is_broken_refused() -> None:
     features, truth, zero_shot = world()
-    before = vouched(features, zero_shot, zero_shot)
     mended = torch.where(torch.arange(len(truth)) % 2 == 0, truth, zero_shot)
     for good in (truth, mended):
-        assert judge([vouched(features, good, zero_shot)], before, 1.0).accepted
+        assert judge([evidence(features, good, zero_shot)], 1.0).accepted
     noisier = torch.where(torch.arange(len(truth)) % 4 == 0, (zero_shot + 1) % K, zero_shot)
     shuffled = truth[torch.randperm(len(truth), generator=torch.Generator().manual_seed(0))]
     for broken in ((truth + 1) % K, torch.zeros_like(truth), shuffled, noisier, zero_shot):
-        verdict = judge([vouched(features, broken, zero_shot)], before, 1.0)
-        assert not verdict.accepted and "do not vouch for it" in verdict.reason
+        verdict = judge([evidence(features, broken, zero_shot)], 1.0)
+        assert not verdict.accepted and "asked for" in verdict.reason
+    assert "do not vouch for it" in verdict.reason and "2 standard errors" in verdict.reason
 
 
 def test_a_zero_shot_that_knows_nothing_vouches_for_nobody() -> None:
     features, truth, _ = world()
-    draws = torch.Generator().manual_seed(1)
-    by_chance = torch.randint(K, (len(truth),), generator=draws)
-    before = vouched(features, by_chance, by_chance)
+    by_chance = torch.randint(K, (len(truth),), generator=torch.Generator().manual_seed(1))
     for labels in (truth, (truth + 1) % K, by_chance):
-        assert not judge([vouched(features, labels, by_chance)], before, 1.0).accepted
+        assert not judge([evidence(features, labels, by_chance)], 1.0).accepted
 
 
 def test_a_method_is_judged_by_all_its_seeds() -> None:
-    high = BAR + 0.1
-    assert judge([high, high], 0.1, 0.0).accepted and not judge([high, 0.0], 0.1, 0.0).accepted
-    assert judge([high, high], 0.1, 0.0).score == pytest.approx(high)
-    assert judge([BAR - SHARE / 2], 0.1, 1.0).accepted and not judge([BAR - SHARE / 2], 0.1, 0.0).accepted
-    refused = judge([high], high, 1.0)  # as good as zero-shot is no better
-    assert not refused.accepted and f"zero-shot itself has {high:.3f}" in refused.reason
-    assert f"more than {BAR} is asked for" in judge([0.2], 0.1, 0.0).reason
+    won, lost = Duel(0.2, 0.05), Duel(-0.2, 0.05)
+    high, low = Evidence(BAR + 0.1, won), Evidence(0.0, won)
+    assert judge([high, high], 0.0).accepted and not judge([high, low], 0.0).accepted
+    assert judge([high, low], 0.0).score == pytest.approx((BAR + 0.1) / 2)
+    between = Evidence(BAR - SHARE / 2, won)
+    assert judge([between], 1.0).accepted and not judge([between], 0.0).accepted
+    assert not judge([high, high._replace(duel=lost)], 1.0).accepted
+    assert not judge([high._replace(duel=Duel(0.2, 0.1))], 1.0).accepted
+    assert "(duel with zero-shot -0.200 (±0.050), and more than" in judge([high._replace(duel=lost)], 1.0).reason
+    assert f"more than {BAR:g} is asked for" in judge([low], 0.0).reason
 
 
 def test_what_it_cannot_see() -> None:
-    """A class went to another that zero-shot gave there now and then."""
+    """A class went to another that zero-shot gave there now and then; only errors far away still have its name."""
     features, truth, zero_shot = world()
     given_up = torch.where(truth == 2, 3, truth)
-    assert judge([vouched(features, given_up, zero_shot)], vouched(features, zero_shot, zero_shot), 1.0).accepted
+    assert judge([evidence(features, given_up, zero_shot)], 1.0).accepted
 
 
 def test_kappa_with_several() -> None:
