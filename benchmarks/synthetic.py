@@ -42,7 +42,7 @@ MOST_IMAGES = 1200
 STEPS = 60
 """Of LatteCLIP's training, a tenth of the default's."""
 EVEN = 0.01
-MOST_FALSE = 0.03
+MOST_FALSE = 0.02
 """Share of the worse models that `--fit` lets pass, so that the interval ends below 5 percent."""
 Proportions = Literal["even", "uneven", "tail 10", "tail 50", "a quarter"]
 

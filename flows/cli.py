@@ -446,7 +446,6 @@ def rank(
 ) -> None:
     """Order the images by an attribute: which shows more of it, by a model that reads differences."""
     _check_page(page)
-    settings = _domain(domain)
     from flows.pipeline import repaired, run_plainly
     from models.settings import ZERO_SHOT
     from tasks.rank import rank as ranked
@@ -454,6 +453,7 @@ def rank(
     from tasks.tune import check_model
 
     sentence(attribute)  # before anything runs
+    settings = _domain(domain)
     if method != ZERO_SHOT:
         check_model(settings, seed, method)
     results = {result.label: result for result in repaired(run_plainly, settings)}

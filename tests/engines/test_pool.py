@@ -32,7 +32,8 @@ if not (ROOT / ".venv-vllm/bin/python").exists():
 def write_domain(folder: Path, tiny_clip: Path, describer: str, store: str = "store") -> Path:
     path = folder / f"{store}.yaml"
     path.write_text(
-        f"name: shapes\nsource: train\nclasses: [red, green, blue]\nclip: {{model: {tiny_clip}, resize: pad}}\n"
+        "name: shapes\nsource: train\nclasses: [red, green, blue]\n"
+        f"clip: {{model: {tiny_clip}, resize: pad, centre: false}}\n"
         f"describer: {{{describer}}}\nshard: {{images: 24}}\nseeds: [0]\nlatteclip: {{epochs: 2, batch_size: 8}}\n"
         f"store: {store}\noutput: runs\n"
     )

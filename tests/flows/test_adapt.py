@@ -6,13 +6,18 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import COLOURS, call, draw, draw_folder
 from flows.pipeline import repaired, run_plainly
 from models.metrics import seen_note
+from models.shift import centre_share
 from storage.errors import DataError
+from storage.tables import read_parquet
 from tasks.domain import Domain
-from tasks.stage import StageResult
+from tasks.features import read_features
+from tasks.stage import StageResult, open_store
+from tasks.tune import read_tuned
 
 
 def ran(results: list[StageResult]) -> set[str]:
@@ -38,6 +43,28 @@ def test_a_run_leaves_metrics_and_a_report(domain: Domain) -> None:
     assert adapted["top1"] == pytest.approx(sum(adapted["seeds"]) / 2)
     assert adapted["gain"] == pytest.approx(adapted["top1"] - zero_shot["top1"])
     assert "shapes" in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize("centre", [None, True, False])
+def test_everything_starts_from_the_zero_shot_that_the_domain_has(domain: Domain, centre: bool | None) -> None:
+    """By default as much of the centre is taken out as the images speak for; features are not made again for that."""
+    run_plainly(domain)
+    domain = domain.model_copy(update={"clip": domain.clip.model_copy(update={"centre": centre})})
+    results = {result.label: result for result in run_plainly(domain)}
+    store, metrics = open_store(domain), json.loads((Path(domain.output) / "shapes" / "metrics.json").read_text())
+    found = read_features(store.open(results["embed train"].ref))
+    embeds, texts = torch.from_numpy(found.embeds), torch.from_numpy(found.class_features)
+    expected = centre_share(embeds, texts, 100.0) if centre is None else float(centre)
+    assert found.share == metrics["centre_share"] == pytest.approx(expected, abs=1e-5)
+    tuned = read_tuned(store.open(results["tune"].ref), "latteclip", domain.seeds[0])
+    assert tuned.centre == pytest.approx(found.share * found.centre)
+    own = {None: "zero_shot_estimated", True: "zero_shot_centred", False: "zero_shot_plain"}[centre]
+    assert metrics["zero_shot"]["own"] == own
+    test = read_features(store.open(results["embed test"].ref))
+    table = read_parquet(store.open(results["evaluate"].ref).read("predictions.parquet"))
+    answers = dict(table.select("key", own).iter_rows())
+    moved = test.embeds - found.share * found.centre
+    assert [answers[key] for key in test.keys] == (moved @ test.class_features.T).argmax(1).tolist()
 
 
 def test_the_second_run_makes_nothing(domain: Domain, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ source: train
 classes: [red, green, blue]
 templates: ["a {{}} shape."]
 evaluation: {{source: test, labels: labels.csv}}
-clip: {{model: {tiny_clip}, resize: pad}}
+clip: {{model: {tiny_clip}, resize: pad, centre: false}}
 describer: {{kind: sidecar, texts: texts.csv}}
 method: [latteclip]
 latteclip: {{epochs: 2, batch_size: 8}}

@@ -122,5 +122,5 @@ def test_the_graph_has_them(with_general: Domain) -> None:
 def test_mistakes_are_told_with_their_place(with_general: Domain, tmp_path: Path) -> None:
     file = tmp_path / "domain.yaml"
     file.write_text(file.read_text().replace("classes: others.txt", "classes: [cat]"))
-    with pytest.raises(ConfigError, match=r"line 5: `evaluation.general` `classes`: 1 given, at least 2"):
+    with pytest.raises(ConfigError, match=r"line 5: `evaluation.general.classes`: 1 given, at least 2"):
         Domain.load(file)

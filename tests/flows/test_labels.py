@@ -60,7 +60,7 @@ def test_a_single_class_and_images_without_labels(domain: Domain, tmp_path: Path
 def test_what_the_evaluation_says_adds_up(domain: Domain) -> None:
     run_plainly(domain)
     found = metrics(domain)
-    assert found["format"] == 2
+    assert found["format"] == 3
     score, zero_shot = found["methods"]["latteclip"], found["zero_shot"]["methods"][found["zero_shot"]["better"]]
     for label, own in score["per_class"].items():
         assert own["gain"] == pytest.approx(own["top1"] - zero_shot["per_class"][label]["top1"])

@@ -45,7 +45,8 @@ def embedded(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Path:
 def load(folder: Path, tiny_clip: Path, url: str, prices: str = "{}") -> Domain:
     path = folder / "domain.yaml"
     path.write_text(
-        f"name: shapes\nsource: train\nclasses: [red, green, blue]\nclip: {{model: {tiny_clip}, resize: pad}}\n"
+        "name: shapes\nsource: train\nclasses: [red, green, blue]\n"
+        f"clip: {{model: {tiny_clip}, resize: pad, centre: false}}\n"
         f"describer: {{kind: openai, model: m, url: {url}, patience_s: 1}}\nprices: {prices}\nshard: {{images: 5}}\n"
         f"store: store\noutput: {folder}/runs\nlatteclip: {{epochs: 1}}\nseeds: [0]\n"
     )

@@ -84,6 +84,7 @@ def test_a_ranking_is_a_sort_by_one_projection(domain: Domain, tmp_path: Path) -
 def test_the_command_prints_and_writes_a_page(
     domain: Domain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "my").mkdir()
     assert call("rank", tmp_path / "domain.yaml", "red <b>", "--top", 3, "--out", tmp_path / "my" / "order.html") == 0
     said = capsys.readouterr().out
     assert (

@@ -72,7 +72,7 @@ source: {SOURCE[0] / "train"}
 classes: [red, green, blue]
 templates: ["a {{}} shape."]
 evaluation: {{source: {SOURCE[0] / "test"}, labels: {SOURCE[0] / "labels.csv"}}}
-clip: {{model: {SOURCE[1]}, resize: pad}}
+clip: {{model: {SOURCE[1]}, resize: pad, centre: false}}
 describer: {json.dumps(asked)}
 group: {group}
 latteclip: {{epochs: 1, batch_size: 8}}

@@ -82,7 +82,7 @@ def test_every_method_is_scored_and_shown(domain: Domain) -> None:
     page = (folder / "report.html").read_text()
     for label in ("LatteCLIP plus", "anchored transduction", "FLYP", "self-training", "PC-CLIP"):
         assert f"<bdi>{label}</bdi>" in page
-    assert scores(metrics).row_count == 9  # type: ignore[union-attr]
+    assert scores(metrics).row_count == 10  # type: ignore[union-attr]
     files = store.open(results["tune"].ref)
     assert read_history(files, "transduction", None) == [] and len(read_history(files, "flyp", 1)) == 2
     with pytest.raises(DataError, match="transduction has one model, no seeds"):
