@@ -60,7 +60,7 @@ def centre_share(image_embeds: Tensor, class_texts: Tensor, scale: float) -> flo
     """
     if not (image_embeds.isfinite().all() and class_texts.isfinite().all()):
         raise ValueError("a domain's shift needs finite features: embed the images again, or drop the rows with NaN")
-    mean = image_embeds.double().mean(0)
+    mean = image_embeds.mean(0, dtype=torch.float64)  # not of a copy: there may be millions
     step = math.ceil(len(image_embeds) / MOST_IMAGES)
     embeds, texts = image_embeds[::step].double(), class_texts.double()
     if len(embeds) < 8 or float((embeds - mean).norm(dim=1).max()) < 1e-6 * float(mean.norm()):
