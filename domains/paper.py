@@ -64,7 +64,7 @@ source: train
 classes: classes.txt
 templates: [{template}]
 evaluation: {{source: test, labels: labels.csv}}
-clip: {{model: ViT-B-32, pretrained: laion2b_s34b_b79k}}
+clip: {{model: ViT-B-32, pretrained: laion2b_s34b_b79k, centre: false}} # plain zero-shot, as in the paper
 # The paper has this model in 4 bits. For texts by a server, or without a language model: docs/describers.md.
 describer: {{kind: vllm, model: llava-hf/llava-v1.6-mistral-7b-hf, prompts: {name}, max_context: 4096}}
 method: [latteclip, flyp]

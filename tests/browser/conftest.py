@@ -30,6 +30,7 @@ class Tab:
             **{"viewport": {"width": 1280, "height": 900}, "color_scheme": "light", **context}
         )
         self.page = self.context.new_page()
+        self.page.set_default_navigation_timeout(120_000)  # other tests have the processors too
         self.requests: list[str] = []
         self.complaints: list[str] = []
         self.context.on("request", lambda r: self.requests.append(r.url))
