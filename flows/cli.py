@@ -9,7 +9,6 @@ import functools
 import json
 import re
 import traceback
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,6 +43,8 @@ StoreUrl = Annotated[
 
 def _version(asked: bool) -> None:
     if asked:
+        from importlib import metadata
+
         out.print(f"latteflow {metadata.version('latteflow')}")
         raise typer.Exit
 
