@@ -20,7 +20,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -75,7 +75,7 @@ class Shape:
     texts: float
 
     @classmethod
-    def draw(cls, seed: int, proportions: Proportions | None = None) -> Shape:
+    def draw(cls, seed: int) -> Shape:
         """The shape of a seed."""
         rng = np.random.default_rng([seed, 0])
         classes = round(np.exp(rng.uniform(np.log(5), np.log(100))))
@@ -90,7 +90,7 @@ class Shape:
             of_kind=rng.uniform(0.0, 0.9),
             of_class=rng.uniform(0.0, 0.7),
             offset=rng.uniform(0, 0.6),
-            proportions=proportions or drawn,
+            proportions=drawn,
             texts=rng.choice([0.0, rng.uniform(0, 1)]),
         )
 
@@ -101,25 +101,24 @@ class Problem:
 
     Attributes:
         embeds, test_embeds: `(n, dim)`, `(m, dim)`, not unit rows.
-        truth, test_truth: `(n,)`, `(m,)` int64.
+        test_truth: `(m,)` int64.
         class_texts: unit rows, `(classes, dim)`.
         texts: unit text features about the images, `(n, dim)`; has_text: `(n,)` bool.
     """
 
     shape: Shape
     embeds: Tensor
-    truth: Tensor
     test_embeds: Tensor
     test_truth: Tensor
     class_texts: Tensor
     texts: Tensor
     has_text: Tensor
-    scale: float = field(default=SCALE)
+    scale: float = SCALE
 
 
-def problem(seed: int, proportions: Proportions | None = None) -> Problem:
+def problem(seed: int) -> Problem:
     """The problem of a seed: the same numbers on every machine up to rounding."""
-    shape = Shape.draw(seed, proportions)
+    shape = Shape.draw(seed)
     rng = np.random.default_rng([seed, 1])
     basis = np.linalg.qr(rng.normal(size=(DIM, DIM)))[0]
     power = rng.uniform(0.2, 0.6)
@@ -133,9 +132,8 @@ def problem(seed: int, proportions: Proportions | None = None) -> Problem:
     kinds, own = vectors(shape.kinds), vectors(shape.classes)
     means = shape.separation * (kinds[kind_of] + own) / np.sqrt(2)
     # Nuisance varies along directions of its own, which those of the classes are turned into.
-    turned = np.linalg.qr(basis @ np.diag(rng.choice([-1, 1], DIM)) + 0.7 * rng.normal(size=(DIM, DIM)) / np.sqrt(DIM))[
-        0
-    ]
+    flipped = basis @ np.diag(rng.choice([-1, 1], DIM))
+    turned = np.linalg.qr(flipped + 0.7 * rng.normal(size=(DIM, DIM)) / np.sqrt(DIM))[0]
     nuisance = turned * (spread / np.linalg.norm(spread))
     look = vectors(shape.classes, shape.modes) * rng.uniform(0.3, 1.0)
     base = vectors() * rng.uniform(0.5, 2.0)
@@ -172,7 +170,7 @@ def problem(seed: int, proportions: Proportions | None = None) -> Problem:
     about = np.where(right, truth, rng.choice(shape.classes, size=n, p=weights))
     texts = means[about] / shape.separation + vectors(n) * rng.uniform(0.3, 1.5) + (class_texts - known).mean(0)
     found = {
-        "embeds": embeds, "truth": truth, "test_embeds": test_embeds, "test_truth": test_truth,
+        "embeds": embeds, "test_embeds": test_embeds, "test_truth": test_truth,
         "class_texts": class_texts, "texts": texts, "has_text": rng.random(n) < rng.uniform(0.3, 1.0),
     }  # fmt: skip
     tensors = {name: torch.from_numpy(np.asarray(value)) for name, value in found.items()}

@@ -13,9 +13,7 @@ import numpy as np
 import torch
 
 from models import metrics
-from models.selection import NEIGHBOURS
-from models.settings import TransductionSettings
-from models.transduction import nearest, whitening
+from models.selection import neighbours
 
 _NEARER = 0.01
 """By how much of a vote a nearer neighbour breaks ties."""
@@ -31,9 +29,7 @@ def neighbours_say(features: np.ndarray, labels: np.ndarray, classes: int) -> np
     """
     if len(features) < 2:
         return labels
-    unshaped = torch.from_numpy(np.ascontiguousarray(features, np.float32))
-    white = torch.nn.functional.normalize(unshaped @ whitening(unshaped, TransductionSettings().shrinkage), dim=1)
-    near = torch.from_numpy(labels)[nearest(white, NEIGHBOURS)[0]]
+    near = torch.from_numpy(labels)[neighbours(torch.from_numpy(np.ascontiguousarray(features, np.float32)))]
     weight = 1 + _NEARER * torch.linspace(1, 0, near.shape[1])
     votes = torch.zeros(len(near), classes).scatter_add_(1, near, weight.expand_as(near))
     return votes.argmax(1).numpy()
