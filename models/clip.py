@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.digests import digest_of_file
 from models.errors import ModelError
 from models.folder import check_files
 from models.settings import ClipSettings
@@ -336,14 +337,3 @@ def _folder(model: str) -> Path | None:
 def _digest(paths: Sequence[Path]) -> str:
     digests = {path.name: digest_of_file(path) for path in paths}
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
-
-
-def digest_of_file(path: Path) -> str:
-    """sha256 of a local file. Every stage asks; weights of one size and time are read once in a process."""
-    return _digest_file(path, path.stat().st_size, path.stat().st_mtime_ns)
-
-
-@functools.cache
-def _digest_file(path: Path, size: int, mtime_ns: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,7 +15,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.data import wordnet
+from models.digests import digest_of_file
+from models.efficientnet import DIM, EfficientNetLite0, FoldedTower
 from models.errors import ModelError
 from models.images import to_rgb
 
 SCHEMA = "latteflow-embedded"
 SCHEMA_VERSION = 1
-DIM = 1280
 TEXT_DIM = 384
 IMAGE_SIDE_PX = 224
 CONTEXT_LENGTH = 128
@@ -51,10 +52,7 @@ TEMPLATES = (
     "{}",
 )
 
-# Both limits are about memory traffic: a chunk's largest activation stays in reach of the caches and below 32 MB, the
-# size from which the C allocator returns every buffer to the system and pays page faults for the next one.
-IMAGES_PER_CHUNK = 6
-TEXTS_PER_CHUNK = 64
+TEXTS_PER_CHUNK = 64  # about memory traffic, as `efficientnet.IMAGES_PER_CHUNK`
 
 CONFIG_FILE, STATE_FILE, TOKENIZER_FILE = "latteflow_embedded.json", "model.safetensors", "tokenizer.json"
 
@@ -86,7 +84,7 @@ class Source(NamedTuple):
         file = Path(folder, self.path) if folder else None
         if file is None or not file.is_file():
             raise MissingWeights(f"package {self.package} with {self.path} is not installed; run: {self.install}")
-        if (found := _sha256(file)) != self.sha256:
+        if (found := digest_of_file(file)) != self.sha256:
             raise MissingWeights(f"{file} has sha256 {found}, expected {self.sha256}; run: {self.install}")
         return file
 
@@ -117,8 +115,9 @@ class MiniLM(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(30522, TEXT_DIM)
-        self.positions = nn.Embedding(512, TEXT_DIM)
+        # Zeros, as for all that is read from a file: others would make the meta device import PyTorch's compiler.
+        self.tokens = nn.Embedding.from_pretrained(torch.zeros(30522, TEXT_DIM), freeze=False)
+        self.positions = nn.Embedding.from_pretrained(torch.zeros(512, TEXT_DIM), freeze=False)
         self.norm = nn.LayerNorm(TEXT_DIM, eps=1e-12)
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(TEXT_DIM, 12, 1536, 0.0, "gelu", layer_norm_eps=1e-12, batch_first=True)
@@ -145,14 +144,13 @@ class EmbeddedClip(nn.Module):
 
     def __init__(self, tokenizer_json: str, n_anchors: int = N_ANCHORS) -> None:
         super().__init__()
-        import timm
         from tokenizers import Tokenizer
 
-        self.visual = timm.create_model("tf_efficientnet_lite0", num_classes=0)
+        self.visual = EfficientNetLite0()
         self.text = MiniLM()
         self.image_mean: Tensor
         self.register_buffer("image_mean", torch.zeros(DIM))
-        self.image_projection = nn.Parameter(torch.eye(DIM))
+        self.image_projection = nn.Parameter(torch.zeros(DIM, DIM))
         self.text_anchors: Tensor
         self.register_buffer("text_anchors", torch.zeros(n_anchors, TEXT_DIM))
         self.text_projection = nn.Parameter(torch.zeros(n_anchors, DIM))
@@ -161,7 +159,7 @@ class EmbeddedClip(nn.Module):
         self._tokenizer = Tokenizer.from_str(tokenizer_json)
         self._tokenizer.enable_padding()
         self._tokenizer.enable_truncation(CONTEXT_LENGTH)
-        self._folded: tuple[object, _FoldedTower] | None = None
+        self._folded: tuple[object, FoldedTower] | None = None
 
     @property
     def dim(self) -> int:
@@ -220,69 +218,18 @@ class EmbeddedClip(nn.Module):
         chunks = [self.text(tokens[rows, : int(lengths[rows[-1]])]) for rows in order.split(TEXTS_PER_CHUNK)]
         return torch.cat(chunks)[order.argsort()]
 
-    def _folded_tower(self) -> "_FoldedTower":
+    def _folded_tower(self) -> FoldedTower:
         # In-place updates raise a tensor's version, moves change its address: either makes the copy stale.
         key = [(t.data_ptr(), t._version) for t in self.visual.state_dict().values()]
         if self._folded is None or self._folded[0] != key:
             with torch.no_grad():
-                self._folded = (key, _FoldedTower(self.visual))
+                self._folded = (key, FoldedTower(self.visual))
         return self._folded[1]
 
 
 def _kernel(queries: Tensor, anchors: Tensor) -> Tensor:
     """``exp(-2 |q - x|^2)`` for unit rows, ``(n_queries, n_anchors)``."""
     return torch.exp((2 * KERNEL_GAMMA) * (queries @ anchors.T - 1))
-
-
-class _FoldedTower:
-    """EfficientNet-Lite0 with batch norms folded into the convolutions, for inference.
-
-    TensorFlow pads a stride-2 convolution on the far side only, which costs a copy of the picture in PyTorch. Turned by
-    180 degrees, picture and kernels alike, the padding comes first and is the one PyTorch has built in; the pooled
-    feature does not know which way up the picture was.
-    """
-
-    class Conv(NamedTuple):
-        weight: Tensor
-        bias: Tensor
-        stride: tuple[int, ...]
-        groups: int
-        is_relu6: bool
-
-        def __call__(self, x: Tensor) -> Tensor:
-            x = F.conv2d(x, self.weight, self.bias, self.stride, self.weight.shape[-1] // 2, groups=self.groups)
-            return x.clamp_(0, 6) if self.is_relu6 else x
-
-    def __init__(self, tower: Any) -> None:
-        self.stem = self._fold(tower.conv_stem, tower.bn1)
-        self.blocks = [(self._fold_block(block), block.has_skip) for stage in tower.blocks for block in stage]
-        self.head = self._fold(tower.conv_head, tower.bn2)
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """``(n, 3, 224, 224)`` -> pooled ``(n, 1280)``."""
-        n_rows = IMAGES_PER_CHUNK if pixels.device.type == "cpu" else 64 * IMAGES_PER_CHUNK
-        with torch.no_grad():
-            return torch.cat([self._pool(chunk) for chunk in pixels.split(n_rows)])
-
-    def _pool(self, pixels: Tensor) -> Tensor:
-        x = self.stem(pixels.flip(2, 3).contiguous(memory_format=torch.channels_last))
-        for convs, has_skip in self.blocks:
-            y = x
-            for conv in convs:
-                y = conv(y)
-            x = y.add_(x) if has_skip else y
-        return self.head(x).mean((2, 3))
-
-    def _fold_block(self, block: nn.Module) -> list[Conv]:
-        convs = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
-        norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
-        return [self._fold(conv, norm) for conv, norm in zip(convs, norms, strict=True)]
-
-    def _fold(self, conv: nn.Conv2d, norm: Any) -> Conv:
-        gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-        weight = (conv.weight * gain[:, None, None, None]).flip(2, 3).contiguous(memory_format=torch.channels_last)
-        bias = norm.bias - norm.running_mean * gain
-        return self.Conv(weight, bias, conv.stride, conv.groups, isinstance(norm.act, nn.ReLU6))
 
 
 def _crop(image: Image.Image) -> Tensor:
@@ -322,7 +269,7 @@ def save(model: EmbeddedClip, folder: Path) -> None:
         "text_tower": "all-MiniLM-L6-v2",
         "dim": DIM,
         "n_anchors": len(model.text_anchors),
-        "sha256": {name: _sha256(folder / name) for name in (STATE_FILE, TOKENIZER_FILE)},
+        "sha256": {name: digest_of_file(folder / name) for name in (STATE_FILE, TOKENIZER_FILE)},
     }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
@@ -342,7 +289,7 @@ def load(folder: Path) -> EmbeddedClip:
     if schema != (SCHEMA, SCHEMA_VERSION):
         raise CorruptModel(f"{folder} has the schema {schema}, not {(SCHEMA, SCHEMA_VERSION)}; save the model again")
     for name, expected in digests.items():
-        if (found := _sha256(folder / name)) != expected:
+        if (found := digest_of_file(folder / name)) != expected:
             raise CorruptModel(f"{folder / name} has sha256 {found}, expected {expected}; save the model again")
     tokenizer_json = (folder / TOKENIZER_FILE).read_text(encoding="utf-8")
     with torch.device("meta"):  # no time is lost on random weights that are replaced at once
@@ -362,7 +309,7 @@ def build_embedded(cache: Path) -> EmbeddedClip:
         MissingWeights: a weight package is missing and the cache does not have the model.
     """
     recipe: list[object] = [SCHEMA, SCHEMA_VERSION, EFFICIENTNET.sha256, MINILM.sha256, MINILM_TOKENIZER.sha256]
-    recipe += [_sha256(wordnet.TABLE), TEMPLATES, MOST_LEMMAS, KERNEL_GAMMA, RIDGE, HYPERNYM_WEIGHT, LOGIT_SCALE]
+    recipe += [digest_of_file(wordnet.TABLE), TEMPLATES, MOST_LEMMAS, KERNEL_GAMMA, RIDGE, HYPERNYM_WEIGHT, LOGIT_SCALE]
     entry = cache / f"embedded-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]}"
     try:
         return load(entry)
@@ -391,8 +338,9 @@ def fit_embedded() -> EmbeddedClip:
     model = EmbeddedClip(MINILM_TOKENIZER.locate().read_text(encoding="utf-8")).eval()
     model.visual.load_state_dict(tower)
     model.text.load_state_dict(_read_minilm(MINILM.locate()))
-    norm: Any = model.visual.bn2
+    norm = model.visual.bn2
     with torch.no_grad():
+        model.image_projection.copy_(torch.eye(DIM))
         model.image_mean.copy_(_relu6_mean(norm.bias, norm.weight.abs()))
         anchors, targets, weights = _training_rows(model, classifier)
         model.text_anchors.copy_(anchors)
@@ -447,10 +395,8 @@ def _relu6_mean(mean: Tensor, std: Tensor) -> Tensor:
 
 def _read_efficientnet(file: Path) -> dict[str, Tensor]:
     """The package's state dict under timm's names: both list the same tensors in the same order."""
-    import timm
-
     source = torch.load(file, map_location="cpu", weights_only=True)
-    names = timm.create_model("tf_efficientnet_lite0").state_dict()
+    names = [*EfficientNetLite0().state_dict(), "classifier.weight", "classifier.bias"]
     return dict(zip(names, source.values(), strict=True))
 
 
@@ -478,8 +424,3 @@ def _read_minilm(file: Path) -> dict[str, Tensor]:
             state[f"{ours}self_attn.in_proj_{kind}"] = torch.cat(qkv)
             state |= {f"{ours}{a}.{kind}": source[f"{theirs}{b}.{kind}"] for a, b in renamed.items()}
     return state
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from models.clip import Clip, digest_of_file
+from models.clip import Clip
+from models.digests import digest_of_file
 from models.embedded import EmbeddedClip
 from models.embedded import save as save_embedded
 from models.errors import ModelError

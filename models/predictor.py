@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from models import clip, metrics
+from models.digests import digest_of_file
 from models.errors import ModelError
 from models.folder import CLASSES_FILE, HEAD_FILE, SCHEMA, SCHEMA_VERSION, SETTINGS_FILE, check_files, read_json
 from models.images import in_range
@@ -209,7 +210,7 @@ def _settings(folder: Path) -> dict[str, Any]:
             raise ModelError(f"model {folder}: {SETTINGS_FILE} names {name!r}, which is not in the folder")
         if not path.is_file():
             raise ModelError(f"model {folder}: {name} is missing; copy the whole folder, or export the model again")
-        if (content := clip.digest_of_file(path)) != digest:
+        if (content := digest_of_file(path)) != digest:
             raise ModelError(
                 f"model {folder}: {name} has sha256 {content[:12]}, was exported with {digest[:12]}; copy the folder "
                 "again, or export the model again"

@@ -19,6 +19,7 @@ import polars as pl
 
 from models import clip
 from models.describers import Describer, Engine, EngineStopped, Item, Kind, Text, words
+from models.digests import digest_of_file
 from models.errors import ModelError
 from models.images import in_range, smaller, to_rgb
 from models.prompts import fill
@@ -352,7 +353,7 @@ def _revision_of_folder(model: str) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if not files:
         raise DataError(f"the describer's model folder {model!r} does not exist or is empty; check `describer.model`")
-    return sha256(canonical_json([[path.relative_to(folder).as_posix(), clip.digest_of_file(path)] for path in files]))
+    return sha256(canonical_json([[path.relative_to(folder).as_posix(), digest_of_file(path)] for path in files]))
 
 
 def open_describer(domain: Domain, gallery: Gallery, *, proven: bool = False) -> Describer:

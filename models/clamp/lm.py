@@ -15,7 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.clip import cache_folder, digest_of_file
+from models.clip import cache_folder
+from models.digests import digest_of_file
 from models.errors import ModelError
 from models.settings import ClampSettings
 

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -41,13 +42,19 @@ def random_model() -> EmbeddedClip:
     )
     torch.manual_seed(0)
     model = EmbeddedClip(tokenizer.to_str(), n_anchors=5).eval()
+    model.visual.load_state_dict(timm.create_model("tf_efficientnet_lite0", num_classes=0).state_dict())
     with torch.no_grad():
         model.text_anchors.copy_(F.normalize(torch.randn(5, 384), dim=-1))
         model.text_projection.normal_()
+        model.image_projection.copy_(torch.eye(1280))
+        model.text.tokens.weight.normal_()
+        model.text.positions.weight.normal_()
         model.image_mean.normal_()
         for name, buffer in model.visual.named_buffers():  # as after training, so that folding has something to fold
-            if "running" in name:
+            if name.endswith("running_var"):
                 buffer.uniform_(0.5, 1.5)
+            elif name.endswith("running_mean"):
+                buffer.uniform_(-0.5, 0.5)  # about zero, so that not all of ReLU6 is at an end, without gradients
     return model
 
 
@@ -104,7 +111,20 @@ def test_pixels_of_another_shape_are_refused(tiny: EmbeddedClip) -> None:
         tiny.encode_image(torch.zeros(1, 3, 225, 225))
 
 
-# The folded tower
+# The tower
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_image_tower_is_timms(tiny: EmbeddedClip, training: bool) -> None:
+    theirs = timm.create_model("tf_efficientnet_lite0", num_classes=0)
+    theirs.load_state_dict(tiny.visual.state_dict())
+    found = []
+    for tower in (tiny.visual.train(training), theirs.train(training)):
+        pooled = tower(waves(3))
+        pooled.square().sum().backward()
+        found.append((pooled.detach(), tower.conv_stem.weight.grad, tower.state_dict()["bn2.running_mean"]))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 def test_folded_and_plain_towers_agree(tiny: EmbeddedClip) -> None:
