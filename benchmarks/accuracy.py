@@ -3,11 +3,11 @@
     python -m benchmarks.accuracy domains/demo.yaml domains/clipart.yaml [--imbalance 10 50] [--few-classes]
         [--cases inductive] [--methods transduction latteclip_plus] [--seeds 0 1 2] [--store runs/store] [--quick]
 
-Zero-shot is there plain, domain-centred and estimated (models/shift.py), which the methods start from, with the
+Zero-shot is there plain, domain-centred and estimated (models/judge/shift.py), which the methods start from, with the
 ensemble of 80 templates that CLIP was published with, and with descriptions of the classes by a language model
-(benchmarks/class_descriptions.py), both estimated. *shipped* is latteclip_plus where the gate accepts it
-(models/selection.py), else estimated zero-shot. `--quick` is one seed, one draw and 160 steps of training: the same
-tables in minutes, with other figures.
+(benchmarks/class_descriptions.py), both estimated. *shipped* is latteclip_plus where the gate
+(models/judge/selection.py) accepts it, else estimated zero-shot. `--quick` is one seed, one draw and 160 steps of
+training: the same tables in minutes, with other figures.
 *hindsight* is the best of the simple baselines (SIMPLE), chosen for each domain by its test labels: no method.
 
 Images, features, texts and groups come from the pipeline's own stages and its store; nothing is made twice. Labels are
@@ -38,24 +38,24 @@ import torch
 from torch import Tensor
 
 from benchmarks.class_descriptions import class_descriptions
-from models import clip
-from models.adaptation import Adapted, TuneData
-from models.losses import unit
-from models.methods import adapt
-from models.metrics import bootstrap_interval
-from models.selection import Evidence, duel, judge, kappa, neighbours
+from models.judge.metrics import bootstrap_interval
+from models.judge.selection import Evidence, duel, judge, kappa, neighbours
+from models.judge.shift import centre_share
+from models.methods.adaptation import Adapted, TuneData
+from models.methods.registry import adapt
 from models.settings import DEFAULT_STEPS, SEEDLESS, LatteClipSettings, Method, TransductionSettings
-from models.shift import centre_share
+from models.towers import clip
+from models.vectors import unit
 from storage.shards import read_index
 from storage.tables import read_parquet
-from tasks.describe import describe
-from tasks.domain import Domain
-from tasks.embed import embed
-from tasks.features import Features, read_features
-from tasks.group import group
-from tasks.labels import read_truth
-from tasks.shard import Split, shard
-from tasks.stage import open_store
+from tasks.core.domain import Domain
+from tasks.core.features import Features, read_features
+from tasks.core.stage import open_store
+from tasks.describe.describe import describe
+from tasks.describe.group import group
+from tasks.ingest.embed import embed
+from tasks.ingest.shard import Split, shard
+from tasks.report.labels import read_truth
 
 SHARE = 0.25
 """Of the classes, in the few-classes variant."""

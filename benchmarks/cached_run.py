@@ -27,8 +27,8 @@ from storage.captions import CAPTION_SCHEMA, caption_key
 from storage.fingerprint import sha256
 from storage.shards import read_index
 from storage.tables import parquet
-from tasks.domain import Domain
-from tasks.stage import NotMade, StageResult, open_store, rules
+from tasks.core.domain import Domain
+from tasks.core.stage import NotMade, StageResult, open_store, rules
 
 LIMIT = 5.0
 """Seconds, for 1,000 shards."""

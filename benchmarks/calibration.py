@@ -15,9 +15,9 @@ from pathlib import Path
 
 import polars as pl
 
-from models import metrics
-from models.folder import SETTINGS_FILE
-from tasks.predict import predict
+from models.judge import metrics
+from models.towers.folder import SETTINGS_FILE
+from tasks.ship.predict import predict
 
 
 def main() -> None:

@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 
-from models.clamp import lm
-from models.clamp.masks import positions, read_only_mask
-from models.clamp.tower import ClampTower
-from models.clamp.training import Clamp, ClampData
-from models.losses import unit
+from models.methods.clamp import lm
+from models.methods.clamp.masks import positions, read_only_mask
+from models.methods.clamp.tower import ClampTower
+from models.methods.clamp.training import Clamp, ClampData
+from models.methods.training import train
 from models.settings import ClampSettings, TrainingSettings
-from models.training import train
+from models.vectors import unit
 
 WIDTH = 512
 WORDS = "a red blue small large round wooden metal plate chair on under the table near window with two three dark light"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from models.clamp.lm import load
+from models.methods.clamp.lm import load
 from models.settings import ClampSettings
 
 ASPECTS = {

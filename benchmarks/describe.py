@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tasks.domain import Domain
+    from tasks.core.domain import Domain
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests"))
@@ -43,7 +43,7 @@ def prepare(images: Path, count: int, folder: Path) -> Path:
     """A domain of so many pictures, sharded and embedded by a tiny CLIP."""
     from conftest import make_tiny_clip
     from flows.pipeline import run_plainly
-    from tasks.domain import Domain
+    from tasks.core.domain import Domain
 
     found = sorted(path for path in images.rglob("*") if path.suffix in (".png", ".jpg", ".jpeg", ".webp"))
     if len(found) < count:
@@ -88,9 +88,9 @@ def write_domain(folder: Path, file: str, engine: str, count: int) -> Path:
 def describe_anew(file: Path) -> float:
     """Images per second of the stage, everything counted."""
     from flows.pipeline import as_they_are
-    from tasks.describe import describe
-    from tasks.domain import Domain
-    from tasks.stage import rules
+    from tasks.core.domain import Domain
+    from tasks.core.stage import rules
+    from tasks.describe.describe import describe
 
     domain = Domain.load(file)
     shards, embedded = as_they_are(domain, "shard", "embed")
@@ -105,9 +105,9 @@ def pair_anew(file: Path) -> float:
     error after its first part, which is all of them, and from which the next time would go on."""
     from flows.pipeline import as_they_are
     from storage.errors import DataError
-    from tasks.domain import Domain
-    from tasks.pair import pair
-    from tasks.stage import rules
+    from tasks.core.domain import Domain
+    from tasks.core.stage import rules
+    from tasks.describe.pair import pair
 
     domain = Domain.load(file)
     shards, embedded, *_, screened = as_they_are(domain, *BEFORE_PAIR)
@@ -121,9 +121,9 @@ def pair_anew(file: Path) -> float:
 def pair_questions(domain: Domain) -> list[str]:
     """What the stage asks, in words."""
     from flows.pipeline import as_they_are
-    from tasks.pair import _questions, described
-    from tasks.stage import open_store
-    from tasks.texts import Gallery
+    from tasks.core.stage import open_store
+    from tasks.describe.pair import _questions, described
+    from tasks.describe.texts import Gallery
 
     made = [open_store(domain).open(each.ref) for each in as_they_are(domain, *BEFORE_PAIR)]
     images, features, *_, screened = made
@@ -139,12 +139,12 @@ def bare_requests(file: Path) -> float:
     from urllib.parse import urlsplit
 
     from flows.pipeline import as_they_are
-    from models import prompts
-    from models.describers.openai import _data_url
+    from models.texts import prompts
+    from models.texts.describers.openai import _data_url
     from storage.images import open_image
     from storage.shards import read_index, read_records
-    from tasks.domain import Domain
-    from tasks.stage import open_store
+    from tasks.core.domain import Domain
+    from tasks.core.stage import open_store
 
     domain = Domain.load(file)
     (shards,) = as_they_are(domain, "shard")
@@ -175,12 +175,12 @@ def measure(file: Path, rounds: int) -> None:
     from vllm import SamplingParams
 
     from flows.pipeline import as_they_are
-    from models import prompts
-    from models.describers.vllm import open_vllm
+    from models.texts import prompts
+    from models.texts.describers.vllm import open_vllm
     from storage.images import open_image
     from storage.shards import read_index, read_records
-    from tasks.domain import Domain
-    from tasks.stage import open_store
+    from tasks.core.domain import Domain
+    from tasks.core.stage import open_store
 
     domain = Domain.load(file)
     (shards,) = as_they_are(domain, "shard")

@@ -32,9 +32,8 @@ import numpy as np
 import polars as pl
 import torch
 
-from models import clip
-from models.adaptation import PairData, TuneData
-from models.comparative import (
+from models.methods.adaptation import PairData, TuneData
+from models.methods.comparative import (
     compare_prompts,
     confused_pairs,
     difference_accuracy,
@@ -43,22 +42,23 @@ from models.comparative import (
     soft_confusion,
     unit,
 )
-from models.describers.words import difference
-from models.differences import read_difference
-from models.pairs import draw_pairs
-from models.pc_clip import PROJECTION_DRIFT, drift_matched_lr, tune_pairs
+from models.methods.pairs import draw_pairs
+from models.methods.pc_clip import PROJECTION_DRIFT, drift_matched_lr, tune_pairs
 from models.settings import PcClipSettings
+from models.texts.describers.words import difference
+from models.texts.differences import read_difference
+from models.towers import clip
 from storage.shards import read_index
-from tasks.describe import describe
-from tasks.domain import Domain
-from tasks.embed import embed
-from tasks.features import centred, read_features
-from tasks.group import group
-from tasks.labels import read_truth
-from tasks.pair import described, pair, read_pairs
-from tasks.screen import screen
-from tasks.shard import Split, shard
-from tasks.stage import open_store
+from tasks.core.domain import Domain
+from tasks.core.features import centred, read_features
+from tasks.core.stage import open_store
+from tasks.describe.describe import describe
+from tasks.describe.group import group
+from tasks.describe.pair import described, pair, read_pairs
+from tasks.describe.screen import screen
+from tasks.ingest.embed import embed
+from tasks.ingest.shard import Split, shard
+from tasks.report.labels import read_truth
 
 HELD_OUT = 2000
 CONFUSED = 3

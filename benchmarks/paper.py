@@ -31,7 +31,7 @@ from flows.plan import plan
 from models.errors import ModelError
 from models.settings import VllmSettings
 from storage.errors import DataError, StorageError
-from tasks.domain import ConfigError, Domain
+from tasks.core.domain import ConfigError, Domain
 
 PUBLISHED = {"zero_shot": 4.74, "flyp": 3.45}
 """Points by which LatteCLIP is better than zero-shot, and than "other state-of-the-art unsupervised methods", for which

@@ -12,11 +12,11 @@ import json
 import sys
 from pathlib import Path
 
-from models.clamp.concepts import concept_counts
-from tasks.domain import Domain
-from tasks.history import History
-from tasks.screen import read_screened, usable
-from tasks.stage import open_store
+from models.methods.clamp.concepts import concept_counts
+from tasks.core.domain import Domain
+from tasks.core.stage import open_store
+from tasks.describe.screen import read_screened, usable
+from tasks.report.history import History
 
 
 def main(path: str) -> None:

@@ -25,8 +25,8 @@ from flows.pipeline import Step, graph
 from storage.captions import CAPTION_SCHEMA
 from storage.shards import read_index
 from storage.tables import parquet, safetensors
-from tasks.domain import Domain
-from tasks.stage import NotMade, StageResult, open_store, rules
+from tasks.core.domain import Domain
+from tasks.core.stage import NotMade, StageResult, open_store, rules
 
 DIM = 512
 SEEDS = (0, 1, 2)

@@ -29,13 +29,13 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from benchmarks.accuracy import Case, answers, build
-from models.adaptation import Adapted, TuneData
-from models.losses import unit
-from models.methods import adapt
-from models.selection import Evidence, duel, estimates, judge, kappa, neighbours
+from models.judge.selection import Evidence, duel, estimates, judge, kappa, neighbours
+from models.methods.adaptation import Adapted, TuneData
+from models.methods.registry import adapt
+from models.methods.transduction import transduce
 from models.settings import DEFAULT_STEPS, Method, TransductionSettings
-from models.transduction import transduce
-from tasks.domain import Domain
+from models.vectors import unit
+from tasks.core.domain import Domain
 
 METHODS: tuple[Method, ...] = ("latteclip", "latteclip_plus", "transduction")
 IMBALANCE = 50

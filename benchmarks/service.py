@@ -21,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tasks.domain import Domain
+from tasks.core.domain import Domain
 
 TEXTS_IN_A_RUN = 200
 STORES = {"plain": "plain", "adapt": "adapt", "flow": "flow", "again": "flow", "night": "flow"}

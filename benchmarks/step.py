@@ -7,7 +7,7 @@ The plain schedule is what the released code does for each batch, and nothing wo
 checkpointing; 4 x batch texts of full length, the class sentences of every sample and branch among them, tokenized
 again; margins of each kind of text by themselves and twice where both branches need them; prototypes as a Python loop;
 a second model that is loaded and not used; a second augmented view that is made and thrown away. The mathematics is the
-same, and tests/models/test_plain_schedule.py holds it so: the product against the plain schedule, and the plain
+same, and tests/models/methods/test_plain_schedule.py holds it so: the product against the plain schedule, and the plain
 schedule against itself with each saving alone.
 
 Same model (an open_clip architecture with random weights), same batch, same captions, same processor. Each variant runs
@@ -32,11 +32,12 @@ import open_clip
 import torch
 from torch import Tensor
 
-from models.adaptation import Adapted, TuneData
-from models.latteclip import LatteClip, margins
-from models.losses import clip_loss, unit
+from models.methods.adaptation import Adapted, TuneData
+from models.methods.latteclip import LatteClip, margins
+from models.methods.losses import clip_loss
+from models.methods.training import train
 from models.settings import LatteClipSettings, TrainingSettings
-from models.training import train
+from models.vectors import unit
 
 MODEL: dict[str, Any] = {
     "embed_dim": 256,

@@ -10,8 +10,8 @@ zero-shot uses) lie around those of the domains that the project has.
 
 The first table has what each zero-shot and method gains on unseen images over the better of plain and domain-centred
 zero-shot, and how often it loses more than a point, by the proportions of the classes; then what the gate lets pass. A
-model is *better* or *worse* by more than a point. `--fit` says which SHARE and BAR of `models.selection` these problems
-ask for.
+model is *better* or *worse* by more than a point. `--fit` says which SHARE and BAR of `models.judge.selection` these
+problems ask for.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ import torch
 from scipy.stats import beta
 from torch import Tensor
 
-from models import selection
-from models.adaptation import Adapted, TuneData
-from models.losses import unit
-from models.methods import adapt
-from models.selection import ERRORS, Duel, Evidence, duel, estimates, judge, neighbours
+from models.judge import selection
+from models.judge.selection import ERRORS, Duel, Evidence, duel, estimates, judge, neighbours
+from models.judge.shift import centre_share
+from models.methods.adaptation import Adapted, TuneData
+from models.methods.registry import adapt
 from models.settings import LatteClipSettings, TransductionSettings
-from models.shift import centre_share
+from models.vectors import unit
 
 DIM = 256
 SCALE = 40.0

@@ -15,16 +15,16 @@ from flows.parameters import DomainOrFile, domain_flow, told
 from flows.pipeline import pipeline, repaired
 from models.settings import LanguageModelSettings, SidecarSettings
 from storage.lease import lease
-from tasks.check import check_models
-from tasks.describe import describe
-from tasks.domain import Domain
-from tasks.group import group
-from tasks.history import SPLIT_STAGES
-from tasks.pair import pair
-from tasks.report import publish
-from tasks.stage import StageResult, open_store
-from tasks.texts import collecting
-from tasks.tune import tune
+from tasks.core.domain import Domain
+from tasks.core.stage import StageResult, open_store
+from tasks.describe.describe import describe
+from tasks.describe.group import group
+from tasks.describe.pair import pair
+from tasks.describe.texts import collecting
+from tasks.report.history import SPLIT_STAGES
+from tasks.report.report import publish
+from tasks.tune.check import check_models
+from tasks.tune.tune import tune
 
 
 @domain_flow(on_cancellation=[cancel_workers])

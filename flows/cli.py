@@ -19,12 +19,12 @@ from flows.console import fail, failures
 from flows.errors import UsageError
 from models.errors import ModelError
 from storage.errors import DataError, StorageError
-from tasks.errors import ConfigError
+from tasks.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from storage.artifacts import ArtifactStore
     from storage.upkeep import Loose
-    from tasks.domain import Domain
+    from tasks.core.domain import Domain
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
@@ -101,10 +101,10 @@ def run(
     results = repaired(choice, settings)
     out.print(console.results(results))
     if results[-1].label == "report":
-        from models.metrics import seen_note
-        from tasks.report import kept
-        from tasks.select import read_selection
-        from tasks.stage import open_store
+        from models.judge.metrics import seen_note
+        from tasks.core.stage import open_store
+        from tasks.report.report import kept
+        from tasks.tune.select import read_selection
 
         folder = Path(settings.output) / settings.name
         metrics = json.loads((folder / "metrics.json").read_text())
@@ -146,10 +146,10 @@ def preview(
     """
     settings = _domain(domain)
     from flows.pipeline import repaired
-    from tasks.check import check_models
-    from tasks.embed import embed
-    from tasks.preview import preview as previewed
-    from tasks.shard import shard
+    from tasks.ingest.embed import embed
+    from tasks.ingest.shard import shard
+    from tasks.report.preview import preview as previewed
+    from tasks.tune.check import check_models
 
     def write(settings: Domain) -> Path:
         check_models(settings)
@@ -169,7 +169,7 @@ def show(
     """List the artifacts of a domain; or follow one image from source to prediction."""
     settings = _domain(domain)
     from flows.upkeep import history as held
-    from tasks.lineage import lineage
+    from tasks.report.lineage import lineage
 
     history = held(settings)
     out.print(console.artifacts(history) if image is None else console.lineage(lineage(settings, history, image)))
@@ -209,7 +209,7 @@ def replay(domain: DomainFile) -> None:
     """
     settings = _domain(domain)
     from flows.pipeline import graph
-    from tasks.shard import replay as replayed
+    from tasks.ingest.shard import replay as replayed
 
     splits = list(dict.fromkeys(step.split for step in graph(settings) if step.name == "shard"))
     out.print(console.results([replayed(settings, split) for split in splits]))
@@ -312,11 +312,11 @@ def export(
     settings = _domain(domain)
     from flows.pipeline import repaired, run_plainly
     from models.settings import ZERO_SHOT
-    from tasks.export import Format, RunRecord, check_export, export_tuned, export_zero_shot, record_of
-    from tasks.report import kept
-    from tasks.select import read_selection
-    from tasks.stage import StageResult, open_store
-    from tasks.tune import check_model
+    from tasks.core.stage import StageResult, open_store
+    from tasks.report.report import kept
+    from tasks.ship.export import Format, RunRecord, check_export, export_tuned, export_zero_shot, record_of
+    from tasks.tune.select import read_selection
+    from tasks.tune.tune import check_model
 
     check_export(settings, folder, force=force)
     if method != ZERO_SHOT:
@@ -324,11 +324,11 @@ def export(
     asked: dict[Format, bool] = {"onnx": onnx, "transformers": transformers}
     formats = [name for name, wanted in asked.items() if wanted]
     if transformers:
-        from models.to_transformers import check
+        from models.ship.to_transformers import check
 
         check(settings.clip)
     if served:
-        from tasks.promote import champion as read
+        from tasks.ship.promote import champion as read
 
         found = read(settings)
         record = RunRecord(f"champion {found.version}: {found.reason}")
@@ -365,7 +365,7 @@ def predict(
 ) -> None:
     """Say which class each image has, by a model that `export` wrote. Needs no domain file and no store."""
 
-    from tasks.predict import predict as predicted
+    from tasks.ship.predict import predict as predicted
 
     with console.progress() as progress:
         bar = progress.add_task("predict", total=None)
@@ -421,7 +421,7 @@ def captions(
     """Write the texts of the last run as Parquet that Hugging Face `datasets` reads, with a card. Nothing runs."""
     settings = _domain(domain)
     from flows.pipeline import as_they_are
-    from tasks.captions import write_captions
+    from tasks.ship.captions import write_captions
 
     if folder is None:
         folder = Path(settings.output) / settings.name / "captions"
@@ -449,9 +449,9 @@ def rank(
     _check_page(page)
     from flows.pipeline import repaired, run_plainly
     from models.settings import ZERO_SHOT
-    from tasks.rank import rank as ranked
-    from tasks.rank import sentence, write_page
-    from tasks.tune import check_model
+    from tasks.report.rank import rank as ranked
+    from tasks.report.rank import sentence, write_page
+    from tasks.tune.tune import check_model
 
     sentence(attribute)  # before anything runs
     settings = _domain(domain)
@@ -482,8 +482,8 @@ def compare(
 ) -> None:
     """Put two runs side by side on the images that both have: figures, classes, images, settings, lineage."""
     _check_page(page)
-    from tasks.compare import compare as compared
-    from tasks.compare import read_run, write_page
+    from tasks.report.compare import compare as compared
+    from tasks.report.compare import read_run, write_page
 
     found = compared(read_run(one), read_run(other))
     out.print(f"A        {console.printable(found.one.name)}\nB        {console.printable(found.other.name)}")
@@ -495,8 +495,8 @@ def compare(
 def champion(domain: DomainFile) -> None:
     """Show the model that the domain serves, and those before it, newest first."""
     settings = _domain(domain)
-    from tasks.promote import NO_CHAMPION, champions
-    from tasks.stage import open_store
+    from tasks.core.stage import open_store
+    from tasks.ship.promote import NO_CHAMPION, champions
 
     found = champions(open_store(settings), settings.name)
     out.print(console.champions(found) if found else NO_CHAMPION.format(name=settings.name))
@@ -510,7 +510,7 @@ def promote(domain: DomainFile) -> None:
     """
     settings = _domain(domain)
     from flows.pipeline import TUNING, as_they_are
-    from tasks.promote import promote as promoted
+    from tasks.ship.promote import promote as promoted
 
     found = {each.label: each for each in as_they_are(settings, *TUNING)}
     decision = promoted(settings, found["shard train"], found["embed train"], found["tune"])
@@ -523,7 +523,7 @@ def promote(domain: DomainFile) -> None:
 def rollback(domain: DomainFile) -> None:
     """Serve the champion before this one again. The present one is never chosen again by itself."""
     settings = _domain(domain)
-    from tasks.promote import rollback as rolled_back
+    from tasks.ship.promote import rollback as rolled_back
 
     rolled_back(settings)
     champion(domain)
@@ -531,7 +531,7 @@ def rollback(domain: DomainFile) -> None:
 
 def _domain(file: Path) -> Domain:
     """The domain of a file; what the command goes on to needs far longer to be imported than this."""
-    from tasks.domain import Domain
+    from tasks.core.domain import Domain
 
     return Domain.load(file)
 

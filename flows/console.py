@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from flows.plan import Planned
     from storage.artifacts import Artifact
     from storage.upkeep import Loose
-    from tasks.compare import Comparison
-    from tasks.domain import Domain
-    from tasks.history import History
-    from tasks.lineage import Guess, Lineage
-    from tasks.promote import Champion
-    from tasks.stage import StageResult
+    from tasks.core.domain import Domain
+    from tasks.core.stage import StageResult
+    from tasks.report.compare import Comparison
+    from tasks.report.history import History
+    from tasks.report.lineage import Guess, Lineage
+    from tasks.ship.promote import Champion
 
 _PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
 _TOLD_AT_ZERO = frozenset({"accepted", "images", "kept", "labelled", "texts"})
@@ -209,7 +209,7 @@ def comparison(found: Comparison) -> Table:
 
 def artifacts(history: History) -> Table:
     """All artifacts of a domain, those of the newest run marked."""
-    from tasks.lineage import newest_artifacts
+    from tasks.report.lineage import newest_artifacts
 
     current = {artifact.fingerprint for artifact in newest_artifacts(history).values()}
     table = _table("stage", "artifact", "", "made", "size>", "counts")

@@ -9,8 +9,8 @@ from __future__ import annotations
 from flows.parameters import DomainOrFile, domain_flow
 from flows.pipeline import as_they_are
 from storage.artifacts import ArtifactRef
-from tasks.describe import write_range
-from tasks.stage import StageResult
+from tasks.core.stage import StageResult
+from tasks.describe.describe import write_range
 
 
 @domain_flow()

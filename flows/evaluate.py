@@ -7,7 +7,7 @@ import functools
 from flows import shown
 from flows.parameters import DomainOrFile, domain_flow
 from flows.pipeline import repaired, run_plainly
-from tasks.stage import StageResult
+from tasks.core.stage import StageResult
 
 
 @domain_flow()

@@ -24,10 +24,10 @@ from prefect.deployments import run_deployment
 from prefect.states import Cancelling
 
 from storage.errors import DataError
-from tasks.describe import describe, missing_texts
-from tasks.domain import Domain, WorkerSettings
-from tasks.group import group
-from tasks.stage import NotMade, StageResult, rules
+from tasks.core.domain import Domain, WorkerSettings
+from tasks.core.stage import NotMade, StageResult, rules
+from tasks.describe.describe import describe, missing_texts
+from tasks.describe.group import group
 
 DESCRIBE, PAIR, TUNE = "describe/describe", "pair/pair", "tune/tune"
 """Deployments, see prefect.yaml."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from flows.parameters import DomainOrFile, domain_flow
 from storage.artifacts import ArtifactRef
-from tasks.pair import pair as pair_stage
-from tasks.stage import StageResult
+from tasks.core.stage import StageResult
+from tasks.describe.pair import pair as pair_stage
 
 
 @domain_flow()

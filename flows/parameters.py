@@ -16,8 +16,8 @@ from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema, va
 
 from models.errors import ModelError
 from storage.errors import DataError, StorageError
-from tasks.domain import Domain
-from tasks.errors import ConfigError
+from tasks.core.domain import Domain
+from tasks.core.errors import ConfigError
 
 
 def domain_of(given: Any) -> Any:

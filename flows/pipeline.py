@@ -10,20 +10,20 @@ from typing import Any, TypeVar
 
 from flows.errors import UsageError
 from storage.errors import Damaged, DataError
-from tasks.check import check_models
-from tasks.describe import describe
-from tasks.domain import Domain
-from tasks.embed import embed
-from tasks.evaluate import evaluate
-from tasks.group import group
-from tasks.history import SPLIT_STAGES, History
-from tasks.pair import pair
-from tasks.report import publish, report
-from tasks.screen import screen
-from tasks.select import select
-from tasks.shard import Split, shard
-from tasks.stage import NotMade, StageResult, open_store, rules, seconds_taken
-from tasks.tune import tune
+from tasks.core.domain import Domain
+from tasks.core.stage import NotMade, StageResult, open_store, rules, seconds_taken
+from tasks.describe.describe import describe
+from tasks.describe.group import group
+from tasks.describe.pair import pair
+from tasks.describe.screen import screen
+from tasks.ingest.embed import embed
+from tasks.ingest.shard import Split, shard
+from tasks.report.evaluate import evaluate
+from tasks.report.history import SPLIT_STAGES, History
+from tasks.report.report import publish, report
+from tasks.tune.check import check_models
+from tasks.tune.select import select
+from tasks.tune.tune import tune
 
 T = TypeVar("T")
 log = logging.getLogger("latteflow.flows")

@@ -14,12 +14,12 @@ from storage.artifacts import Artifact
 from storage.captions import CaptionStore, caption_key, describer_id
 from storage.errors import NotFound
 from storage.shards import Greys, read_index
-from tasks.changes import Images, image_changes
-from tasks.check import check_models
-from tasks.domain import Domain
-from tasks.history import History
-from tasks.stage import NotMade, StageResult, open_store, rules
-from tasks.tune import missing_models
+from tasks.core.domain import Domain
+from tasks.core.stage import NotMade, StageResult, open_store, rules
+from tasks.ingest.changes import Images, image_changes
+from tasks.report.history import History
+from tasks.tune.check import check_models
+from tasks.tune.tune import missing_models
 
 # The inputs of a stage whose change makes all of its work anew; any other change leaves the parts of old images.
 _REMAKES = {

@@ -23,10 +23,10 @@ from storage.artifacts import Artifact
 from storage.lease import Busy, lease
 from storage.shards import newest, read_index
 from storage.tables import read_parquet
-from tasks.domain import Domain
-from tasks.history import History
-from tasks.promote import Decision, promote
-from tasks.stage import open_store
+from tasks.core.domain import Domain
+from tasks.core.stage import open_store
+from tasks.report.history import History
+from tasks.ship.promote import Decision, promote
 
 LATE = timedelta(hours=6)
 """A night that could not begin for so long is left to the next one."""

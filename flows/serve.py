@@ -34,10 +34,10 @@ from starlette.types import ASGIApp
 
 from flows.peers import HalfSent, Impatient, OwnNames, Refused, Waiting
 from models.errors import ModelError
-from models.predictor import Predictor
+from models.ship.predictor import Predictor
 from storage.errors import DataError
 from storage.images import ImageLimits, ImageRejected, RejectReason
-from tasks.predict import Decoder
+from tasks.ship.predict import Decoder
 
 TOP = 5
 BATCH, WAIT_S = 32, 0.004

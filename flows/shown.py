@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-from models.metrics import seen_note
-from tasks.domain import Domain
-from tasks.stage import StageResult, open_store
+from models.judge.metrics import seen_note
+from tasks.core.domain import Domain
+from tasks.core.stage import StageResult, open_store
 
 if TYPE_CHECKING:
     from flows.retune import Night

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from flows.parameters import DomainOrFile, domain_flow
 from storage.artifacts import ArtifactRef
-from tasks.stage import StageResult
-from tasks.tune import tune as tune_stage
+from tasks.core.stage import StageResult
+from tasks.tune.tune import tune as tune_stage
 
 
 @domain_flow()

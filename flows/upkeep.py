@@ -12,10 +12,10 @@ from storage.errors import DataError
 from storage.inventory import domains
 from storage.objects import ObjectStore
 from storage.upkeep import Loose, garbage
-from tasks.domain import Domain
-from tasks.history import History
-from tasks.promote import champions
-from tasks.stage import open_store
+from tasks.core.domain import Domain
+from tasks.core.stage import open_store
+from tasks.report.history import History
+from tasks.ship.promote import champions
 
 
 def histories(files: Sequence[Domain], url: str | None) -> list[History]:

@@ -27,7 +27,7 @@ ZERO_SHOT = "zero_shot"
 """In place of a method: the model as it came."""
 ZERO_SHOTS = ("zero_shot_plain", "zero_shot_centred", "zero_shot_estimated")
 """What every method is compared with: on features as they are, less the domain's mean, and less as much of it as the
-images speak for (:mod:`models.shift`)."""
+images speak for (:mod:`models.judge.shift`)."""
 
 
 def own_zero_shot(centre: bool | None) -> str:

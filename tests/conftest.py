@@ -8,7 +8,7 @@ import hypothesis
 import pytest
 from PIL import Image, ImageDraw
 
-from tasks.domain import Domain
+from tasks.core.domain import Domain
 
 # Machines that run tests are shared; a slow example is no failure.
 hypothesis.settings.register_profile("shared", deadline=None)
@@ -51,9 +51,9 @@ def exported(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model as `latteflow export` writes it, with a centre, two classes and a map."""
     import torch
 
-    from models import clip
-    from models.export import export
     from models.settings import ClipSettings
+    from models.ship.export import export
+    from models.towers import clip
 
     folder = tmp_path_factory.mktemp("exported") / "model"
     generator = torch.Generator().manual_seed(0)

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from tasks.compare import Changed, Comparison, Run, page_of
-from tasks.html import picture_url
-from tasks.page import Change
-from tests.tasks.test_page import ATTRIBUTE, SCRIPT, picture
+from tasks.report.compare import Changed, Comparison, Run, page_of
+from tasks.report.html import picture_url
+from tasks.report.page import Change
+from tests.tasks.report.test_page import ATTRIBUTE, SCRIPT, picture
 
 HARM = f"{SCRIPT}</script></style>{ATTRIBUTE} \u202egpj.exe\u200b"
 

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tasks.page import html, render
-from tasks.preview import Answered, Row
-from tasks.rank import Place, Ranked
+from tasks.report.page import html, render
+from tasks.report.preview import Answered, Row
+from tasks.report.rank import Place, Ranked
 
-spec = importlib.util.spec_from_file_location("report_data", Path(__file__).parents[1] / "tasks" / "test_page.py")
+spec = importlib.util.spec_from_file_location(
+    "report_data", Path(__file__).parents[1] / "tasks" / "report" / "test_page.py"
+)
 assert spec and spec.loader
 data = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(data)

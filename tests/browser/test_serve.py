@@ -24,9 +24,9 @@ import pytest
 import torch
 
 from conftest import draw
-from models import clip
-from models.export import export
 from models.settings import ClipSettings
+from models.ship.export import export
+from models.towers import clip
 
 pytest.importorskip("python_multipart", reason="the extra `serve` is not installed")
 CHROMIUM = next(

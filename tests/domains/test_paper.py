@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from domains.paper import NAMES, PRESETS, SplitError, main, read_aircraft, read_coop, write
-from models.prompts import load
-from tasks.domain import Domain
+from models.texts.prompts import load
+from tasks.core.domain import Domain
 
 ROWS = {
     "train": [["forest/1.jpg", 1, "Forest"], ["crop/2.jpg", 0, "Annual_Crop"]],

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.describers.vllm import open_vllm
-from models.gptscore import gptscores
+from benchmarks.gptscore import gptscores
 from models.settings import VllmSettings
+from models.texts.describers.vllm import open_vllm
 
 pytest.importorskip("vllm")
 

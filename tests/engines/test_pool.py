@@ -17,11 +17,11 @@ from engines.tiny_vlm import ON_CPU, ROOT, free_port, serve, vllm_python
 
 from conftest import draw_folder
 from flows.pipeline import run_plainly
-from models.describers import EngineStopped
+from models.texts.describers import EngineStopped
 from storage.captions import CaptionStore
 from storage.tables import read_parquet
-from tasks.domain import Domain
-from tasks.stage import open_store
+from tasks.core.domain import Domain
+from tasks.core.stage import open_store
 
 COUNT = 144
 pytestmark = pytest.mark.slow

@@ -40,9 +40,9 @@ from storage.captions import CAPTION_SCHEMA, CaptionStore, caption_key, describe
 from storage.objects import ObjectStore
 from storage.shards import read_index, read_records
 from storage.tables import parquet, read_parquet
-from tasks.domain import Domain
-from tasks.shard import shard
-from tasks.stage import anew, open_store, rules, run_stage
+from tasks.core.domain import Domain
+from tasks.core.stage import anew, open_store, rules, run_stage
+from tasks.ingest.shard import shard
 
 MOMENTS = ("before", "half", "written", "linked", "after")
 """Before a commit; with half the temporary file written; with all of it; with the object in place and the temporary
@@ -218,7 +218,9 @@ def run(command: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    late = ("flows.adapt", "models.clip", "models.latteclip") if "pipeline" in sys.argv[1:] else ("s3fs",)
+    late = (
+        ("flows.adapt", "models.towers.clip", "models.methods.latteclip") if "pipeline" in sys.argv[1:] else ("s3fs",)
+    )
     for name in late:
         importlib.import_module(name)
     answers = os.fdopen(os.dup(1), "w")

@@ -16,7 +16,7 @@ from storage.inventory import Inventory
 from storage.objects import ObjectStore
 from storage.tables import parquet, read_parquet
 from storage.upkeep import garbage
-from tasks.domain import Domain
+from tasks.core.domain import Domain
 
 pytestmark = pytest.mark.slow
 KILLED = -9

@@ -22,7 +22,7 @@ from faults.harness import WORDS, Tally
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.images import to_rgb
+from models.towers.images import to_rgb
 from storage.artifacts import Artifact, ArtifactStore
 from storage.errors import DataError
 from storage.images import ImageInfo, ImageLimits, ImageRejected, RejectReason, inspect, open_image

@@ -10,14 +10,14 @@ import torch
 
 from conftest import COLOURS, call, draw, draw_folder
 from flows.pipeline import repaired, run_plainly
-from models.metrics import seen_note
-from models.shift import centre_share
+from models.judge.metrics import seen_note
+from models.judge.shift import centre_share
 from storage.errors import DataError
 from storage.tables import read_parquet
-from tasks.domain import Domain
-from tasks.features import read_features
-from tasks.stage import StageResult, open_store
-from tasks.tune import read_tuned
+from tasks.core.domain import Domain
+from tasks.core.features import read_features
+from tasks.core.stage import StageResult, open_store
+from tasks.tune.tune import read_tuned
 
 
 def ran(results: list[StageResult]) -> set[str]:

@@ -17,9 +17,9 @@ from conftest import call, draw, draw_folder
 from flows.pipeline import STAGES
 from storage.captions import CaptionStore
 from storage.errors import StorageError
-from tasks.domain import Domain
-from tasks.stage import open_store
-from tasks.texts import Question, Texts
+from tasks.core.domain import Domain
+from tasks.core.stage import open_store
+from tasks.describe.texts import Question, Texts
 
 HOSTILE = "[red]x[/red]\x1b[31m\u202e\n.png"
 LABELS = [

@@ -20,8 +20,8 @@ from flows.parameters import domain_of
 from flows.pipeline import run_plainly
 from storage.artifacts import ArtifactRef
 from storage.captions import CaptionStore
-from tasks.errors import ConfigError
-from tasks.stage import open_store
+from tasks.core.errors import ConfigError
+from tasks.core.stage import open_store
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,14 @@ from PIL import Image
 
 from flows.pipeline import graph, run_plainly
 from storage.shards import read_index
-from tasks import forgetting
-from tasks.domain import Domain
-from tasks.errors import ConfigError
-from tasks.export import export_tuned
-from tasks.features import read_features
-from tasks.forgetting import general_answers
-from tasks.stage import open_store
-from tasks.tune import read_tuned
+from tasks.core.domain import Domain
+from tasks.core.errors import ConfigError
+from tasks.core.features import read_features
+from tasks.core.stage import open_store
+from tasks.report import forgetting
+from tasks.report.forgetting import general_answers
+from tasks.ship.export import export_tuned
+from tasks.tune.tune import read_tuned
 from tests.conftest import draw_folder
 
 pytestmark = pytest.mark.slow

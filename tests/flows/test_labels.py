@@ -7,7 +7,7 @@ import pytest
 
 from flows.pipeline import run_plainly
 from storage.errors import DataError
-from tasks.domain import Domain
+from tasks.core.domain import Domain
 
 pytestmark = pytest.mark.slow
 OPENS_LABELS = {"evaluate", "report"}

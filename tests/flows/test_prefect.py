@@ -16,8 +16,8 @@ from flows.describe import describe
 from flows.pipeline import run_plainly
 from models.errors import ModelError
 from models.settings import OpenAISettings
-from tasks.domain import ShardSettings
-from tasks.texts import _key
+from tasks.core.domain import ShardSettings
+from tasks.describe.texts import _key
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,9 @@ def test_ranges_of_shards_are_described_by_flows_of_their_own(
         run_plainly(domain, only=stage)
     found = [describe(domain, first, first + 2) for first in (0, 2)]
     assert [each["image"] for each in found] == [each["group"] for each in found] == [20, 4]
-    monkeypatch.setattr("tasks.texts.open_describer", lambda *_, **__: pytest.fail("a text was asked for again"))
+    monkeypatch.setattr(
+        "tasks.describe.texts.open_describer", lambda *_, **__: pytest.fail("a text was asked for again")
+    )
     assert {result.label: result.counts for result in run_plainly(domain)}["describe"]["texts"] == 24
 
 

@@ -15,15 +15,15 @@ import storage.lease
 from conftest import draw_folder
 from flows.pipeline import run_plainly
 from flows.retune import Night, retune
-from models import selection
+from models.judge import selection
 from storage.artifacts import Artifact
 from storage.lease import lease
 from storage.shards import read_index
-from tasks.domain import Domain
-from tasks.history import History
-from tasks.promote import champions, promote, read_champion, rollback
-from tasks.select import Views
-from tasks.stage import StageResult, open_store
+from tasks.core.domain import Domain
+from tasks.core.stage import StageResult, open_store
+from tasks.report.history import History
+from tasks.ship.promote import champions, promote, read_champion, rollback
+from tasks.tune.select import Views
 
 pytestmark = pytest.mark.slow
 

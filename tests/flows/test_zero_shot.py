@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from flows.pipeline import run_plainly
-from tasks.domain import Domain
+from tasks.core.domain import Domain
 
 pytestmark = pytest.mark.slow
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.clamp.concepts import concept_counts
-from models.clamp.losses import contrastive, distillation
-from models.clamp.masks import positions, read_only_mask
-from models.clamp.pooling import AttentionPool, attend
-from models.gptscore import score
-from models.losses import unit
+from benchmarks.gptscore import score
+from models.methods.clamp.concepts import concept_counts
+from models.methods.clamp.losses import contrastive, distillation
+from models.methods.clamp.masks import positions, read_only_mask
+from models.methods.clamp.pooling import AttentionPool, attend
 from models.schedule import warmup_cosine
+from models.vectors import unit
 
 F64 = torch.float64
 

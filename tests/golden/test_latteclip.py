@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from models.collage import collage, layout
-from models.latteclip import (
+from models.methods.latteclip import (
     Step,
     classify,
     latte_step,
@@ -26,9 +25,10 @@ from models.latteclip import (
     unit,
     update_prototypes,
 )
-from models.losses import clip_loss
+from models.methods.losses import clip_loss
 from models.schedule import steps_per_epoch, warmup_cosine
 from models.settings import LatteClipSettings
+from models.texts.collage import collage, layout
 
 F64 = torch.float64
 PROTOTYPES = [[1, 0, 0, 0], [0.6, 0.8, 0, 0], [0, 0, 1, 0]]

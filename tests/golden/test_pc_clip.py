@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.adaptation import PairData
-from models.comparative import (
+from models.methods.adaptation import PairData
+from models.methods.comparative import (
     compare_prompts,
     confused_pairs,
     difference_accuracy,
@@ -21,11 +21,11 @@ from models.comparative import (
     soft_confusion,
     unit,
 )
-from models.differences import read_difference
-from models.losses import clip_loss
-from models.pairs import unrank
-from models.pc_clip import DRIFT, PcClip, difference, drift_matched_lr, pair_loss
+from models.methods.losses import clip_loss
+from models.methods.pairs import unrank
+from models.methods.pc_clip import DRIFT, PcClip, difference, drift_matched_lr, pair_loss
 from models.settings import PcClipSettings
+from models.texts.differences import read_difference
 
 # G1: images are not normalized, nor are texts.
 FIRST = torch.tensor([[3.0, 0, 4, 0], [0, 2, 0, 0], [1, 1, 1, 1]], dtype=torch.float64)

@@ -11,8 +11,8 @@ from chatserver import Ask, ChatServer, Reply, answer
 from conftest import draw_folder
 from flows.pipeline import run_plainly
 from storage.captions import CaptionStore
-from tasks.domain import Domain
-from tasks.stage import open_store
+from tasks.core.domain import Domain
+from tasks.core.stage import open_store
 
 pytestmark = pytest.mark.slow
 COUNT = 96

@@ -17,7 +17,7 @@ from storage.drivers import Kind, open_fs, said, sort, told
 from storage.errors import DataError, NotFound, StorageError
 from storage.objects import ObjectStore
 from storage.roots import Root
-from tasks.tables import digest_of_table, read_by_path
+from tasks.core.tables import digest_of_table, read_by_path
 
 KEY = "a2V5"  # base64, as Azure wants it
 

@@ -1,0 +1,185 @@
+"""Which of several models to trust, without a label.
+
+Accuracy cannot be seen without labels. What can be seen is whether other images vouch for a model, by features that no
+model has shaped, in two ways:
+
+- *vouched*: the images that lie nearest to an image were given classes by zero-shot, and a model that has learnt the
+  domain's classes agrees with them. Consistency among neighbours alone would prefer any clean clustering, also one with
+  the wrong names; agreement with zero-shot about the same image would prefer zero-shot.
+- a *duel* with zero-shot: where the two say different things about an image, its nearest images about which both agree
+  are asked. A model that is much like zero-shot, and worse, loses it.
+
+Whether neighbours are to be believed depends on whether zero-shot knows the domain at all. The evidence for that is the
+share of the domain's centre that `models.judge.shift` found to be no class: it is large where classes that the texts
+name divide the images. A method is accepted that wins the duel, and whose neighbours' agreement and share together
+reach a bar, over all its seeds; the bar was set on generated domains (`benchmarks/synthetic.py`). docs/methods.md has
+tables of what passes, on real domains too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.methods.transduction import nearest, whitening
+from models.vectors import at_least_float32, unit
+
+NEIGHBOURS = 10
+LEAST_AGREEMENT = 0.2
+"""Of a challenger with the champion, as Cohen's kappa: without it, a model has learnt other names."""
+SHRINKAGE = 0.03
+"""Of the whitening, as `models.settings.TransductionSettings` has it."""
+ERRORS = 2.0
+"""Standard errors by which a duel must be won to count."""
+SHARE, BAR = 0.5, 0.729
+"""How much the share counts in units of `vouched`, and what both must reach: `python -m benchmarks.synthetic --fit`."""
+_ROWS = 2048
+
+
+class Duel(NamedTuple):
+    """How a duel of two models went.
+
+    Attributes:
+        score: -1 to 1, positive for the first.
+        error: its standard error over the disputed images.
+    """
+
+    score: float
+    error: float
+
+
+class Evidence(NamedTuple):
+    """For one model.
+
+    Attributes:
+        vouched: see :func:`estimates`.
+        duel: with zero-shot.
+    """
+
+    vouched: float
+    duel: Duel
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a method is to be preferred to zero-shot.
+
+    Attributes:
+        accepted: it is.
+        reason: why, or why not, for people.
+        score: of the evidence; accepted above BAR.
+    """
+
+    accepted: bool
+    reason: str
+    score: float
+
+
+def duel(features: Tensor, one: Tensor, other: Tensor) -> Duel:
+    """Whom the neighbours of disputed images vouch for.
+
+    Disputed images are those that two models give different classes; their neighbours are the NEIGHBOURS nearest ones
+    that both models give the same class.
+
+    Args:
+        features: unit image features that neither model has shaped, `(n, dim)`.
+        one, other: classes, `(n,)` int64.
+
+    Returns:
+        How much larger a share of the neighbours has the class that `one` gave than that `other` gave, mean over the
+        disputed images; 0 where nothing is disputed, or fewer than NEIGHBOURS images are not.
+
+    Raises:
+        ValueError: the lengths differ.
+    """
+    if not len(features) == len(one) == len(other):
+        raise ValueError(f"need one class of each model for each image, got {len(features)}, {len(one)}, {len(other)}")
+    agreed, disputed = (one == other).nonzero()[:, 0], (one != other).nonzero()[:, 0]
+    if not len(disputed) or len(agreed) < NEIGHBOURS:
+        return Duel(0.0, 0.0)
+    features = at_least_float32(features)
+    vouched, known, votes = one[agreed], features[agreed].T, []
+    for rows in disputed.split(_ROWS):
+        near = vouched[(features[rows] @ known).topk(NEIGHBOURS, dim=1).indices]
+        votes.append((near == one[rows, None]).double().mean(1) - (near == other[rows, None]).double().mean(1))
+    every = torch.cat(votes)
+    return Duel(float(every.mean()), float(every.std(correction=0)) / math.sqrt(len(every)))
+
+
+def kappa(one: Tensor, other: Tensor, n_classes: int) -> float:
+    """Cohen's kappa of two models' classes: 1 for the same, 0 for what chance gives.
+
+    Args:
+        one: `(n,)` int64.
+        other: `(n,)`, or `(n, k)` where each of `one` is compared with k.
+    """
+    shares = [
+        torch.bincount(labels.flatten(), minlength=n_classes).double() / labels.numel() for labels in (one, other)
+    ]
+    chance = float(shares[0] @ shares[1])
+    agreement = float((one.unflatten(0, (-1, *[1] * (other.ndim - 1))) == other).double().mean())
+    return (agreement - chance) / (1 - chance) if chance < 1 else 0.0
+
+
+def estimates(probabilities: Tensor, zero_shot: Tensor, near: Tensor) -> dict[str, float]:
+    """Guesses at how good a model is, without labels; larger is better. How well each ranks models: docs/methods.md.
+
+    Args:
+        probabilities: the model's, `(n, classes)`, rows sum to 1.
+        zero_shot: classes by zero-shot, `(n,)` int64.
+        near: rows of each image's nearest others by features that the model has not shaped, `(n, k)`.
+
+    Returns:
+        vouched: kappa of the model's classes and those that zero-shot gives the image's neighbours (ours).
+        agreement: kappa of the model's and zero-shot's classes (after arXiv 2106.13799).
+        neighbourhood: kappa of the model's classes and those it gives the neighbours (after arXiv 2108.10860).
+        information: of an image about its class by the model, in nats, 0 to log(classes) (Bridle et al., 1991).
+        confidence: mean of the largest probability (after arXiv 2107.03315).
+    """
+    labels, n_classes = probabilities.argmax(1), probabilities.shape[1]
+    entropies = (
+        torch.special.entr(probabilities.double()).sum(1),
+        torch.special.entr(probabilities.double().mean(0)).sum(),
+    )
+    return {
+        "vouched": kappa(labels, zero_shot[near], n_classes),
+        "agreement": kappa(labels, zero_shot, n_classes),
+        "neighbourhood": kappa(labels, labels[near], n_classes),
+        "information": float(entropies[1] - entropies[0].mean()),
+        "confidence": float(probabilities.max(1).values.double().mean()),
+    }
+
+
+def neighbours(features: Tensor) -> Tensor:
+    """Rows of each image's NEIGHBOURS nearest others, `(n, k)`, by whitened features.
+
+    Args:
+        features: unit image features that no model has shaped, less the shift of the domain, `(n, dim)`.
+    """
+    return nearest(unit(features @ whitening(features, SHRINKAGE)), NEIGHBOURS)[0]
+
+
+def judge(found: Sequence[Evidence], share: float) -> Verdict:
+    """Whether a method is to be preferred to zero-shot.
+
+    Args:
+        found: of each of its models; at least one.
+        share: of the domain's centre that zero-shot subtracts, see :mod:`models.judge.shift`; 0 to 1.
+    """
+    vouched, won, error = (
+        sum(values) / len(found) for values in zip(*((each.vouched, *each.duel) for each in found), strict=True)
+    )
+    score = vouched + SHARE * share
+    if won <= ERRORS * error:
+        asked = (
+            f"{won:+.3f} (±{error:.3f}), and more than {ERRORS:g} standard errors, {ERRORS * error:.3f}, are asked for"
+        )
+        return Verdict(False, f"neighbours do not vouch for it (duel with zero-shot {asked})", score)
+    said = f"agreement with neighbours {vouched:.2f}, {share:.2f} of the centre is no class: together {score:.2f}"
+    reason = "neighbours vouch for it" if score > BAR else "neighbours vouch for it, but not enough"
+    return Verdict(score > BAR, f"{reason} ({said}, and more than {BAR:g} is asked for)", score)

@@ -1,0 +1,56 @@
+"""latteclip_plus: transduction and LatteCLIP in turns, each starting from what the other found.
+
+1. Transduction on the images and the class texts gives each image a label from texts, neighbours and class means.
+2. LatteCLIP tunes with these labels in place of raw zero-shot's as the second pseudo-label: texts enter here.
+3. Transduction again, on the tuned features, with LatteCLIP's prototypes in place of the class texts.
+
+The means and texts of the last transduction, added up, are the classifier: one unit row for each class behind
+LatteCLIP's image map, as LatteCLIP's own, so whatever reads a LatteCLIP model reads this one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from models.methods.adaptation import Adapted, TuneData
+from models.methods.latteclip import tune
+from models.methods.transduction import transduce
+from models.settings import LatteClipSettings, TrainingSettings, TransductionSettings
+from models.vectors import unit
+
+
+def tune_plus(
+    cfg: LatteClipSettings,
+    transduction: TransductionSettings,
+    data: TuneData,
+    training: TrainingSettings | None = None,
+    *,
+    scale: float = 100.0,
+    **options: Any,
+) -> Adapted:
+    """Adapt to the domain.
+
+    Args:
+        cfg: LatteCLIP's settings, with `train` projections or prototypes.
+        transduction: of both transductions.
+        data: the domain; its `pseudo_labels` are not used. Class texts must be embeds, and images cached.
+        scale: `exp(logit_scale)` of the CLIP.
+        options: as for `latteclip.tune`.
+
+    Raises:
+        ValueError: the towers are to be trained, or features are missing.
+    """
+    if cfg.trains_towers:
+        raise ValueError(
+            f"latteclip_plus works on cached features: it needs train='projections' or 'prototypes', got {cfg.train!r}"
+        )
+    moved = data.image_features
+    first = transduce(transduction, moved, data.class_features, scale)
+    tuned = tune(cfg, replace(data, pseudo_labels=first.labels), training, scale=scale, **options)
+    with torch.no_grad():
+        features = moved if tuned.image_map is None else unit(moved @ tuned.image_map)
+        last = transduce(transduction, features, tuned.prototypes, scale)
+    return replace(tuned, prototypes=last.prototypes, assignments=last.assignments)

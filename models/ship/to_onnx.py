@@ -1,0 +1,122 @@
+"""An exported model as ONNX: image tower and classifier in one graph, for runtimes without PyTorch."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.errors import ModelError
+from models.ship.predictor import Head
+from models.towers.embedded import EmbeddedClip
+from models.towers.folder import ONNX_FILE
+
+if TYPE_CHECKING:
+    from models.ship.predictor import Predictor
+
+OPSET = 18
+MOST_DIFFERENCE = 1e-3
+"""Between a probability by PyTorch and by ONNX Runtime; more is an error."""
+_ONE_FILE = 1 << 30
+"""Larger weights go into a file beside the graph: protobuf ends at 2 GB."""
+
+
+class Classifier(nn.Module):
+    """Pixels as the model reads them, ``(n, 3, height, width)`` -> unit features ``(n, dim)`` and logits."""
+
+    def __init__(self, model: Any, head: Head) -> None:
+        super().__init__()
+        self.model, self.scale = model, head.scale
+        self.prototypes: Tensor
+        self.centre: Tensor
+        self.register_buffer("prototypes", torch.from_numpy(head.prototypes))
+        self.register_buffer("centre", torch.from_numpy(head.centre))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        model = self.model
+        if isinstance(model, EmbeddedClip):  # its own way, twice as fast in PyTorch, cannot be traced
+            embeds = (model.visual(pixels) - model.image_mean) @ model.image_projection
+        else:
+            embeds = model.encode_image(pixels, normalize=False)
+        features = F.normalize(embeds - self.centre, dim=-1)
+        return features, self.scale * features @ self.prototypes.T
+
+
+def to_onnx(predictor: Predictor, folder: Path) -> float:
+    """Write ``model.onnx``: ``pixels (n, 3, height, width)`` -> ``features (n, dim)``, ``logits (n, classes)``.
+
+    Probabilities are the softmax of the logits divided by the folder's temperature; the largest logit divided by the
+    scale is the score.
+
+    Returns:
+        The largest difference between probabilities by PyTorch and by ONNX Runtime, of noise, one image and several.
+
+    Raises:
+        ModelError: a package is missing, the tower cannot be traced, or the graph does not say the same.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ModelError(f"ONNX needs the package {error.name}; run: pip install 'latteflow[onnx]'") from error
+    model = Classifier(predictor.clip.model.cpu(), predictor.head).eval()
+    pixels = noise(predictor, 3)
+    path = folder / ONNX_FILE
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.model.visual.state_dict().values())
+    with _quiet():
+        try:
+            torch.onnx.export(
+                model,
+                (pixels,),
+                path,
+                input_names=["pixels"],
+                output_names=["features", "logits"],
+                dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
+                opset_version=OPSET,
+                external_data=weights > _ONE_FILE,
+                verbose=False,
+            )
+        except Exception as error:  # the exporter raises what each operator trips over
+            raise ModelError(f"the image tower cannot be written as ONNX ({type(error).__name__}: {error})") from error
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    difference = 0.0
+    with torch.inference_mode():
+        for n in (1, 3):
+            theirs = torch.from_numpy(session.run(["logits"], {"pixels": pixels[:n].numpy()})[0])
+            difference = max(difference, float((theirs.softmax(1) - model(pixels[:n])[1].softmax(1)).abs().max()))
+    if not difference <= MOST_DIFFERENCE:
+        path.unlink()
+        raise ModelError(
+            f"ONNX Runtime differs from PyTorch by {difference:.2g} in a probability; the file was removed"
+        )
+    return difference
+
+
+def noise(predictor: Predictor, n: int) -> Tensor:
+    """Pixels about as large as those of images, the same every time."""
+    from PIL import Image
+
+    shape = predictor.pixels(Image.new("RGB", (64, 64))).shape
+    return torch.randn(n, *shape, generator=torch.Generator().manual_seed(0))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter says about itself."""
+    log = logging.getLogger("torch.onnx")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(before)

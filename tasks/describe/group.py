@@ -1,0 +1,79 @@
+"""group: look-alikes -> one text for each group of images with the same pseudo-label."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import polars as pl
+
+from storage.artifacts import ArtifactWriter
+from storage.tables import parquet
+from tasks.core.domain import Domain
+from tasks.core.stage import StageResult, open_store, run_stage
+from tasks.describe.texts import Gallery, Texts, describer_identity, questions_identity, text_counts
+
+VERSION = 1
+
+
+def group(domain: Domain, shards: StageResult, embedded: StageResult) -> StageResult:
+    """One group for every live image, and its text.
+
+    Files: ``groups.parquet``: ``label`` (the pseudo-class), ``member_keys``, ``index`` of the question and the caption
+    columns.
+    """
+    store = open_store(domain)
+    identity = describer_identity(domain, embedded, "group")
+    inputs = {
+        "describer": identity,
+        **questions_identity(domain, embedded, "group"),
+        "embed": embedded.ref.digest,
+        "size": domain.group.size,
+    }
+    timings: dict[str, float] = {}
+
+    def body(writer: ArtifactWriter) -> Mapping[str, int]:
+        gallery = Gallery(domain, store.open(shards.ref), store.open(embedded.ref))
+        texts = Texts(domain, store.objects, "group", gallery, identity)
+        groups = look_alikes(gallery.labels, domain.group.size)
+        asked = [(group.label, each) for group in groups for each in gallery.questions("group", group.members)]
+        for name, found in texts.write({"groups": [each for _, each in asked]}):
+            table = found.with_columns(label=pl.Series([label for label, _ in asked], dtype=pl.Int64))
+            writer.put(name, inputs, {"groups.parquet": parquet(table)}, rows=table.height, counts=text_counts(table))
+        timings.update(texts.timings)
+        return {"groups": len(groups)}
+
+    return run_stage(store, domain, "group", VERSION, inputs, body, timings=timings)
+
+
+class Group(NamedTuple):
+    """Look-alikes of an image."""
+
+    anchor: str
+    """Key of the image."""
+    label: int
+    """Pseudo-label of all members."""
+    members: tuple[str, ...]
+    """Keys, the anchor among them; sorted, so that equal groups are equal."""
+
+
+def look_alikes(labels: Mapping[str, int], size: int) -> list[Group]:
+    """Groups of images that share a pseudo-label, one anchored at every image (LatteCLIP's preparation).
+
+    The official code draws members at random. Here a class's images stand in a ring in the order of their keys, which
+    are digests and so in random order, and a group is the anchor and the next ``size - 1``: membership needs no seed,
+    and a new image changes only the ``size`` groups it enters.
+
+    Args:
+        labels: image key -> pseudo-label.
+        size: images in a group; a class with fewer gives groups of all its images.
+    """
+    rings: dict[int, list[str]] = defaultdict(list)
+    for key in sorted(labels):
+        rings[labels[key]].append(key)
+    return [
+        Group(anchor, label, tuple(sorted({ring[(start + step) % len(ring)] for step in range(min(size, len(ring)))})))
+        for label, ring in sorted(rings.items())
+        for start, anchor in enumerate(ring)
+    ]

@@ -1,0 +1,1 @@
+"""Images in: `shard` packs them, `embed` reads them with the frozen CLIP."""

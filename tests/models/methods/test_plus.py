@@ -1,0 +1,77 @@
+"""latteclip_plus: what it hands on from step to step, that it helps, its errors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from models.methods.adaptation import TuneData
+from models.methods.latteclip import classify, tune
+from models.methods.plus import tune_plus
+from models.methods.transduction import transduce
+from models.settings import LatteClipSettings, TransductionSettings
+from models.vectors import unit
+
+pytestmark = pytest.mark.slow
+
+ANCHORED = TransductionSettings(anchor=5)
+LATTE = LatteClipSettings(epochs=3, batch_size=16, lr=1e-3)
+
+
+def domain(seed: int = 0, n: int = 150) -> tuple[TuneData, torch.Tensor]:
+    """Images around class directions, class texts far off, image texts near the truth."""
+    generator = torch.Generator().manual_seed(seed)
+    classes = unit(torch.randn(5, 16, generator=generator))
+    truth = torch.arange(n) % 5
+    texts = unit(classes + 0.35 * torch.randn(5, 16, generator=generator))
+    images = unit(classes[truth] + 0.25 * torch.randn(n, 16, generator=generator))
+    described = unit(classes[truth] + 0.25 * torch.randn(n, 16, generator=generator))
+    z = classify(images, texts).argmax(1)
+    return TuneData(
+        pseudo_labels=z, class_texts=texts, image_embeds=2 * images, image_texts=described, group_texts=described,
+        group_classes=z,
+    ), truth  # fmt: skip
+
+
+def test_it_is_transduce_tune_transduce() -> None:
+    data, _ = domain()
+    x = unit(data.image_embeds)
+    first = transduce(ANCHORED, x, data.class_texts, 20.0)
+    tuned = tune(LATTE, replace(data, pseudo_labels=first.labels), seed=3, scale=20.0)
+    last = transduce(ANCHORED, unit(x @ tuned.image_map), tuned.prototypes, 20.0)
+    found = tune_plus(LATTE, ANCHORED, data, seed=3, scale=20.0)
+    assert found.image_map.equal(tuned.image_map)
+    assert found.prototypes.equal(last.prototypes)
+    assert found.assignments is not None and found.assignments.equal(last.assignments)
+    # Zero-shot's own labels are not looked at.
+    blind = replace(data, pseudo_labels=torch.zeros_like(data.pseudo_labels))
+    other = tune_plus(LATTE, ANCHORED, blind, seed=3, scale=20.0)
+    assert other.prototypes.equal(found.prototypes)
+
+
+def test_better_than_zero_shot() -> None:
+    data, truth = domain()
+    found = tune_plus(LATTE, ANCHORED, data, scale=20.0)
+    before = float((data.pseudo_labels == truth).float().mean())
+    after = classify(unit(data.image_embeds @ found.image_map), found.prototypes).argmax(1)
+    assert float((after == truth).float().mean()) > before + 0.05
+
+
+def test_prototypes_only_has_no_map() -> None:
+    data, _ = domain()
+    found = tune_plus(LATTE.model_copy(update={"train": "prototypes"}), ANCHORED, data, scale=20.0)
+    assert found.image_map is None
+    torch.testing.assert_close(found.prototypes.norm(dim=1), torch.ones(5))
+
+
+def test_errors_say_what_it_needs() -> None:
+    data, _ = domain()
+    for cfg, given, message in (
+        (LATTE.model_copy(update={"train": "all"}), data, "latteclip_plus works on cached features"),
+        (LATTE, replace(data, image_embeds=None), "image_embeds are needed"),
+        (LATTE, replace(data, class_texts=torch.ones(5, 4, dtype=torch.int64)), "needed as embeds"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tune_plus(cfg, ANCHORED, given)
