@@ -41,9 +41,10 @@ from benchmarks.class_descriptions import class_descriptions
 from models.judge.metrics import bootstrap_interval
 from models.judge.selection import Evidence, duel, judge, kappa, neighbours
 from models.judge.shift import centre_share
+from models.methods import registry
 from models.methods.adaptation import Adapted, TuneData
-from models.methods.registry import adapt
-from models.settings import DEFAULT_STEPS, SEEDLESS, LatteClipSettings, Method, TransductionSettings
+from models.methods.latteclip import DEFAULT_STEPS, LatteClipSettings
+from models.methods.transduction import TransductionSettings
 from models.towers import clip
 from models.vectors import unit
 from storage.shards import read_index
@@ -149,9 +150,9 @@ def prompted(prompt: str) -> Predict:
 
 
 @functools.lru_cache(maxsize=8)
-def tuned(method: Method, case: Case, seed: int, texts: bool) -> Adapted:
+def tuned(method: str, case: Case, seed: int, texts: bool) -> Adapted:
     settings = case.settings, TransductionSettings()
-    return adapt(method, case.data(texts=texts), *settings, seed=seed, scale=case.scale)
+    return registry.adapt(method, case.data(texts=texts), *settings, seed=seed, scale=case.scale)
 
 
 def answers(found: Adapted, case: Case, images: Images) -> Tensor:
@@ -159,7 +160,7 @@ def answers(found: Adapted, case: Case, images: Images) -> Tensor:
     return unit(moved if found.image_map is None else moved @ found.image_map) @ found.prototypes.T
 
 
-def adapted(method: Method, *, texts: bool = True) -> Predict:
+def adapted(method: str, *, texts: bool = True) -> Predict:
     def predict(case: Case, seed: int) -> Tensor:
         found = tuned(method, case, seed, texts)
         if found.assignments is not None and case.test is case.train:
@@ -222,6 +223,7 @@ def main() -> None:
     if chosen.quick:
         chosen.seeds, chosen.draws, chosen.steps = [0], 1, 160
     torch.set_num_threads(chosen.threads)
+    unseeded = {*ZERO_SHOTS, *(name for name, method in registry.METHODS.items() if not method.is_seeded)}
     methods = [name for name in METHODS if name in (*BEFORE, *chosen.methods)]
     rows: dict[str, dict[str, list[Found]]] = {}
     names = []
@@ -234,7 +236,7 @@ def main() -> None:
             domain, chosen.imbalance, chosen.few_classes, chosen.cases, chosen.draws, chosen.steps
         ):
             for method in methods:
-                found = run(METHODS[method], cases, [0] if method in (*ZERO_SHOTS, *SEEDLESS) else chosen.seeds)
+                found = run(METHODS[method], cases, [0] if method in unseeded else chosen.seeds)
                 rows.setdefault(kind, {}).setdefault(method, []).append(found)
                 sys.stderr.write(f"{domain.name} {kind} {method} {100 * found[0].mean():.1f} {found[1]:.1f} s\n")
     for kind, table in rows.items():

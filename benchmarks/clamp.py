@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
-from models.methods.clamp import lm
+from models.methods.clamp import ClampSettings, lm
 from models.methods.clamp.masks import positions, read_only_mask
 from models.methods.clamp.tower import ClampTower
 from models.methods.clamp.training import Clamp, ClampData
 from models.methods.training import train
-from models.settings import ClampSettings, TrainingSettings
+from models.settings import TrainingSettings
 from models.vectors import unit
 
 WIDTH = 512

@@ -33,7 +33,8 @@ import polars as pl
 import torch
 
 from models.methods.adaptation import PairData, TuneData
-from models.methods.comparative import (
+from models.methods.pc_clip import PcClipSettings
+from models.methods.pc_clip.comparative import (
     compare_prompts,
     confused_pairs,
     difference_accuracy,
@@ -42,9 +43,8 @@ from models.methods.comparative import (
     soft_confusion,
     unit,
 )
-from models.methods.pairs import draw_pairs
-from models.methods.pc_clip import PROJECTION_DRIFT, drift_matched_lr, tune_pairs
-from models.settings import PcClipSettings
+from models.methods.pc_clip.pairs import draw_pairs
+from models.methods.pc_clip.tuning import PROJECTION_DRIFT, drift_matched_lr, tune_pairs
 from models.texts.describers.words import difference
 from models.texts.differences import read_difference
 from models.towers import clip

@@ -31,13 +31,14 @@ from torch import Tensor
 from benchmarks.accuracy import Case, answers, build
 from models.judge.selection import Evidence, duel, estimates, judge, kappa, neighbours
 from models.methods.adaptation import Adapted, TuneData
+from models.methods.latteclip import DEFAULT_STEPS
 from models.methods.registry import adapt
-from models.methods.transduction import transduce
-from models.settings import DEFAULT_STEPS, Method, TransductionSettings
+from models.methods.transduction import TransductionSettings
+from models.methods.transduction.tuning import transduce
 from models.vectors import unit
 from tasks.core.domain import Domain
 
-METHODS: tuple[Method, ...] = ("latteclip", "latteclip_plus", "transduction")
+METHODS: tuple[str, ...] = ("latteclip", "latteclip_plus", "transduction")
 IMBALANCE = 50
 EVEN = 0.01
 """Differences in top-1 that count as none."""
@@ -75,7 +76,7 @@ def models(case: Case, broken: bool) -> Iterator[tuple[str, Adapted]]:
     """By name."""
     data, draws = case.data(), torch.Generator().manual_seed(0)
 
-    def adapted(method: Method, data: TuneData, **settings: Any) -> Adapted:
+    def adapted(method: str, data: TuneData, **settings: Any) -> Adapted:
         cfg = case.settings.model_copy(update=settings)
         return adapt(method, data, cfg, TransductionSettings(), scale=case.scale)
 

@@ -33,10 +33,11 @@ import torch
 from torch import Tensor
 
 from models.methods.adaptation import Adapted, TuneData
-from models.methods.latteclip import LatteClip, margins
+from models.methods.latteclip import LatteClipSettings
+from models.methods.latteclip.tuning import LatteClip, margins
 from models.methods.losses import clip_loss
 from models.methods.training import train
-from models.settings import LatteClipSettings, TrainingSettings
+from models.settings import TrainingSettings
 from models.vectors import unit
 
 MODEL: dict[str, Any] = {

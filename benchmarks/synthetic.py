@@ -32,8 +32,9 @@ from models.judge import selection
 from models.judge.selection import ERRORS, Duel, Evidence, duel, estimates, judge, neighbours
 from models.judge.shift import centre_share
 from models.methods.adaptation import Adapted, TuneData
+from models.methods.latteclip import LatteClipSettings
 from models.methods.registry import adapt
-from models.settings import LatteClipSettings, TransductionSettings
+from models.methods.transduction import TransductionSettings
 from models.vectors import unit
 
 DIM = 256

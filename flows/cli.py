@@ -315,8 +315,8 @@ def export(
     from tasks.core.stage import StageResult, open_store
     from tasks.report.report import kept
     from tasks.ship.export import Format, RunRecord, check_export, export_tuned, export_zero_shot, record_of
+    from tasks.tune.models import check_model
     from tasks.tune.select import read_selection
-    from tasks.tune.tune import check_model
 
     check_export(settings, folder, force=force)
     if method != ZERO_SHOT:
@@ -451,7 +451,7 @@ def rank(
     from models.settings import ZERO_SHOT
     from tasks.report.rank import rank as ranked
     from tasks.report.rank import sentence, write_page
-    from tasks.tune.tune import check_model
+    from tasks.tune.models import check_model
 
     sentence(attribute)  # before anything runs
     settings = _domain(domain)

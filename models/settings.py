@@ -6,23 +6,14 @@ import math
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator
 from pydantic_core import PydanticCustomError
-
-from models.schedule import steps_per_epoch
-
-DEFAULT_STEPS = 640
 
 PairPolicy = Literal["uniform", "within_group", "mixed"]
 """Which images are compared: any two, two of one pseudo-class, or half of these and half of those."""
 FilterMode = Literal["compat", "recommended"]
 """Rules for texts about pairs: those of PC-CLIP's released code, or some for any language model."""
 
-Method = Literal[
-    "latteclip", "latteclip_plus", "pc_clip", "transduction", "clamp", "flyp", "wise_ft", "self_training",
-    "class_descriptions",
-]  # fmt: skip
-"""Ways to adapt: docs/methods.md."""
 ZERO_SHOT = "zero_shot"
 """In place of a method: the model as it came."""
 ZERO_SHOTS = ("zero_shot_plain", "zero_shot_centred", "zero_shot_estimated")
@@ -33,29 +24,6 @@ images speak for (:mod:`models.judge.shift`)."""
 def own_zero_shot(centre: bool | None) -> str:
     """Which of :data:`ZERO_SHOTS` a domain with this ``clip.centre`` starts from, keeps, exports and serves."""
     return {None: "zero_shot_estimated", True: "zero_shot_centred", False: "zero_shot_plain"}[centre]
-
-
-NAMES = {
-    "zero_shot_plain": "plain zero-shot",
-    "zero_shot_centred": "domain-centred zero-shot",
-    "zero_shot_estimated": "estimated zero-shot",
-    "latteclip": "LatteCLIP",
-    "latteclip_plus": "LatteCLIP plus",
-    "pc_clip": "PC-CLIP",
-    "transduction": "anchored transduction",
-    "clamp": "CLAMP",
-    "class_descriptions": "zero-shot with class descriptions",
-    "flyp": "FLYP",
-    "wise_ft": "FLYP averaged with zero-shot",
-    "self_training": "self-training",
-}
-"""Methods and zero-shots for people."""
-SEEDLESS: frozenset[Method] = frozenset({"transduction", "class_descriptions"})
-"""Methods without random numbers."""
-READS_TEXTS: frozenset[Method] = frozenset({"latteclip", "latteclip_plus"})
-"""Methods that use features of the texts of images and groups."""
-READS_PAIRS: frozenset[Method] = frozenset({"pc_clip"})
-"""Methods that use texts about pairs of images."""
 
 
 class Settings(BaseModel):
@@ -250,130 +218,7 @@ class PairSettings(Settings):
     one; else a rule that says which words one description has and the other lacks."""
 
 
-class PcClipSettings(Settings):
-    """PC-CLIP: the text tower learns to say how two images differ. The image tower stays as it is."""
-
-    train: Literal["blocks", "last_blocks", "projection"] | None = None
-    """What learns. blocks: the blocks of the text tower, as in the paper. last_blocks: the last `n_blocks` of them.
-    projection: a linear map at the end of the text tower, on cached features, in a minute or two on a laptop. Default:
-    projection for the embedded model, else blocks."""
-    n_blocks: int = Field(default=2, ge=1)
-    """Blocks that `last_blocks` trains."""
-    loss: Literal["contrastive", "squared_error"] = "contrastive"
-    """Of texts and differences; the squared error is the paper's variant."""
-    temperature: float = Field(default=1.0, gt=0, le=100)
-    """Of the contrastive loss; fixed."""
-    epochs: int = Field(default=20, ge=1)
-    """Passes over the pairs."""
-    batch_size: int = Field(default=512, ge=2)
-    """Pairs in a step."""
-    decay: float = Field(default=0.9, gt=0, le=1)
-    """Factor of the learning rate after each epoch."""
-    lr: float | None = Field(default=None, ge=0)
-    """Learning rate of the first epoch. Default: what moves a weight as far in all as the paper's run does, whatever
-    the number of pairs; for `projection` ten times as far, as there is one layer in place of twelve blocks."""
-    averaging: float = Field(default=1.0, gt=0, le=1)
-    """Share of the tuned weights in the result; the rest are those of the untouched CLIP. 1: all of it is tuned."""
-
-
-OF_TEXTS = {
-    "alpha", "labels", "use_class_texts", "use_image_texts", "use_group_texts", "mixer_axis", "zero_shot_class_weight",
-    "mixer_prototypes", "texts_from",
-}  # fmt: skip
-"""LatteCLIP's settings that no baseline has: what its targets are made of."""
 Momentum = Annotated[float, Field(ge=0, lt=1)]
-
-
-class LatteClipSettings(Settings):
-    """Every choice LatteCLIP leaves. Where a default is not the paper's, its text says what the paper has."""
-
-    train: Literal["prototypes", "projections", "last_blocks", "all"] = "projections"
-    """What the loss trains besides the prototypes. prototypes: nothing. projections: a linear map at the end of each
-    tower, on cached features. last_blocks: each tower's last `n_blocks` and projection. all: as in the paper."""
-    text_tower: Literal["trainable", "frozen"] | None = None
-    """Whether the text side learns as well; its gradient is `alpha` times the image side's. Default: frozen for
-    projections (a text map learns by heart what the image map should), else trainable, as in the paper."""
-    n_blocks: int = Field(default=2, ge=1)
-    """Blocks of each tower that `last_blocks` trains."""
-    alpha: float = Field(default=0.01, ge=0, le=1)
-    """Share of the texts in a target, and so how far a prototype moves per step."""
-    texts_from: Literal["clip", "pc_clip", "clamp"] = "clip"
-    """Who reads the texts: the untouched CLIP, or the text tower that pc_clip or clamp trained with the same seed,
-    which then has to be in `method` as well."""
-    labels: Literal["both", "zero_shot", "tuned"] = "both"
-    """Pseudo-labels in use: those of the untouched CLIP, those of the nearest prototype, or both."""
-    use_class_texts: bool = True
-    """Class descriptions enter the mixer."""
-    use_image_texts: bool = True
-    """Image descriptions enter the mixer."""
-    use_group_texts: bool = True
-    """Group descriptions enter the mixer."""
-    mixer_axis: Literal["row", "column"] = "row"
-    """What the mixer's class weight runs along: samples, or, as in the released code, features (batch_size = width)."""
-    zero_shot_class_weight: Literal["own", "shared"] = "own"
-    """Class weight of the zero-shot branch: its own, or, as in the released code, the tuned branch's."""
-    mixer_prototypes: Literal["epoch", "live"] = "epoch"
-    """Prototypes that the mixer's weights are measured on: those at the epoch's start, or the latest."""
-    batch_size: int = Field(default=128, ge=1)
-    """Images per step; the paper has 512."""
-    sampling: Literal["with_replacement", "without_replacement"] = "without_replacement"
-    """without_replacement: each image once per epoch. with_replacement: full batches with repeats, as in the paper."""
-    step_multiple: int = Field(default=1, ge=1)
-    """Steps of an epoch are rounded up to a multiple of this; the paper's are of its loader's 3 or 4 workers."""
-    epochs: int | None = Field(default=None, ge=1)
-    """Passes over the images. Default: as few as make 640 steps, like the paper's 585 to 2115: by then texts have
-    replaced all but `(1 - alpha) ** steps`, 0.2 percent, of the first prototypes."""
-    scale: float | None = Field(default=None, gt=0, le=100)
-    """Where the loss's `exp(logit_scale)` starts. Default: 10 for projections, else the CLIP's own. At a low scale no
-    image is ever settled, so that wrong pseudo-labels average out where a high one would learn them by heart."""
-    lr: float | None = Field(default=None, ge=0)
-    """Highest learning rate. Default: 1e-5 for projections, else the paper's 1e-7."""
-    warmup: int = Field(default=10, ge=0)
-    """Steps of linear warm-up; the paper has about one epoch."""
-    weight_decay: float = Field(default=0.2, ge=0)
-    """AdamW's decay of matrices. Vectors and the scale have none."""
-    betas: tuple[Momentum, Momentum] = (0.9, 0.98)
-    """AdamW's averaging factors."""
-    eps: float = Field(default=1e-6, gt=0)
-    """AdamW's epsilon."""
-    augment: bool = True
-    """Train on augmented views; only where pixels are used."""
-
-    @property
-    def peak_lr(self) -> float:
-        """The highest learning rate of a run."""
-        if self.train == "prototypes":
-            return 0.0
-        return self.lr if self.lr is not None else 1e-5 if self.train == "projections" else 1e-7
-
-    def n_epochs(self, n_images: int) -> int:
-        """Epochs of a run over so many images."""
-        return self.epochs or math.ceil(DEFAULT_STEPS / self.n_steps(n_images))
-
-    def n_steps(self, n_images: int) -> int:
-        """Steps of an epoch over so many images."""
-        return steps_per_epoch(n_images, self.batch_size, self.step_multiple)
-
-    def first_scale(self, clip_scale: float) -> float:
-        """The loss's scale at the start of a run with a CLIP of that scale."""
-        return self.scale or (10.0 if self.train == "projections" else clip_scale)
-
-    @property
-    def trains_texts(self) -> bool:
-        """Whether the text side learns."""
-        default = "frozen" if self.train == "projections" else "trainable"
-        return self.train != "prototypes" and (self.text_tower or default) == "trainable"
-
-    @property
-    def trains_towers(self) -> bool:
-        """Whether images and texts go through the towers at every step."""
-        return self.train in ("last_blocks", "all")
-
-    @model_validator(mode="after")
-    def _has_text(self) -> LatteClipSettings:
-        if not (self.use_class_texts or self.use_image_texts or self.use_group_texts):
-            raise ValueError("the mixer has no text: turn on use_class_texts, use_image_texts or use_group_texts")
-        return self
 
 
 class TrainingSettings(Settings):
@@ -417,84 +262,3 @@ class ScreenSettings(Settings):
     """A text that stands at more than this share of the images, and at five at least, is flagged and counts half."""
     floor: int = Field(default=3, ge=1)
     """Texts that a pseudo-class keeps, at a small weight, where screening would leave it none."""
-
-
-class TransductionSettings(Settings):
-    """Anchored transduction, by itself and in latteclip_plus (docs/methods.md)."""
-
-    neighbours: int = Field(default=8, ge=1)
-    """Nearest images that an image's text beliefs travel from."""
-    spread: float = Field(default=0.5, ge=0, lt=1)
-    """How much of an image's beliefs is its neighbours', who have most of theirs from their own neighbours. 0: none."""
-    shrinkage: float = Field(default=0.03, gt=0)
-    """Added to the covariance, in units of its largest eigenvalue. Large values make the mixture spherical."""
-    anchor: float = Field(default=20.0, gt=0)
-    """How many images at its text's place each class's mean begins with: what holds classes with few images."""
-    max_steps: int = Field(default=30, ge=1)
-    """Rounds of means and assignments at most."""
-    tolerance: float = Field(default=1e-4, ge=0)
-    """The rounds end when fewer than this share of the assignments moves."""
-
-
-class ClampSettings(Settings):
-    """CLAMP: a language model as the text tower. Defaults that are not the paper's are for small models and runs."""
-
-    lm: str | None = None
-    """``embedded`` (Gemma 3 270M from packages; see docs/methods.md for its terms), the name of a causal language model
-    on the model hub, or the path of a model folder. There is no default."""
-    revision: str | None = None
-    """Commit or tag of the weights."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Arithmetic of the language model; what is learned is always float32."""
-    prompts: int = Field(default=24, ge=1, le=256)
-    """Learned vectors after each text."""
-    prompt_mask: Literal["bidirectional", "causal", "isolated"] = "bidirectional"
-    """What a prompt sees besides the text: all prompts, as in the paper; those up to itself; none."""
-    pool_heads: int = Field(default=8, ge=1)
-    """Attention heads of the pool; they divide the CLIP's width."""
-    wrapper: Literal["attributes", "single"] = "attributes"
-    """The sentence around a text: the paper's, which has it twice, or one that has it once, for long descriptions."""
-    max_tokens: int = Field(default=48, ge=1)
-    """Tokens of a text that are read; longer ones are cut."""
-    lora_rank: int = Field(default=0, ge=0)
-    """Rank of the updates of the language model's attention; the paper has 16. 0: the language model stays as it is,
-    its reading of each text is kept, and training is several times faster."""
-    lora_alpha: int = Field(default=16, ge=1)
-    """The updates count `alpha / rank` times."""
-    lora_dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Share of an update's inputs that a step of training leaves out."""
-    lora_targets: list[str] = Field(default=["q_proj", "k_proj", "v_proj", "o_proj"], min_length=1)
-    """Names of the matrices with updates."""
-    distill: float = Field(default=1.0, ge=0)
-    """Weight of the distillation from the CLIP's own text tower; the contrastive loss has 1."""
-    distill_scale: Literal["teacher", "native"] = "teacher"
-    """On the student's similarities in the distillation: the teacher's logit scale, or its own, as in open_clip."""
-    reduction: Literal["mean", "sum"] = "mean"
-    """Losses as means over the batch and the two directions, or sums as the paper writes them."""
-    group_share: float = Field(default=0.3, ge=0, le=1)
-    """How often an image's text is that of a group it is in."""
-    class_share: float = Field(default=0.2, ge=0, le=1)
-    """How often it is the class of the image's zero-shot pseudo-label, by its name."""
-    batch_size: int = Field(default=256, ge=2)
-    """Pairs in a step; a pair is learned from the others of its batch."""
-    steps: int = Field(default=1000, ge=1)
-    """Steps of a run."""
-    pool_steps: int = Field(default=0, ge=0)
-    """Steps before these in which the pool alone learns, from states at the first prompts: each text goes through the
-    language model once, so they cost next to nothing. The paper has none."""
-    lr: float = Field(default=5e-4, ge=0)
-    """Highest learning rate of prompts and pool."""
-    lora_lr: float = Field(default=1e-4, ge=0)
-    """Highest learning rate of LoRA."""
-    warmup: float = Field(default=0.02, ge=0, le=1)
-    """Share of the steps with a rising learning rate."""
-    weight_decay: float = Field(default=0.1, ge=0)
-    """AdamW's decay of matrices. Prompts, query, norms, biases and the scale have none."""
-    betas: tuple[Momentum, Momentum] = (0.9, 0.98)
-    """AdamW's averaging factors."""
-    eps: float = Field(default=1e-6, gt=0)
-    """AdamW's epsilon."""
-    clip_norm: float = Field(default=1.0, gt=0)
-    """Longest gradient; longer ones are scaled down."""
-    cache_gb: float = Field(default=2.0, ge=0)
-    """Memory for what the language model made of texts, without LoRA. Texts beyond it are read again at each step."""

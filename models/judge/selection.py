@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.methods.transduction import nearest, whitening
+from models.methods.transduction.tuning import nearest, whitening
 from models.vectors import at_least_float32, unit
 
 NEIGHBOURS = 10

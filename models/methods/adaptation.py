@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -16,12 +16,14 @@ Pixels = Callable[[Tensor, Tensor | None], Tensor]
 """Image numbers ``(b,)`` to pixels ``(b, 3, h, w)``: by seeds ``(b,)`` augmented views, by None as for testing."""
 
 
-Data = TypeVar("Data", "PairData", "TuneData")
+Data = TypeVar("Data", "PairData", "CaptionData", "TuneData")
 
 
 def _moved(data: Data, device: torch.device) -> Data:
     values = {f.name: getattr(data, f.name) for f in fields(data)}
-    moved: Any = {name: value.to(device) for name, value in values.items() if isinstance(value, (Tensor, PairData))}
+    moved: Any = {
+        name: value.to(device) for name, value in values.items() if isinstance(value, (Tensor, PairData, CaptionData))
+    }
     return replace(data, **moved)
 
 
@@ -50,6 +52,29 @@ class PairData:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CaptionData:
+    """The texts themselves, for a method that reads them with a tower of its own.
+
+    Args:
+        texts: every text, once: descriptions of images and groups, class names.
+        teacher: the CLIP's own unit features of the texts, `(texts, dim)`.
+        image_texts: number of each image's description, `(n,)` int64; -1 where there is none.
+        group_texts: for each image the numbers of the descriptions of groups it is in.
+        class_names: number of each class's name.
+    """
+
+    texts: Sequence[str]
+    teacher: Tensor
+    image_texts: Tensor
+    group_texts: Sequence[Sequence[int]]
+    class_names: Sequence[int]
+
+    def to(self, device: torch.device) -> CaptionData:
+        """The same, with every tensor on this device."""
+        return _moved(self, device)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TuneData:
     """What is known of a domain of n images. There is no place for a label.
 
@@ -68,6 +93,7 @@ class TuneData:
         centre: subtracted from image embeds before they are normalized, `(dim,)`; None for nothing.
         pixels: images of a batch, for `train` last_blocks and all.
         pairs: texts about pairs of images, for pc_clip.
+        captions: the texts themselves, for clamp.
 
     Raises:
         ValueError: fewer than 2 classes, no image, labels out of range, or tensors that do not belong together.
@@ -83,6 +109,7 @@ class TuneData:
     centre: Tensor | None = None
     pixels: Pixels | None = None
     pairs: PairData | None = None
+    captions: CaptionData | None = None
 
     def __post_init__(self) -> None:
         n_classes = len(self.class_texts)
@@ -121,10 +148,10 @@ class TuneData:
         """Some of the images, `(m,)` int64, with what is known of them; texts about groups and classes stay.
 
         Raises:
-            ValueError: there are pixels or pairs, which are about images by their number.
+            ValueError: there are pixels, pairs or captions, which are about images by their number.
         """
-        if self.pixels is not None or self.pairs is not None:
-            raise ValueError("pixels and pairs are about images by their number; take the others only")
+        if not self.pixels is self.pairs is self.captions is None:
+            raise ValueError("pixels, pairs and captions are about images by their number; take the others only")
         names = ("pseudo_labels", "image_texts", "has_image_text", "image_embeds")
         known: dict[str, Any] = {name: getattr(self, name) for name in names}
         return replace(self, **{name: tensor[rows] for name, tensor in known.items() if tensor is not None})
@@ -168,6 +195,7 @@ class Adapted:
         history: one dict per epoch, as `models.methods.training.train` returns it.
         assignments: soft classes of the domain's own images, `(n, classes)`, from a method that classifies them
             together, and so better than one by one with the prototypes; else None.
+        adapter: file of a text tower that is no CLIP's, see `models.methods.method.Adapter`; else None.
     """
 
     prototypes: Tensor
@@ -177,3 +205,4 @@ class Adapted:
     clip: nn.Module | None = None
     history: list[Stats] = field(default_factory=list)
     assignments: Tensor | None = None
+    adapter: bytes | None = None

@@ -1,50 +1,99 @@
-"""Every way to adapt to a domain, by the name it has in a domain file."""
+"""Every way to adapt to a domain, by the name it has in a domain file: ours, and those of packages that are installed.
+
+A package adds its methods by an entry point of the group ``latteflow.methods``: a
+:class:`~models.methods.method.Method`. Domain file, training, gate, report, export and card know it from then on.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from models.errors import ModelError
+from models.methods import baselines, clamp, latteclip, latteclip_plus, pc_clip, transduction
+from models.methods.method import Given, Method, Section, Sections
+from models.settings import Settings, TrainingSettings
 
-from models.methods.adaptation import Adapted, TuneData
-from models.methods.baselines import flyp, self_training, wise_ft
-from models.methods.latteclip import tune
-from models.methods.pc_clip import tune_pairs
-from models.methods.plus import tune_plus
-from models.methods.transduction import transduce
-from models.settings import LatteClipSettings, Method, PcClipSettings, TrainingSettings, TransductionSettings
+if TYPE_CHECKING:
+    from torch import nn
+
+    from models.methods.adaptation import Adapted, TuneData
+
+GROUP = "latteflow.methods"
+_OURS = (
+    latteclip.METHOD, latteclip_plus.METHOD, pc_clip.METHOD, transduction.METHOD, clamp.METHOD, *baselines.METHODS,
+)  # fmt: skip
+
+
+def _found() -> Mapping[str, Method]:
+    found = {method.name: method for method in _OURS}
+    for point in entry_points(group=GROUP):
+        try:
+            method = point.load()
+        except Exception as error:  # somebody else's code
+            raise ModelError(f"the method {point.value!r} of {_package(point)} cannot be loaded: {error!r}") from error
+        if not isinstance(method, Method):
+            raise ModelError(f"{point.value!r} of {_package(point)} is no Method but {type(method).__name__}")
+        if method.name in found:
+            raise ModelError(f"{_package(point)} brings a method {method.name!r}, and there is one of that name")
+        found[method.name] = method
+    return found
+
+
+def _package(point: Any) -> str:
+    return f"the package {point.dist.name}" if point.dist else "an installed package"
+
+
+def _sections(methods: Mapping[str, Method]) -> Mapping[str, type[Settings]]:
+    found: dict[str, type[Settings]] = {}
+    for method in methods.values():
+        for name, section in method.sections.items():
+            if found.setdefault(name, section.settings) is not section.settings:
+                raise ModelError(f"method {method.name!r}: the section {name!r} belongs to another method")
+    return found
+
+
+METHODS = _found()
+"""By name."""
+SECTIONS = _sections(METHODS)
+"""Settings of the methods, by the name of their section in a domain file."""
+_ZERO_SHOTS = {
+    "zero_shot_plain": "plain zero-shot",
+    "zero_shot_centred": "domain-centred zero-shot",
+    "zero_shot_estimated": "estimated zero-shot",
+}
+
+
+def label(name: str) -> str:
+    """A method or zero-shot for people."""
+    return _ZERO_SHOTS.get(name) or METHODS[name].label
+
+
+def readers(section: str) -> list[Method]:
+    """The methods that a section of the domain file is for."""
+    return [method for method in METHODS.values() if section in method.sections]
 
 
 def adapt(
-    method: Method,
+    name: str,
     data: TuneData,
-    latteclip: LatteClipSettings,
-    transduction: TransductionSettings,
+    *settings: Settings,
     training: TrainingSettings | None = None,
-    *,
-    pc_clip: PcClipSettings | None = None,
-    seed: int = 0,
     clip: nn.Module | None = None,
+    seed: int = 0,
     scale: float = 100.0,
-    **options: Any,
+    **engine: Any,
 ) -> Adapted:
-    """Adapt by one of the methods; arguments as for :func:`models.methods.latteclip.tune`.
+    """Adapt by the method of this name; see :class:`~models.methods.method.Given`.
 
-    Transduction has no randomness and does not look at ``seed``, nor, as nothing is trained, at ``latteclip``; class
-    descriptions are zero-shot with other class texts. CLAMP reads texts, not their features, and is not one of these:
-    see :mod:`models.methods.clamp`.
+    Args:
+        settings: sections, in any order; the others have their defaults.
     """
-    if method == "transduction":
-        found = transduce(transduction, data.image_features, data.class_features, scale)
-        return Adapted(prototypes=found.prototypes, scale=scale, assignments=found.assignments)
-    if method == "class_descriptions":
-        return Adapted(prototypes=data.class_features, scale=scale)
-    options |= {"seed": seed, "scale": scale}
-    if method == "pc_clip":
-        return tune_pairs(pc_clip or PcClipSettings(), data, training, clip=clip, **options)
-    if method == "latteclip_plus":
-        return tune_plus(latteclip, transduction, data, training, **options)
-    if method == "self_training":
-        return self_training(latteclip, data, training, **options)
-    trained = {"latteclip": tune, "flyp": flyp, "wise_ft": wise_ft}[method]
-    return trained(latteclip, data, training, clip=clip, **options)
+    given = Given(
+        data=data, sections=Sections(*settings), training=training, clip=clip, seed=seed, scale=scale, engine=engine
+    )
+    return METHODS[name].adapt(given)
+
+
+__all__ = ["METHODS", "SECTIONS", "Given", "Method", "Section", "Sections", "adapt", "label", "readers"]

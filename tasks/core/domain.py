@@ -8,34 +8,29 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, create_model, model_validator
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from models.errors import ModelError
+from models.methods.latteclip import LatteClipSettings
+from models.methods.method import Method, S, Sections
+from models.methods.registry import METHODS, SECTIONS, readers
 from models.settings import (
-    READS_PAIRS,
-    READS_TEXTS,
-    SEEDLESS,
-    ClampSettings,
     ClipSettings,
     DescriberSettings,
     GreyRange,
     LanguageModelSettings,
-    LatteClipSettings,
-    Method,
     OpenAISettings,
     PairSettings,
-    PcClipSettings,
     ScreenSettings,
     Settings,
     SidecarSettings,
     TagsSettings,
     TrainingSettings,
-    TransductionSettings,
     VllmSettings,
     WordsSettings,
     one_or_many,
@@ -194,7 +189,13 @@ _KINDS: dict[str, type[BaseModel]] = {
 }
 
 
-class Domain(Classes):
+if TYPE_CHECKING:
+    MethodName = str
+else:
+    MethodName = Literal[tuple(METHODS)]
+
+
+class _Domain(Classes):
     """One image domain: its images, its classes, and how to adapt to it. Name, source and classes are required."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
@@ -206,15 +207,12 @@ class Domain(Classes):
     clip: ClipSettings = ClipSettings()
     describer: DescriberSettings = TagsSettings()
     method: Annotated[
-        list[Method], Field(min_length=1), BeforeValidator(one_or_many, json_schema_input_type=Method | list[Method])
+        list[MethodName],
+        Field(min_length=1),
+        BeforeValidator(one_or_many, json_schema_input_type=MethodName | list[MethodName]),
     ] = Field(default=["latteclip_plus"])
     """Ways to adapt, as the report lists them; it looks closely at the first. Default: latteclip_plus, or latteclip
     where `latteclip.train` says that towers are trained."""
-    latteclip: LatteClipSettings = LatteClipSettings()
-    """Of latteclip and latteclip_plus; flyp, wise_ft and self_training take from it what is not about texts."""
-    transduction: TransductionSettings = TransductionSettings()
-    """Of transduction and latteclip_plus."""
-    clamp: ClampSettings = ClampSettings()
     training: TrainingSettings = TrainingSettings()
     """Of every method that trains."""
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
@@ -225,7 +223,6 @@ class Domain(Classes):
     screen: ScreenSettings = ScreenSettings()
     pairs: PairSettings = PairSettings()
     """Of pc_clip: what it learns from."""
-    pc_clip: PcClipSettings = PcClipSettings()
     prices: PriceSettings = PriceSettings()
     workers: WorkerSettings | None = None
     """Of runs under Prefect: other machines that write the texts. Default: the run's own process does."""
@@ -237,7 +234,7 @@ class Domain(Classes):
     """Local folder for what people read: OUTPUT/<name>/report.html and metrics.json."""
 
     @model_validator(mode="after")
-    def _questions_can_be_asked(self) -> Domain:
+    def _questions_can_be_asked(self) -> Self:
         shown = self.group.size if self.group.view == "images" else 1
         if self.prompt_pack and isinstance(self.describer, VllmSettings) and shown > self.describer.max_images:
             raise PydanticCustomError(
@@ -248,7 +245,7 @@ class Domain(Classes):
         return self
 
     @model_validator(mode="after")
-    def _questions_about_pairs_can_be_read(self) -> Domain:
+    def _questions_about_pairs_can_be_read(self) -> Self:
         try:
             _ = self.of_pairs().prompt_pack
         except PydanticCustomError as error:  # of `pairs.describer`: the other was looked at before
@@ -264,12 +261,13 @@ class Domain(Classes):
         return {**raw, "method": ["latteclip"]} if train in ("last_blocks", "all") else raw
 
     @model_validator(mode="after")
-    def _methods_can_run(self) -> Domain:
+    def _methods_can_run(self) -> Self:
         twice = [name for name, count in Counter(self.method).items() if count > 1]
         if twice:
             raise PydanticCustomError("method", f"`method`: {twice[0]} is named more than once")
-        reader = self.latteclip.texts_from
-        if reader != "clip" and not READS_TEXTS & {*self.method}:
+        latteclip = self.of(LatteClipSettings)
+        reader = latteclip.texts_from
+        if reader != "clip" and not any(method.reads == "texts" for method in self.methods):
             raise PydanticCustomError(
                 "method", f"`latteclip.texts_from: {reader}`: no method reads texts; add latteclip to `method`"
             )
@@ -278,35 +276,32 @@ class Domain(Classes):
                 "method",
                 f"`latteclip.texts_from: {reader}`: add {reader} to `method`, so that there is such a text tower",
             )
-        if reader == "clamp" and self.latteclip.trains_towers and self.latteclip.trains_texts:
+        if reader != "clip" and METHODS[reader].adapter and latteclip.trains_towers and latteclip.trains_texts:
             raise PydanticCustomError(
                 "method",
-                "`latteclip.texts_from: clamp`: the language model's texts cannot be trained on; add "
+                f"`latteclip.texts_from: {reader}`: the language model's texts cannot be trained on; add "
                 "`latteclip: {text_tower: frozen}`",
             )
-        if "clamp" in self.method and self.clamp.lm is None:
-            raise PydanticCustomError(
-                "method",
-                "`method`: clamp needs a language model: `clamp: {lm: NAME}` with a causal one from the model hub, a "
-                "folder, or `embedded`",
-            )
-        if "class_descriptions" in self.method and not (self.prompt_pack and self.prompt_pack.classes):
-            raise PydanticCustomError(
-                "method",
-                "`method`: class_descriptions needs a language model that is asked about classes: `describer: {kind: "
-                "vllm}` or `{kind: openai}`, with a prompt pack that has `classes`, as `generic`",
-            )
-        frozen = [name for name in self.method if name in ("latteclip_plus", "self_training")]
-        if frozen and self.latteclip.trains_towers:
+        for method in self.methods:
+            if mistake := method.mistake(self.sections):
+                raise PydanticCustomError("method", "`method`: {mistake}", {"mistake": mistake})
+            if method.reads == "class_texts" and not (self.prompt_pack and self.prompt_pack.classes):
+                raise PydanticCustomError(
+                    "method",
+                    f"`method`: {method.name} needs a language model that is asked about classes: `describer: {{kind: "
+                    "vllm}` or `{kind: openai}`, with a prompt pack that has `classes`, as `generic`",
+                )
+        frozen = [method.name for method in self.methods if method.works_on_features]
+        if frozen and latteclip.trains_towers:
             raise PydanticCustomError(
                 "method",
                 f"`method`: {' and '.join(frozen)} works on cached features, and `latteclip.train` is "
-                f"{self.latteclip.train}; use `train: projections`, or leave the method out",
+                f"{latteclip.train}; use `train: projections`, or leave the method out",
             )
         return self
 
     @property
-    def general(self) -> Domain | None:
+    def general(self) -> Self | None:
         """The images of `evaluation.general` under the settings of this domain; None without any."""
         own = self.evaluation.general if self.evaluation else None
         if own is None:
@@ -320,18 +315,32 @@ class Domain(Classes):
             }
         )
 
-    def of_split(self, split: str) -> Domain:
+    def of_split(self, split: str) -> Self:
         """With the classes of the images of a split."""
         return (self.general if split == "general" else None) or self
+
+    def of(self, kind: type[S]) -> S:
+        """The section with a method's settings."""
+        return self.sections.of(kind)
+
+    @property
+    def sections(self) -> Sections:
+        """Settings of the methods."""
+        return Sections(*(getattr(self, name) for name in SECTIONS))
+
+    @property
+    def methods(self) -> list[Method]:
+        """What is known of the methods that `method` names."""
+        return [METHODS[name] for name in self.method]
 
     @property
     def compares(self) -> bool:
         """Whether a method needs texts about pairs."""
-        return bool(READS_PAIRS & {*self.method})
+        return any(method.reads == "pairs" for method in self.methods)
 
-    def seeds_of(self, method: Method) -> list[int | None]:
+    def seeds_of(self, method: str) -> list[int | None]:
         """One for each model of a method; None for a method without random numbers."""
-        return [None] if method in SEEDLESS else list(self.seeds)
+        return list(self.seeds) if METHODS[method].is_seeded else [None]
 
     @functools.cached_property
     def prompt_pack(self) -> prompts.PromptPack | None:
@@ -343,7 +352,7 @@ class Domain(Classes):
         except ModelError as error:
             raise PydanticCustomError("prompts", "`describer.prompts`: {why}", {"why": str(error)}) from error
 
-    def of_pairs(self) -> Domain:
+    def of_pairs(self) -> Self:
         """This domain with whoever writes the texts about pairs as its describer."""
         own = self.pairs.describer or self.describer
         writer = own if isinstance(own, LanguageModelSettings) else WordsSettings()
@@ -352,7 +361,7 @@ class Domain(Classes):
         return found
 
     @classmethod
-    def load(cls, path: str | Path) -> Domain:
+    def load(cls, path: str | Path) -> Self:
         """Read a domain file.
 
         Raises:
@@ -385,6 +394,23 @@ class Domain(Classes):
             )
             lines = [_explain(each, raw) for each in mistakes]
             raise ConfigError("\n".join([f"domain file {path} has {len(lines)} mistake(s):", *lines])) from error
+
+
+def _section_of(name: str, kind: type[Settings]) -> tuple[type[Settings], Any]:
+    who = [method.name for method in readers(name)]
+    return kind, Field(default=kind(), description=f"Of {', '.join(who)}.")
+
+
+if TYPE_CHECKING:
+    Domain = _Domain
+else:
+    Domain = create_model(
+        "Domain",
+        __base__=_Domain,
+        __module__=__name__,
+        __doc__=_Domain.__doc__,
+        **{name: _section_of(name, kind) for name, kind in SECTIONS.items()},
+    )
 
 
 def _plain(value: Any) -> Any:

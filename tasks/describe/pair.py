@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import polars as pl
 
-from models.methods.comparative import confused_pairs, soft_confusion
-from models.methods.pairs import Pairs, draw_pairs
+from models.methods.pc_clip.comparative import confused_pairs, soft_confusion
+from models.methods.pc_clip.pairs import Pairs, draw_pairs
 from models.texts.differences import RULES, read_difference
 from models.texts.prompts import fill
 from models.texts.screening import fits_language

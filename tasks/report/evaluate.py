@@ -16,7 +16,7 @@ import polars as pl
 from models.judge import metrics
 from models.judge.few_labels import LABELS, few_labels, worth
 from models.judge.metrics import Predictions
-from models.settings import ZERO_SHOTS, Method, own_zero_shot
+from models.settings import ZERO_SHOTS, own_zero_shot
 from storage.artifacts import Artifact, ArtifactWriter
 from storage.shards import overlap, read_index
 from storage.tables import parquet
@@ -26,7 +26,7 @@ from tasks.core.stage import StageResult, open_store, run_stage
 from tasks.report.forgetting import general_answers
 from tasks.report.labels import digest_of_labels, read_truth
 from tasks.report.slices import Slice, slices
-from tasks.tune.tune import read_tuned, tuned_features
+from tasks.tune.models import read_tuned, tuned_features
 
 VERSION = 3
 FORMAT = 3
@@ -114,7 +114,7 @@ def evaluate(
         is_own = embedded.ref == trained_on.ref
         middle = centred(found.embeds, train.centre)
 
-        def head(method: Method, seed: int | None) -> Head:
+        def head(method: str, seed: int | None) -> Head:
             model = read_tuned(models, method, seed)
             if is_own and model.assignments is not None:
                 logits = np.log(np.maximum(model.assignments, FLOOR, dtype=np.float64))
@@ -287,7 +287,7 @@ def _forgotten(domain: Domain, models: Artifact, images: Artifact, embedded: Art
     truth = read_truth(own, [paths[key] for key in found.keys])
     labelled = truth >= 0
 
-    def right(method: Method) -> np.ndarray:
+    def right(method: str) -> np.ndarray:
         said = (general_answers(domain, models, images, embedded, method, seed) for seed in domain.seeds_of(method))
         return np.mean([(each == truth)[labelled] for each in said], axis=0)
 

@@ -6,22 +6,22 @@ from dataclasses import replace
 
 import numpy as np
 
-from models.settings import Method
+from models.methods.registry import METHODS
 from storage.artifacts import Artifact
 from tasks.core.domain import Domain
 from tasks.core.features import read_features
 from tasks.ingest.embed import class_text_features
-from tasks.tune.tune import clamp, part_name, read_tuned, text_reader, tuned_features
+from tasks.tune.models import part_name, read_tuned, text_reader, tuned_features
 
 
 def general_answers(
-    domain: Domain, models: Artifact, images: Artifact, embedded: Artifact, method: Method, seed: int | None
+    domain: Domain, models: Artifact, images: Artifact, embedded: Artifact, method: str, seed: int | None
 ) -> np.ndarray:
     """The class of each image of `evaluation.general`, ``(n,)``, in the order of their features, by an adapted model.
 
     Only its towers take part: its classifier knows the domain's classes, so each class here is what the text tower
-    reads in its sentences (CLAMP's: in its name, as in training). Where the domain's embeddings are centred, these are,
-    by their own mean, as they are for the untouched model.
+    reads in its sentences (by an adapter: in its name, as in training). Where the domain's embeddings are centred,
+    these are, by their own mean, as they are for the untouched model.
 
     Args:
         images, embedded: of the split `general`.
@@ -29,9 +29,9 @@ def general_answers(
     own = domain.of_split("general")
     found = read_features(embedded)
     model = replace(read_tuned(models, method, seed), centre=found.shift)
-    if method == "clamp":
-        tower = clamp.read_tower(domain, models, part_name(method, seed))
-        text = tower.text_features(own.prompt_names).cpu().numpy()
+    if adapter := METHODS[method].adapter:
+        read = adapter.read(models.read(f"{part_name(method, seed)}.adapter.safetensors"), domain.sections)
+        text = read(own.prompt_names)
     else:
         text = class_text_features(own, text_reader(domain, model).text_features)
     answers: np.ndarray = (tuned_features(domain, model, images, found) @ text.T).argmax(axis=1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from models.methods.comparative import projections, ranking
+from models.methods.pc_clip.comparative import projections, ranking
 from models.settings import ZERO_SHOT
 from models.towers import clip
 from storage.errors import DataError
@@ -19,7 +19,7 @@ from tasks.core.domain import Domain
 from tasks.core.features import centred, read_features
 from tasks.core.stage import StageResult, open_store
 from tasks.report.html import html, picture_url, thumbnail
-from tasks.tune.tune import chosen_model, text_reader, tuned_features
+from tasks.tune.models import chosen_model, text_reader, tuned_features
 
 LONGEST = 500
 """Characters of an attribute; more is a mistake, and no CLIP reads it."""
@@ -101,7 +101,8 @@ def rank(
         reader, name = clip.load(domain.clip), ZERO_SHOT
         features = centred(found.embeds, found.shift)
     else:
-        preferred = "pc_clip" if method is None and "pc_clip" in domain.method else method
+        compares = next((each.name for each in domain.methods if each.reads == "pairs"), None)
+        preferred = compares if method is None else method
         name, _, model = chosen_model(domain, tuned, seed, preferred)
         reader, features = text_reader(domain, model), tuned_features(domain, model, images, found)
     if reader.too_long([text])[0]:

@@ -13,7 +13,8 @@ import numpy as np
 import polars as pl
 
 from models.judge.flat import flat
-from models.settings import NAMES, SEEDLESS, ZERO_SHOTS, own_zero_shot
+from models.methods.registry import METHODS, label
+from models.settings import ZERO_SHOTS, own_zero_shot
 from models.texts.differences import RULES
 from models.texts.screening import FLAGS, FLOOR_WEIGHT
 from models.towers import clip
@@ -31,8 +32,8 @@ from tasks.describe.texts import describer_identity
 from tasks.report import html, page
 from tasks.report.charts import Placed
 from tasks.report.slices import nearest
+from tasks.tune.models import read_history, read_tuned, tuned_features
 from tasks.tune.select import Selection, read_selection
-from tasks.tune.tune import read_history, read_tuned, tuned_features
 
 VERSION = 3
 EXAMPLES = 12
@@ -84,7 +85,7 @@ def kept(domain: Domain, selection: Selection) -> str:
     """What the gate kept and why, in a sentence that says which zero-shot where it is that."""
     if selection.best is not None:
         return selection.told
-    return f"{NAMES[own_zero_shot(domain.clip.centre)]}: {selection.told}"
+    return f"{label(own_zero_shot(domain.clip.centre))}: {selection.told}"
 
 
 class _Findings:
@@ -162,18 +163,19 @@ class _Findings:
         methods = []
         for name in (*ZERO_SHOTS, *self._domain.method):
             score = self._scores.get(name, {})
-            seeds = () if name not in self._domain.method or name in SEEDLESS else score.get("seeds", ())
+            has_seeds = name in self._domain.method and METHODS[name].is_seeded
+            seeds = score.get("seeds", ()) if has_seeds else ()
             found = {key: score[key] for key in shown if score.get(key) is not None}
             if "mcnemar" in score:
                 found["mcnemar_p"] = score["mcnemar"]["p"]
             if "calibration" in score:
                 found["calibration"] = _calibration(score["calibration"])
-            methods.append(page.Method(id=name, label=NAMES[name], seeds=seeds, note=_gain(score), **found))
+            methods.append(page.Method(id=name, label=label(name), seeds=seeds, note=_gain(score), **found))
         return methods
 
     def _judged(self) -> list[page.Judged]:
         def name(method: str, seed: int | None) -> str:
-            return NAMES[method] if seed is None else f"{NAMES[method]}, seed {seed}"
+            return label(method) if seed is None else f"{label(method)}, seed {seed}"
 
         return [
             page.Judged(

@@ -11,25 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.judge.metrics import seen_note
-from models.settings import NAMES, ZERO_SHOT, own_zero_shot
+from models.methods.registry import METHODS, label
+from models.settings import ZERO_SHOT, own_zero_shot
 from storage.artifacts import Artifact
 from tasks.core.domain import Domain
 
 if TYPE_CHECKING:
     import polars as pl
 
-_HOW = {
-    "zero_shot": "not at all: the classifier is the text tower's reading of the class names",
-    "latteclip": "LatteCLIP (Cao et al. 2025, arXiv 2410.08211)",
-    "latteclip_plus": "LatteCLIP (Cao et al. 2025, arXiv 2410.08211) between two anchored transductions",
-    "pc_clip": "PC-CLIP, on texts about how two images differ",
-    "transduction": "anchored transduction: prototypes from all images at once",
-    "clamp": "CLAMP (arXiv 2312.01629): the class names were read by a language model",
-    "class_descriptions": "not at all: the classifier is the text tower's reading of the class names, described",
-    "flyp": "FLYP (arXiv 2212.00638) on zero-shot pseudo-labels",
-    "wise_ft": "the mean of FLYP's weights and zero-shot's (arXiv 2109.01903)",
-    "self_training": "self-training on its own labels",
-}
+_ZERO_SHOT = "not at all: the classifier is the text tower's reading of the class names"
 
 
 def model_card(
@@ -59,9 +49,10 @@ def model_card(
         unknown: how images of none of the classes are told, or why they are not.
     """
     base = ", ".join(_public(name) for name in (domain.clip.model, domain.clip.pretrained) if name)
-    adapted = _HOW[method] + ("" if seed is None else f"; seed {seed}")
+    how = _ZERO_SHOT if method == ZERO_SHOT else METHODS[method].how
+    adapted = how + ("" if seed is None else f"; seed {seed}")
     if method == ZERO_SHOT:
-        adapted += f" ({NAMES[own_zero_shot(domain.clip.centre)]})"
+        adapted += f" ({label(own_zero_shot(domain.clip.centre))})"
     fingerprints = {stage: artifact.fingerprint for stage, artifact in lineage.items()} | dict(artifacts)
     counts = lineage["shard"].counts
     gate = f"The gate, which reads no label: {verdict}." if verdict else "The gate was not asked about this model."
@@ -259,8 +250,6 @@ def _without(method: str, domain: Domain, formats: Sequence[str]) -> str:
         )
     if domain.clip.resize == "pad":
         lines.append("- Pictures must be padded to a white square before any of these.")
-    if method == "clamp":
-        lines.append(
-            "- `clamp.safetensors` is the adapter of CLAMP's text tower; its language model is not in the folder."
-        )
+    if method != ZERO_SHOT and (adapter := METHODS[method].adapter):
+        lines.append(f"- {adapter.note}")
     return "\n".join(lines)

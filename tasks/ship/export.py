@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from models.errors import ModelError
-from models.settings import ZERO_SHOT, Method
+from models.methods.registry import METHODS
+from models.settings import ZERO_SHOT
 from models.towers import clip
-from models.towers.folder import CARD_FILE, CLAMP_FILE, check_target, list_files, written
+from models.towers.folder import CARD_FILE, check_target, list_files, written
 from storage.artifacts import Artifact, ArtifactStore
 from storage.errors import DataError
 from storage.folders import carry, check_place, whole_folder
@@ -27,8 +28,8 @@ from tasks.core.domain import Domain
 from tasks.core.features import Features, centred, read_features
 from tasks.core.stage import StageResult, open_store
 from tasks.ship.card import model_card
-from tasks.tune.heldout import NOTHING_LEARNT, held_out_scores, why_not
-from tasks.tune.tune import Tuned, chosen_model, part_name, tuned_clip, tuned_features
+from tasks.tune.heldout import held_out_scores, why_not
+from tasks.tune.models import Tuned, chosen_model, part_name, tuned_clip, tuned_features
 
 if TYPE_CHECKING:
     from models.ship.predictor import Predictor
@@ -160,7 +161,7 @@ class _Export:
     """
 
     domain: Domain
-    method: Method | None
+    method: str | None
     seed: int | None
     model: Tuned
     lineage: Mapping[str, Artifact]
@@ -198,9 +199,9 @@ class _Export:
             temperature=self._temperature(),
             **{name: None if change is None else torch.from_numpy(change) for name, change in maps.items()},
         )
-        if self.method == "clamp":
-            data = self.lineage["tune"].read(f"{part_name('clamp', self.seed)}.adapter.safetensors")
-            (folder / CLAMP_FILE).write_bytes(data)
+        if self.method and METHODS[self.method].adapter:
+            data = self.lineage["tune"].read(f"{part_name(self.method, self.seed)}.adapter.safetensors")
+            (folder / f"{self.method}.safetensors").write_bytes(data)
         predictor = Predictor.load(folder)
         difference = self._difference(predictor)
         if not difference <= MOST_DIFFERENCE:
@@ -255,12 +256,12 @@ class _Export:
         least = math.ceil(1 / UNKNOWN_SHARE) - 1
         if len(self.found.keys) < least:
             return None, f"{len(self.found.keys)} images are too few to say how low scores may be; {least} are needed"
-        if self.method is None or self.method in NOTHING_LEARNT:
+        if self.method is None or not METHODS[self.method].learns_from_images:
             return unknown_below(scores(self.features, self.model.prototypes, self.model.scale)), ""
-        if why := why_not(self.domain, self.method):
+        if why := why_not(self.domain, METHODS[self.method]):
             return None, f"it takes images that the model has not learnt from, and for those {why}"
         made_from = self.lineage["shard"], self.lineage["embed"], self.lineage.get("screen")
-        return unknown_below(held_out_scores(self.domain, self.method, self.seed, *made_from)), ""
+        return unknown_below(held_out_scores(self.domain, METHODS[self.method], self.seed, *made_from)), ""
 
     def _difference(self, predictor: Predictor) -> float:
         """The largest between the folder's and the store's probability of a class, on some training images."""

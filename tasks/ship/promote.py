@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from models.settings import Method
 from models.towers import clip
 from storage.artifacts import Artifact, ArtifactRef, ArtifactStore, ArtifactWriter
 from storage.errors import DataError, NotFound
@@ -41,7 +40,7 @@ class Champion:
 
     tuned: ArtifactRef
     images: ArtifactRef
-    method: Method
+    method: str
     seed: int | None
     score: float
     about: str
@@ -72,7 +71,7 @@ class Decision:
 
     promote: bool
     reason: str
-    method: Method
+    method: str
     seed: int | None
     score: float
     champion: float | None = None

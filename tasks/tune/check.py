@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from models.methods.clamp import lm
 from models.settings import TagsSettings
 from models.towers import clip
 from tasks.core.domain import Domain
@@ -21,8 +20,8 @@ def check_models(domain: Domain) -> None:
     # What has embedded the domain before is known to work, and to look closer takes the seconds that open_clip takes.
     if not any(made.inputs["clip"] == who for made in open_store(domain).all(domain.name, "embed")):
         clip.check(domain.clip)
-    if "clamp" in domain.method:
-        lm.identity(domain.clamp)
+    for method in domain.methods:
+        method.made_from(domain.sections)
     for writer in (domain, domain.of_pairs()) if domain.compares else (domain,):
         if not isinstance(writer.describer, TagsSettings):
             describer_identity(writer, None)

@@ -10,28 +10,27 @@ import logging
 
 import numpy as np
 
-from models.settings import READS_TEXTS, SEEDLESS, Method
-from models.towers import clip
+from models.methods.latteclip import LatteClipSettings
+from models.methods.method import Method
 from storage.artifacts import Artifact
 from tasks.core.domain import Domain
 from tasks.core.features import centred
 from tasks.core.stage import StageResult
-from tasks.tune.tune import Trainer
+from tasks.tune.inputs import Inputs, Stages
 
 log = logging.getLogger("latteflow.tasks")
 ENOUGH = 500
 """Scores from which on one half says how low those of new images are: to a share of 1 %, give or take half a point."""
-NOTHING_LEARNT: frozenset[Method] = frozenset({"class_descriptions"})
-"""Methods whose classifier comes from texts alone: every image is as new to it as any other, as it is to zero-shot."""
 
 
 def why_not(domain: Domain, method: Method) -> str:
     """Why a model cannot be adapted to halves in the time of an export; empty if it can."""
-    if method in ("clamp", "pc_clip"):
-        return f"{method} would have to train its text tower again"
-    if method in READS_TEXTS and domain.latteclip.texts_from != "clip":
-        return f"{domain.latteclip.texts_from} would have to train its text tower again"
-    if method not in SEEDLESS and domain.latteclip.trains_towers:
+    settings = domain.of(LatteClipSettings)
+    if method.reads_for_others:
+        return f"{method.name} would have to train its text tower again"
+    if method.reads == "texts" and settings.texts_from != "clip":
+        return f"{settings.texts_from} would have to train its text tower again"
+    if method.trains_towers(domain.sections, domain.clip.model == "embedded"):
         return "the towers would have to be trained again"
     return ""
 
@@ -49,26 +48,20 @@ def held_out_scores(
     """
     import torch
 
-    from models.methods.registry import adapt
+    from models.methods.method import Given
     from models.ship.predictor import scores
 
-    stages = (images, embedded, screened or embedded)  # a method without texts never looks at the last
-    trainer = Trainer(domain, tuple(StageResult.of(each.ref) for each in stages))
-    data, towers = trainer.data(method), clip.load(domain.clip)
+    made = (images, embedded, screened or embedded)  # a method without texts never looks at the last
+    inputs = Inputs(domain, Stages(*(StageResult.of(each.ref) for each in made)))
+    data, towers = inputs.of(method), inputs.clip
     assert data.image_embeds is not None and data.centre is not None
     found = []
     for first in (0, 1) if len(data) < 2 * ENOUGH else (0,):
-        log.info("export %s: adapting to half of the images, to score the other half", method)
+        log.info("export %s: adapting to half of the images, to score the other half", method.name)
         held, rest = (torch.arange(start, len(data), 2) for start in (first, 1 - first))
-        model = adapt(
-            method,
-            data.take(rest).to(towers.device),
-            domain.latteclip,
-            domain.transduction,
-            domain.training,
-            seed=seed or 0,
-            scale=towers.scale,
-        )
+        half = data.take(rest).to(towers.device)
+        given = Given(data=half, sections=domain.sections, training=domain.training, seed=seed or 0, scale=towers.scale)
+        model = method.adapt(given)
         moved = (data.image_embeds[held] - data.centre).numpy()
         if model.image_map is not None:
             moved = moved @ model.image_map.cpu().numpy()

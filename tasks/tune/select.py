@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from models.settings import Method
 from storage.artifacts import Artifact, ArtifactWriter
 from tasks.core.domain import Domain
 from tasks.core.features import Features, centred, read_features
 from tasks.core.stage import StageResult, open_store, run_stage
-from tasks.tune.tune import read_tuned, tuned_features
+from tasks.tune.models import read_tuned, tuned_features
 
 VERSION = 4
 MOST_IMAGES = 20_000
@@ -24,7 +23,7 @@ MOST_IMAGES = 20_000
 class Judged:
     """What is thought of one adapted model; see :class:`models.judge.selection.Verdict`."""
 
-    method: Method
+    method: str
     seed: int | None
     accepted: bool
     reason: str
@@ -122,7 +121,7 @@ class Views:
         labels: np.ndarray = (self.space @ self._found.class_features.T).argmax(1)
         return labels
 
-    def logits(self, models: Artifact, method: Method, seed: int | None) -> np.ndarray:
+    def logits(self, models: Artifact, method: str, seed: int | None) -> np.ndarray:
         """By a model of a `tune` artifact, ``(n, classes)``."""
         tuned = read_tuned(models, method, seed)
         features = tuned_features(self._domain, tuned, self._images, self._found)

@@ -219,7 +219,9 @@ def run(command: Mapping[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     late = (
-        ("flows.adapt", "models.towers.clip", "models.methods.latteclip") if "pipeline" in sys.argv[1:] else ("s3fs",)
+        ("flows.adapt", "models.towers.clip", "models.methods.latteclip.tuning")
+        if "pipeline" in sys.argv[1:]
+        else ("s3fs",)
     )
     for name in late:
         importlib.import_module(name)

@@ -17,7 +17,7 @@ from storage.tables import read_parquet
 from tasks.core.domain import Domain
 from tasks.core.features import read_features
 from tasks.core.stage import StageResult, open_store
-from tasks.tune.tune import read_tuned
+from tasks.tune.models import read_tuned
 
 
 def ran(results: list[StageResult]) -> set[str]:

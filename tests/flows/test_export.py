@@ -11,7 +11,7 @@ import pytest
 
 from conftest import call
 from flows.pipeline import run_plainly
-from models.settings import LatteClipSettings
+from models.methods.latteclip import LatteClipSettings
 from storage.tables import read_parquet
 from tasks.core.domain import Domain
 from tasks.core.stage import open_store
@@ -75,7 +75,7 @@ def test_open_clip_alone_gives_our_predictions(domain: Domain, tmp_path: Path, t
 
 
 def test_training_towers_changes_them_and_nothing_frozen(domain: Domain) -> None:
-    from tasks.tune.tune import read_tuned
+    from tasks.tune.models import read_tuned
 
     settings = LatteClipSettings(train="last_blocks", n_blocks=1, epochs=2, batch_size=8, lr=1e-3)
     domain = domain.model_copy(update={"latteclip": settings, "seeds": [0]})

@@ -19,7 +19,7 @@ from tasks.core.stage import open_store
 from tasks.report import forgetting
 from tasks.report.forgetting import general_answers
 from tasks.ship.export import export_tuned
-from tasks.tune.tune import read_tuned
+from tasks.tune.models import read_tuned
 from tests.conftest import draw_folder
 
 pytestmark = pytest.mark.slow

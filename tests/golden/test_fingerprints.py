@@ -26,11 +26,20 @@ from tasks.core.stage import NotMade, StageResult, rules
 ROOT = Path(__file__).parents[2]
 TABLE = Path(__file__).with_suffix(".json")
 SHIPPED = ("demo", "clipart", "emoji_coarse", "emoji_animals")
-ALL = ["latteclip", "latteclip_plus", "pc_clip", "transduction", "flyp", "wise_ft", "self_training", "class_descriptions"]
+ALL = [
+    "latteclip",
+    "latteclip_plus",
+    "pc_clip",
+    "transduction",
+    "flyp",
+    "wise_ft",
+    "self_training",
+    "class_descriptions",
+]
 
 
 def fingerprints(domain: Domain, folder: Path) -> dict[str, str]:
-    """Of every stage after `shard`; digests of images, weights, labels and earlier artifacts left out, as they are no settings."""
+    """Of every stage after `shard`, without the digests of images, weights, labels and earlier artifacts."""
     folder.mkdir(parents=True)
     Image.new("RGB", (32, 32), "red").save(folder / "red.png")
     (folder / "labels.csv").write_text(f'path,class\nred.png,"{domain.classes[0]}"\n')

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from models.methods.latteclip import (
+from models.methods.latteclip import LatteClipSettings
+from models.methods.latteclip.tuning import (
     Step,
     classify,
     latte_step,
@@ -27,7 +28,6 @@ from models.methods.latteclip import (
 )
 from models.methods.losses import clip_loss
 from models.schedule import steps_per_epoch, warmup_cosine
-from models.settings import LatteClipSettings
 from models.texts.collage import collage, layout
 
 F64 = torch.float64

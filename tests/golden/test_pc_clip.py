@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from models.methods.adaptation import PairData
-from models.methods.comparative import (
+from models.methods.losses import clip_loss
+from models.methods.pc_clip import PcClipSettings
+from models.methods.pc_clip.comparative import (
     compare_prompts,
     confused_pairs,
     difference_accuracy,
@@ -21,10 +23,8 @@ from models.methods.comparative import (
     soft_confusion,
     unit,
 )
-from models.methods.losses import clip_loss
-from models.methods.pairs import unrank
-from models.methods.pc_clip import DRIFT, PcClip, difference, drift_matched_lr, pair_loss
-from models.settings import PcClipSettings
+from models.methods.pc_clip.pairs import unrank
+from models.methods.pc_clip.tuning import DRIFT, PcClip, difference, drift_matched_lr, pair_loss
 from models.texts.differences import read_difference
 
 # G1: images are not normalized, nor are texts.

@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import load, save
 
 from models.errors import ModelError
-from models.methods.clamp import lm
+from models.methods.clamp import ClampSettings, lm
 from models.methods.clamp.tower import ClampTower
-from models.settings import ClampSettings
 
 SCHEMA = 1
 _OF_THE_TOWER = {

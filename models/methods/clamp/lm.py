@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.digests import digest_of_file
 from models.errors import ModelError
-from models.settings import ClampSettings
+from models.methods.clamp import ClampSettings
 from models.towers.clip import cache_folder
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import ModelError
+from models.methods.clamp import ClampSettings
 from models.methods.clamp.masks import positions, read_only_mask
 from models.methods.clamp.pooling import AttentionPool
 from models.methods.clamp.wrapper import Tokens, Wrapper
-from models.settings import ClampSettings
 from models.vectors import unit
 
 FIRST_SCALE, MAX_SCALE = 1 / 0.07, 100.0

@@ -6,8 +6,8 @@ import torch
 
 from models.judge import metrics
 from models.judge.calibration import expected_accuracy, neighbours_say, temperature
-from models.methods.transduction import transduce
-from models.settings import TransductionSettings
+from models.methods.transduction import TransductionSettings
+from models.methods.transduction.tuning import transduce
 
 
 def unit(rows: np.ndarray) -> np.ndarray:

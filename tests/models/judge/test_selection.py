@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models.judge.selection import BAR, NEIGHBOURS, SHARE, Duel, Evidence, duel, estimates, judge, kappa, neighbours
-from models.methods.transduction import nearest
+from models.methods.transduction.tuning import nearest
 from models.vectors import unit
 
 K = 5

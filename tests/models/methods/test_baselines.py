@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from models.methods.adaptation import TuneData
-from models.methods.baselines import flyp, self_training, wise_ft
-from models.methods.latteclip import classify
+from models.methods.baselines.tuning import flyp, self_training, wise_ft
+from models.methods.latteclip import LatteClipSettings
+from models.methods.latteclip.tuning import classify
 from models.methods.losses import clip_loss
-from models.settings import LatteClipSettings
 from models.vectors import unit
 
 pytestmark = pytest.mark.slow

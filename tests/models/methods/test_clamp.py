@@ -11,11 +11,11 @@ from torch import Tensor
 
 import tinylm
 from models.errors import ModelError
+from models.methods.clamp import ClampSettings
 from models.methods.clamp.losses import contrastive, distillation
 from models.methods.clamp.masks import positions, read_only_mask
 from models.methods.clamp.tower import ClampTower
 from models.methods.clamp.wrapper import WRAPPERS, Tokens, Wrapper, normal
-from models.settings import ClampSettings
 from models.vectors import unit
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -8,9 +8,8 @@ import pytest
 
 import tinylm
 from models.errors import ModelError
-from models.methods.clamp import lm
+from models.methods.clamp import ClampSettings, lm
 from models.methods.clamp.tower import ClampTower
-from models.settings import ClampSettings
 
 
 @pytest.fixture

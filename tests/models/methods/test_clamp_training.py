@@ -14,10 +14,11 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 import tinylm
+from models.methods.clamp import ClampSettings
 from models.methods.clamp.tower import ClampTower
 from models.methods.clamp.training import Clamp, ClampData
 from models.methods.training import train
-from models.settings import ClampSettings, TrainingSettings
+from models.settings import TrainingSettings
 from models.vectors import unit
 
 N, DIM = 21, 16

@@ -14,10 +14,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from models.methods.adaptation import TuneData
-from models.methods.latteclip import _group_sampler, classify, latte_step, tune, update_prototypes
+from models.methods.latteclip import LatteClipSettings
+from models.methods.latteclip.tuning import _group_sampler, classify, latte_step, tune, update_prototypes
 from models.methods.training import NonFiniteLossError
 from models.schedule import warmup_cosine
-from models.settings import LatteClipSettings
 from models.towers.blocks import ignores_padding, text_features
 from models.towers.embedded import EmbeddedClip
 from models.vectors import unit

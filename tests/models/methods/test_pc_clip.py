@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from models.methods.adaptation import PairData, TuneData
-from models.methods.comparative import compare_prompts, difference_accuracy, difference_scores
-from models.methods.pc_clip import PcClip, difference, pair_loss, tune_pairs
+from models.methods.pc_clip import PcClipSettings
+from models.methods.pc_clip.comparative import compare_prompts, difference_accuracy, difference_scores
+from models.methods.pc_clip.tuning import PcClip, difference, pair_loss, tune_pairs
 from models.methods.training import train
-from models.settings import ClipSettings, PcClipSettings
+from models.settings import ClipSettings
 from models.towers import clip as clips
 from models.vectors import unit
 

@@ -12,8 +12,9 @@ import torch
 
 from benchmarks.step import SAVINGS, Texts, plain_schedule
 from models.methods.adaptation import Adapted, TuneData
-from models.methods.latteclip import LatteClip, tune
-from models.settings import LatteClipSettings, TrainingSettings
+from models.methods.latteclip import LatteClipSettings
+from models.methods.latteclip.tuning import LatteClip, tune
+from models.settings import TrainingSettings
 
 pytestmark = pytest.mark.slow
 

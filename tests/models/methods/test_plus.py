@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from models.methods.adaptation import TuneData
-from models.methods.latteclip import classify, tune
-from models.methods.plus import tune_plus
-from models.methods.transduction import transduce
-from models.settings import LatteClipSettings, TransductionSettings
+from models.methods.latteclip import LatteClipSettings
+from models.methods.latteclip.tuning import classify, tune
+from models.methods.latteclip_plus.tuning import tune_plus
+from models.methods.transduction import TransductionSettings
+from models.methods.transduction.tuning import transduce
 from models.vectors import unit
 
 pytestmark = pytest.mark.slow

@@ -15,10 +15,11 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from models.methods.adaptation import TuneData
-from models.methods.latteclip import LatteClip
+from models.methods.latteclip import LatteClipSettings
+from models.methods.latteclip.tuning import LatteClip
 from models.methods.losses import clip_loss
 from models.methods.training import Batch, NonFiniteLossError, Trainable, train
-from models.settings import LatteClipSettings, TrainingSettings
+from models.settings import TrainingSettings
 from models.vectors import unit
 
 N, DIM = 20, 6

@@ -13,7 +13,7 @@ from models.towers import clip
 from tasks.core.domain import Domain
 from tasks.core.errors import ConfigError
 from tasks.core.stage import open_store
-from tasks.tune.tune import read_tuned
+from tasks.tune.models import read_tuned
 
 SAID = {
     "red": "its colour is that of ripe tomatoes and fire engines",

@@ -192,15 +192,16 @@ def test_of_several_texts_training_uses_the_heaviest_then_the_first(domain: Doma
 
 
 def test_dropped_texts_do_not_reach_training(domain: Domain, tmp_path: Path) -> None:
+    from models.methods.registry import METHODS
     from models.towers import clip
-    from tasks.tune.tune import Trainer
+    from tasks.tune.inputs import Inputs, Stages
 
     refusal = "I'm sorry, but I can't assist with that."
     with_texts(domain, tmp_path, {"001.png": refusal})
     images, features, *texts = before(domain)
     screened = screen(domain, images, features, *texts)
     store = open_store(domain)
-    data = Trainer(domain, (images, features, screened)).data("latteclip")
+    data = Inputs(domain, Stages(images, features, screened)).of(METHODS["latteclip"])
     assert data.image_texts is not None and data.has_image_text is not None and data.group_texts is not None
     rows = {
         keys[0]: (text, weight)

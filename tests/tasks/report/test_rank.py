@@ -15,7 +15,7 @@ from tasks.core.domain import Domain
 from tasks.core.features import centred, read_features
 from tasks.core.stage import open_store
 from tasks.report.rank import rank, sentence
-from tasks.tune.tune import read_tuned, text_reader, tuned_features
+from tasks.tune.models import read_tuned, text_reader, tuned_features
 
 pytestmark = pytest.mark.slow
 

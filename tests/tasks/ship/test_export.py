@@ -13,7 +13,9 @@ import tinylm
 from conftest import call, draw, draw_folder
 from flows.pipeline import run_plainly
 from models.errors import ModelError
-from models.settings import ClampSettings, ClipSettings
+from models.methods.clamp import ClampSettings
+from models.methods.registry import METHODS
+from models.settings import ClipSettings
 from models.ship.predictor import Predictor
 from tasks.core.domain import Domain
 from tasks.core.stage import open_store
@@ -141,7 +143,7 @@ def test_about_one_in_a_hundred_new_images_is_marked_and_no_more(domain: Domain,
         found = predict(folder, str(tmp_path / "new"), str(tmp_path / "new.parquet"))
         assert found.unknown is not None and found.unknown <= 10
     towers = domain.model_copy(update={"latteclip": domain.latteclip.model_copy(update={"train": "all"})})
-    assert "towers" in why_not(towers, "latteclip") and not why_not(towers, "transduction")
+    assert "towers" in why_not(towers, METHODS["latteclip"]) and not why_not(towers, METHODS["transduction"])
 
 
 def test_clamp_in_every_format(domain: Domain, tmp_path: Path) -> None:

@@ -14,14 +14,12 @@ from safetensors.torch import load_file
 import tinylm
 from flows.pipeline import run_plainly
 from models.errors import ModelError
-from models.methods.clamp import adapter, lm
-from models.settings import ClampSettings
+from models.methods.clamp import ClampSettings, adapter, lm
 from tasks.core.domain import Domain
 from tasks.core.errors import ConfigError
 from tasks.core.stage import StageResult, open_store, statistic
 from tasks.ship.export import export_tuned
-from tasks.tune.clamp import read_tower
-from tasks.tune.tune import read_history, read_tuned
+from tasks.tune.models import read_history, read_tuned
 
 pytestmark = pytest.mark.slow
 
@@ -60,7 +58,10 @@ def test_a_run_with_clamp(clamped: Domain, tmp_path: Path) -> None:
     assert history[-1]["step"] == 12 and history[-1]["loss"] < history[0]["loss"]
 
     names = [clamped.prompt_name(name) for name in clamped.classes]
-    found, tower = read_tuned(artifact, "clamp", 1), read_tower(clamped, artifact, "clamp.seed-1")
+    found, tower = (
+        read_tuned(artifact, "clamp", 1),
+        adapter.unpack(artifact.read("clamp.seed-1.adapter.safetensors"), clamped.clamp.lm),
+    )
     np.testing.assert_allclose(tower.text_features(names).numpy(), found.prototypes, atol=1e-6)
     assert not np.allclose(found.prototypes, read_tuned(artifact, "clamp", 0).prototypes, atol=1e-2)
 
@@ -90,7 +91,7 @@ def test_latteclip_reads_its_texts_with_the_language_model(clamped: Domain) -> N
     domain = clamped.model_copy(update={"latteclip": settings})
     artifact = open_store(domain).open(run(domain)["tune"].ref)
     read = read_tuned(artifact, "latteclip", 1)
-    tower = read_tower(domain, artifact, "clamp.seed-1")
+    tower = adapter.unpack(artifact.read("clamp.seed-1.adapter.safetensors"), domain.clamp.lm)
     first = tower.text_features([text for texts in domain.prompts() for text in texts]).numpy()
     np.testing.assert_allclose(read.prototypes, first, atol=1e-5)  # without texts in the targets, they stay there
     assert abs(read.prototypes - own.prototypes).max() > 0.01

@@ -12,8 +12,8 @@ from flows.pipeline import run_plainly
 from storage.objects import ObjectStore
 from tasks.core.domain import Domain
 from tasks.core.stage import StageResult, open_store
+from tasks.tune.models import read_history, read_tuned
 from tasks.tune.training import Progress, StoredCheckpoint
-from tasks.tune.tune import read_history, read_tuned
 
 pytestmark = pytest.mark.slow
 

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,18 +10,18 @@ import pytest
 from flows.console import scores
 from flows.pipeline import run_plainly
 from flows.plan import plan
-from models.settings import Method
+from models.methods.registry import METHODS
 from storage.errors import DataError
 from storage.tables import read_parquet
 from tasks.core.domain import Domain
 from tasks.core.errors import ConfigError
 from tasks.core.stage import StageResult, open_store, statistic
 from tasks.ship.export import export_tuned
-from tasks.tune.tune import read_history, read_tuned
+from tasks.tune.models import read_history, read_tuned
 
 pytestmark = pytest.mark.slow
 
-ALL = [method for method in get_args(Method) if method not in ("clamp", "class_descriptions")]  # in files of their own
+ALL = [method for method in METHODS if method not in ("clamp", "class_descriptions")]  # in files of their own
 
 
 def told(domain: Domain, **changes: Any) -> Domain:

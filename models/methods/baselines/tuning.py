@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.methods.adaptation import Adapted, TuneData
-from models.methods.latteclip import batches, tune
+from models.methods.latteclip import OF_TEXTS, LatteClipSettings
+from models.methods.latteclip.tuning import batches, tune
 from models.methods.training import Batch, Trainable, train
 from models.schedule import warmup_cosine
-from models.settings import OF_TEXTS, LatteClipSettings, TrainingSettings
+from models.settings import TrainingSettings
 from models.vectors import unit
 
 

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.methods.adaptation import Adapted, PairData, TuneData
-from models.methods.comparative import compare_prompts
 from models.methods.losses import clip_loss
+from models.methods.pc_clip import PcClipSettings
+from models.methods.pc_clip.comparative import compare_prompts
 from models.methods.training import Batch, Stats, Trainable, train
-from models.settings import PcClipSettings, TrainingSettings
+from models.settings import TrainingSettings
 from models.towers.blocks import TextReader, text_blocks
 from models.vectors import at_least_float32, unit
 

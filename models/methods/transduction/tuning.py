@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.settings import TransductionSettings
+from models.methods.transduction import TransductionSettings
 from models.vectors import at_least_float32
 
 ROUNDS = 30

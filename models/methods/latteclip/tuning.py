@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.methods.adaptation import Adapted, TuneData
+from models.methods.latteclip import LatteClipSettings
 from models.methods.losses import clip_loss
 from models.methods.training import Batch, Checkpoint, Stats, Trainable, train
 from models.schedule import warmup_cosine
-from models.settings import LatteClipSettings, TrainingSettings
+from models.settings import TrainingSettings
 from models.towers.blocks import IMAGE_TAILS, IMAGE_TOWERS, NO_TOWERS, TEXT_TAILS, TextReader, last_blocks
 from models.vectors import at_least_float32, unit
 

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 
 from models.methods.adaptation import Adapted, TuneData
-from models.methods.latteclip import tune
-from models.methods.transduction import transduce
-from models.settings import LatteClipSettings, TrainingSettings, TransductionSettings
+from models.methods.latteclip import LatteClipSettings
+from models.methods.latteclip.tuning import tune
+from models.methods.transduction import TransductionSettings
+from models.methods.transduction.tuning import transduce
+from models.settings import TrainingSettings
 from models.vectors import unit
 
 

@@ -1,0 +1,80 @@
+"""What LatteCLIP is compared with: FLYP, WiSE-FT, self-training, and zero-shot with descriptions of the classes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from models.methods.latteclip import OF_TEXTS, LatteClipSettings, trains_towers
+from models.methods.method import Given, Method, Section
+
+if TYPE_CHECKING:
+    from models.methods.adaptation import Adapted
+
+_SECTIONS = {"latteclip": Section(LatteClipSettings, unread=OF_TEXTS)}
+
+
+def _flyp(given: Given) -> Adapted:
+    from models.methods.baselines.tuning import flyp
+
+    cfg, options = given.sections.of(LatteClipSettings), given.engine
+    return flyp(cfg, given.data, given.training, clip=given.clip, seed=given.seed, scale=given.scale, **options)
+
+
+def _wise_ft(given: Given) -> Adapted:
+    from models.methods.baselines.tuning import wise_ft
+
+    cfg, options = given.sections.of(LatteClipSettings), given.engine
+    return wise_ft(cfg, given.data, given.training, clip=given.clip, seed=given.seed, scale=given.scale, **options)
+
+
+def _self_training(given: Given) -> Adapted:
+    from models.methods.baselines.tuning import self_training
+
+    cfg, options = given.sections.of(LatteClipSettings), given.engine
+    return self_training(cfg, given.data, given.training, seed=given.seed, scale=given.scale, **options)
+
+
+def _class_descriptions(given: Given) -> Adapted:
+    from models.methods.adaptation import Adapted
+
+    return Adapted(prototypes=given.data.class_features, scale=given.scale)
+
+
+METHODS = (
+    Method(
+        name="flyp",
+        label="FLYP",
+        how="FLYP (arXiv 2212.00638) on zero-shot pseudo-labels",
+        adapt=_flyp,
+        reads="sentences",
+        sections=_SECTIONS,
+        trains_towers=trains_towers,
+    ),
+    Method(
+        name="wise_ft",
+        label="FLYP averaged with zero-shot",
+        how="the mean of FLYP's weights and zero-shot's (arXiv 2109.01903)",
+        adapt=_wise_ft,
+        reads="sentences",
+        sections=_SECTIONS,
+        trains_towers=trains_towers,
+    ),
+    Method(
+        name="self_training",
+        label="self-training",
+        how="self-training on its own labels",
+        adapt=_self_training,
+        reads="sentences",
+        sections=_SECTIONS,
+        works_on_features=True,
+    ),
+    Method(
+        name="class_descriptions",
+        label="zero-shot with class descriptions",
+        how="not at all: the classifier is the text tower's reading of the class names, described",
+        adapt=_class_descriptions,
+        reads="class_texts",
+        is_seeded=False,
+        learns_from_images=False,
+    ),
+)

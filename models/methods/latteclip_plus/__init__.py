@@ -1,0 +1,30 @@
+"""latteclip_plus: transduction and LatteCLIP in turns, each starting from what the other found (docs/methods.md)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from models.methods.latteclip import LatteClipSettings
+from models.methods.method import Given, Method, Section
+from models.methods.transduction import TransductionSettings
+
+if TYPE_CHECKING:
+    from models.methods.adaptation import Adapted
+
+
+def _adapt(given: Given) -> Adapted:
+    from models.methods.latteclip_plus.tuning import tune_plus
+
+    settings = given.sections.of(LatteClipSettings), given.sections.of(TransductionSettings)
+    return tune_plus(*settings, given.data, given.training, seed=given.seed, scale=given.scale, **given.engine)
+
+
+METHOD = Method(
+    name="latteclip_plus",
+    label="LatteCLIP plus",
+    how="LatteCLIP (Cao et al. 2025, arXiv 2410.08211) between two anchored transductions",
+    adapt=_adapt,
+    reads="texts",
+    sections={"latteclip": Section(LatteClipSettings), "transduction": Section(TransductionSettings)},
+    works_on_features=True,
+)
