@@ -169,18 +169,9 @@ class OpenAISettings(LanguageModelSettings):
         return url
 
 
-def _kind(value: Any) -> Any:
+def kind_of(value: Any) -> Any:
+    """The ``kind`` of a describer's settings, checked or not."""
     return value.get("kind", "tags") if isinstance(value, dict) else getattr(value, "kind", None)
-
-
-DescriberSettings = Annotated[
-    Annotated[TagsSettings, Tag("tags")]
-    | Annotated[SidecarSettings, Tag("sidecar")]
-    | Annotated[VllmSettings, Tag("vllm")]
-    | Annotated[OpenAISettings, Tag("openai")],
-    Discriminator(_kind),
-]
-"""Who writes the texts: ``kind`` is tags, sidecar, vllm or openai."""
 
 
 class WordsSettings(Settings):
@@ -191,7 +182,7 @@ class WordsSettings(Settings):
 
 
 TextModelSettings = Annotated[
-    Annotated[VllmSettings, Tag("vllm")] | Annotated[OpenAISettings, Tag("openai")], Discriminator(_kind)
+    Annotated[VllmSettings, Tag("vllm")] | Annotated[OpenAISettings, Tag("openai")], Discriminator(kind_of)
 ]
 """A language model: ``kind`` is vllm or openai."""
 

@@ -7,9 +7,9 @@ A package adds its methods by an entry point of the group ``latteflow.methods``:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
+from models import plugins
 from models.errors import ModelError
 from models.methods import baselines, clamp, latteclip, latteclip_plus, pc_clip, transduction
 from models.methods.method import Given, Method, Section, Sections
@@ -28,21 +28,11 @@ _OURS = (
 
 def _found() -> Mapping[str, Method]:
     found = {method.name: method for method in _OURS}
-    for point in entry_points(group=GROUP):
-        try:
-            method = point.load()
-        except Exception as error:  # somebody else's code
-            raise ModelError(f"the method {point.value!r} of {_package(point)} cannot be loaded: {error!r}") from error
-        if not isinstance(method, Method):
-            raise ModelError(f"{point.value!r} of {_package(point)} is no Method but {type(method).__name__}")
+    for package, method in plugins.found(GROUP, Method):
         if method.name in found:
-            raise ModelError(f"{_package(point)} brings a method {method.name!r}, and there is one of that name")
+            raise ModelError(f"{package} brings a method {method.name!r}, and there is one of that name")
         found[method.name] = method
     return found
-
-
-def _package(point: Any) -> str:
-    return f"the package {point.dist.name}" if point.dist else "an installed package"
 
 
 def _sections(methods: Mapping[str, Method]) -> Mapping[str, type[Settings]]:

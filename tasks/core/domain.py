@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -21,14 +21,11 @@ from models.methods.method import Method, S, Sections
 from models.methods.registry import METHODS, SECTIONS, readers
 from models.settings import (
     ClipSettings,
-    DescriberSettings,
     GreyRange,
     LanguageModelSettings,
-    OpenAISettings,
     PairSettings,
     ScreenSettings,
     Settings,
-    SidecarSettings,
     TagsSettings,
     TrainingSettings,
     VllmSettings,
@@ -36,6 +33,7 @@ from models.settings import (
     one_or_many,
 )
 from models.texts import prompts
+from models.texts.describers.registry import KINDS, DescriberSettings
 from tasks.core.errors import ConfigError
 
 OneOrMore = Annotated[
@@ -183,10 +181,6 @@ class PriceSettings(Settings):
 
 _CONFIGS = ("open_clip_config.json", "latteflow_embedded.json", "config.json")
 """A folder beside the domain file is a model where it holds one of these: names of models may be names of folders."""
-_KINDS: dict[str, type[BaseModel]] = {
-    settings.model_fields["kind"].annotation.__args__[0]: settings  # type: ignore[union-attr]
-    for settings in (TagsSettings, SidecarSettings, VllmSettings, OpenAISettings)
-}
 
 
 if TYPE_CHECKING:
@@ -197,6 +191,8 @@ else:
 
 class _Domain(Classes):
     """One image domain: its images, its classes, and how to adapt to it. Name, source and classes are required."""
+
+    model_config = ConfigDict(defer_build=True)  # what is validated is `Domain`, below
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
     """Lower-case letters, digits, - and _; names the folder of the results."""
@@ -504,7 +500,7 @@ def _explain(error: Mapping[str, Any], raw: Any) -> str:
         # A beginning of the name, or nearly the name: `steps` has nothing to do with `eps`.
         near = difflib.get_close_matches(str(where[-1]), known, 1, 0.8)
         near += [name for name in known if name.startswith(str(where[-1]))]
-        others = [f"`kind: {name}`" for name, each in _KINDS.items() if kind and where[-1] in each.model_fields]
+        others = [f"`kind: {name}`" for name, each in KINDS.items() if kind and where[-1] in each.model_fields]
         message = f"goes with {' and '.join(others)}" if others else "unknown key; "
         if not others:
             message += f"did you mean `{near[0]}`?" if near else f"known are {', '.join(known)}"
@@ -534,8 +530,8 @@ def _explain(error: Mapping[str, Any], raw: Any) -> str:
 
 def _section(model: type[BaseModel], where: Sequence[Any]) -> Iterator[str]:
     for name in where:
-        if name in _KINDS:
-            model = _KINDS[name]
+        if name in KINDS:
+            model = KINDS[name]
         elif name in model.model_fields:
             for candidate in (model.model_fields[name].annotation, *get_args(model.model_fields[name].annotation)):
                 if isinstance(candidate, type) and issubclass(candidate, BaseModel):

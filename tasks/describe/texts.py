@@ -24,10 +24,13 @@ from models.settings import (
     LanguageModelSettings,
     OpenAISettings,
     SidecarSettings,
+    TagsSettings,
     VllmSettings,
     WordsSettings,
+    kind_of,
 )
 from models.texts.describers import Describer, Engine, EngineStopped, Item, Kind, Text, words
+from models.texts.describers.registry import WRITERS
 from models.texts.prompts import fill
 from models.towers import clip
 from models.towers.images import in_range, smaller, to_rgb
@@ -323,6 +326,8 @@ def describer_identity(domain: Domain, embedded: StageResult | None, kind: Kind 
             "sampling": describer.sampling,
             **({"view": domain.group.view} if kind == "group" else {}),
         }
+    if not isinstance(describer, TagsSettings):
+        return {"model": describer.kind, "revision": sha256(canonical_json(describer.model_dump(mode="json")))}
     assert embedded is not None
     # Zero-shot tags see features relative to the domain's mean, so they belong to this very set of images.
     found = {"clip": clip.identity(domain.clip), "embed": embedded.ref.digest}
@@ -382,6 +387,8 @@ def open_describer(domain: Domain, gallery: Gallery, *, proven: bool = False) ->
             structured=describer.structured,
             proven=proven,
         )
+    if not isinstance(describer, TagsSettings):
+        return WRITERS[describer.kind].open(describer)
     from models.texts.describers.tags import Tags
 
     return Tags(*_vocabulary(domain.clip), clip.load(domain.clip).scale, gallery.mean_feature)
@@ -392,10 +399,12 @@ def _open_engine(settings: LanguageModelSettings) -> Engine:
         from models.texts.describers.vllm import open_vllm
 
         return open_vllm(settings)
-    assert isinstance(settings, OpenAISettings)
-    from models.texts.describers.openai import OpenAIEngine
+    if isinstance(settings, OpenAISettings):
+        from models.texts.describers.openai import OpenAIEngine
 
-    return OpenAIEngine(settings, _key(settings))
+        return OpenAIEngine(settings, _key(settings))
+    engine: Any = WRITERS[kind_of(settings)].open(settings)
+    return engine
 
 
 def _key(settings: OpenAISettings) -> str | None:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from models.errors import ModelError
+from models.settings import Settings
 
 _UNSEEN = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
 Kind = Literal["image", "group", "class", "pair", "class_pair"]
@@ -113,6 +113,22 @@ class Engine(Protocol):
         Raises:
             EngineStopped: the engine or its server died, or kept failing.
         """
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A kind of describer that a package brings.
+
+    Attributes:
+        settings: with a field ``kind`` that is one literal. What is a
+            :class:`~models.settings.LanguageModelSettings` is asked the questions of a prompt pack; anything in the
+            settings shapes the texts.
+        open: settings to an :class:`Engine`, if they are a language model's, else to a
+            :class:`Describer`. What is slow to load is best kept for the next call.
+    """
+
+    settings: type[Settings]
+    open: Callable[[Any], Describer | Engine]
 
 
 class EngineStopped(ModelError):
