@@ -310,43 +310,16 @@ def export(
     The folder is new, empty, or holds an earlier export, which is replaced when the new one is whole.
     """
     settings = _domain(domain)
-    from flows.pipeline import repaired, run_plainly
-    from models.settings import ZERO_SHOT
-    from tasks.core.stage import StageResult, open_store
-    from tasks.report.report import kept
-    from tasks.ship.export import Format, RunRecord, check_export, export_tuned, export_zero_shot, record_of
-    from tasks.tune.models import check_model
-    from tasks.tune.select import read_selection
+    from flows.export import Format, export, export_champion
 
-    check_export(settings, folder, force=force)
-    if method != ZERO_SHOT:
-        check_model(settings, seed, method)
     asked: dict[Format, bool] = {"onnx": onnx, "transformers": transformers}
     formats = [name for name, wanted in asked.items() if wanted]
-    if transformers:
-        from models.ship.to_transformers import check
-
-        check(settings.clip)
     if served:
-        from tasks.ship.promote import champion as read
-
-        found = read(settings)
-        record = RunRecord(f"champion {found.version}: {found.reason}")
-        served_model = StageResult.of(found.tuned)
-        export_tuned(settings, served_model, found.seed, folder, record, formats, method=found.method, force=force)
+        export_champion(settings, folder, formats=formats, force=force)
     else:
-        results = {result.label: result for result in repaired(run_plainly, settings)}
-        store = open_store(settings)
-        selected, evaluated = (store.open(results[label].ref) for label in ("select", "evaluate"))
-        selection = read_selection(selected)
-        record = record_of(selected, evaluated, kept(settings, selection))
+        verdict = export(settings, folder, method=method, seed=seed, formats=formats, force=force)
         if method is seed is None:
-            method, seed = (selection.best.method, selection.best.seed) if selection.best else (ZERO_SHOT, None)
-            out.print(f"kept     {record.verdict}")
-        if method == ZERO_SHOT:
-            export_zero_shot(settings, results["embed train"], folder, record, formats, force=force)
-        else:
-            export_tuned(settings, results["tune"], seed, folder, record, formats, method=method, force=force)
+            out.print(f"kept     {verdict}")
     out.print(f"model    {console.printable(str(folder))}")
 
 

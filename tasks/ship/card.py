@@ -82,10 +82,9 @@ tags: [clip, image-classification, latteflow]
 
 ## Use
 ```python
-from pathlib import Path
 from PIL import Image
-from models.ship.predictor import Predictor  # of the package latteflow
-model = Predictor.load(Path("."))  # this folder
+import latteflow
+model = latteflow.load_model(".")  # this folder
 answers = model.predict([Image.open("photo.jpg")])
 print(model.classes[answers.labels[0]], answers.probabilities[0, 0])
 ```

@@ -53,6 +53,21 @@ class Predicted:
     quarantine: str | None
 
 
+@dataclass(frozen=True)
+class Classified:
+    """What a model says of images.
+
+    Attributes:
+        table: a row for each, see :func:`predict`.
+        quarantine: path, reason and detail of each that has none.
+        unknown: how many seem to be of none of the classes; None where the model cannot tell.
+    """
+
+    table: pl.DataFrame
+    quarantine: list[dict[str, str]]
+    unknown: int | None
+
+
 class Decoder:
     """Bytes to pixels, by the rules of ingest: a decoder that crashes, hangs or eats memory costs one image.
 
@@ -138,13 +153,47 @@ def predict(
         DataError: there is no image, none can be used, or the name of the table is wrong.
     """
     check_out(out)
+    from models.ship.predictor import Predictor
+
+    found = classify(lambda: Predictor.load(folder), images, top=top, batch=batch, on_progress=on_progress)
+    table, quarantine = found.table, found.quarantine
+    place, name = os.path.split(out)
+    files = ObjectStore(place or ".", single_writer=True)
+    beside = f"{name}.quarantine.jsonl"
+    if quarantine:
+        lines = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in quarantine)
+        files.put(beside, lines.encode())
+    else:
+        files.delete(beside)  # of an earlier time
+    files.put(name, _FORMATS[Path(name).suffix](table))
+    listed = files.address(beside) if quarantine else None
+    log.info("predict done images=%d quarantined=%d unknown=%s", table.height, len(quarantine), found.unknown)
+    if not table.height:
+        raise DataError(f"none of the {len(quarantine)} images of {images} can be used; {listed} says why")
+    return Predicted(table.height, found.unknown, len(quarantine), out, listed)
+
+
+def classify(
+    load: Callable[[], Predictor],
+    images: str,
+    *,
+    top: int = 5,
+    batch: int = 64,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Classified:
+    """Classes of all images of a source; see :func:`predict`.
+
+    Args:
+        load: the model; called when there are images.
+
+    Raises:
+        DataError: there is no image.
+    """
     source = Source([images])
     entries = sorted(source.scan(), key=lambda entry: (entry.container, entry.place, entry.path))
     if not entries:
         raise DataError(f"source {images!r} holds no image")
-    from models.ship.predictor import Predictor
-
-    predictor = Predictor.load(folder)
+    predictor = load()
     quarantine: list[dict[str, str]] = []
     done: list[tuple[list[str], list[str], Answers]] = []
     seen = 0
@@ -161,21 +210,8 @@ def predict(
         seen += len(some)
         on_progress(seen, len(entries))
     table = _table(done, predictor.classes, top)
-    place, name = os.path.split(out)
-    files = ObjectStore(place or ".", single_writer=True)
-    beside = f"{name}.quarantine.jsonl"
-    if quarantine:
-        lines = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in quarantine)
-        files.put(beside, lines.encode())
-    else:
-        files.delete(beside)  # of an earlier time
-    files.put(name, _FORMATS[Path(name).suffix](table))
-    listed = files.address(beside) if quarantine else None
     unknown = None if predictor.head.unknown_below is None else int(table["unknown"].sum())
-    log.info("predict done images=%d quarantined=%d unknown=%s", table.height, len(quarantine), unknown)
-    if not table.height:
-        raise DataError(f"none of the {len(entries)} images of {images} can be used; {listed} says why")
-    return Predicted(table.height, unknown, len(quarantine), out, listed)
+    return Classified(table, quarantine, unknown)
 
 
 def _decoded(

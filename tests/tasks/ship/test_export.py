@@ -70,7 +70,7 @@ def test_a_run_is_exported_with_threshold_card_and_formats(
     # Random weights pass no gate, so that somebody says there is a champion.
     images, tuned = results["shard train"].ref, results["tune"].ref
     served = Champion(tuned, images, "latteclip", 1, 0.5, "", "", "it won", version=3)
-    monkeypatch.setattr("tasks.ship.promote.champion", lambda domain: served)
+    monkeypatch.setattr("flows.export.champion", lambda domain: served)
     assert call("export", file, folder, "--champion") == 0
     assert "The gate, which reads no label: champion 3: it won." in (folder / "README.md").read_text()
     assert not (folder / "model.onnx").exists()  # of the model before
