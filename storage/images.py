@@ -83,7 +83,7 @@ class ImageLimits:
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """A decodable image: its extension by content (not by name), and its size in pixels as stored."""
+    """A decodable image: its extension by content, and its size in pixels, as stored (a TIFF's as shown)."""
 
     extension: str
     width: int

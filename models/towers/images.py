@@ -1,12 +1,18 @@
 """One way to turn any picture PIL can open into plain RGB, used before every model."""
 
+import io
 import struct
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import GifImagePlugin, Image, ImageCms, ImageOps, PngImagePlugin
 
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 INTEGER_RANGES = (2**8 - 1, 2**16 - 1, 2**32 - 1)
+PHOTOMETRIC, SAMPLE_FORMAT = 262, 339
+"""TIFF tags: with 0 in the first, 0 is white; with 1 in the second, which is the default, numbers have no sign."""
+GREY_STEPS = {"L;2": 85, "L;4": 17}
+"""What greys of a few bits are multiplied by as Pillow reads them, by its name for how they are packed."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -16,14 +22,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     bits (not cut off at 255, as PIL's own conversion does), palettes, CMYK, YCbCr, HSV and LAB are converted. Of an
     animation the current frame is used. The input is not changed; an upright RGB picture is returned as it is.
 
+    Some of what a file says about transparency PIL forgets with decoding: pass a picture that is not decoded yet.
+
     Raises:
         OSError: PIL cannot read the pixels (truncated or damaged file).
     """
-    image = _upright(image)
+    image = _upright(_eight_bits(image) if _is_deep(image) else _transparent(image))
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if _is_deep(image):
-        return _eight_bits(image).convert("RGB")
     if image.mode == "LAB":  # PIL converts this one by colour profiles only
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
@@ -40,13 +46,10 @@ def in_range(image: Image.Image, greys: tuple[float, float] | None) -> Image.Ima
     """Greys of more than 8 bits as 8 bits, upright, where it is known which values are black and white.
 
     Args:
-        greys: these two; values beyond them are cut off. None: the image is returned as it is, as all others are.
+        greys: these two, the other way round in a file in which 0 is white; values beyond them are cut off. None: the
+            image is returned as it is, as all others are.
     """
-    if greys is None or not _is_deep(image):
-        return image
-    low, high = greys
-    values = np.nan_to_num(np.asarray(_upright(image)).astype(np.float64))
-    return Image.fromarray(np.rint(((values - low) * (255 / (high - low))).clip(0, 255)).astype(np.uint8))
+    return image if greys is None or not _is_deep(image) else _upright(_eight_bits(image, greys))
 
 
 def smaller(image: Image.Image, longest_px: int) -> Image.Image:
@@ -70,12 +73,70 @@ def _is_deep(image: Image.Image) -> bool:
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Greys of mode I, I;16* or F as mode L. Their full scale is the first usual one that holds the largest value."""
-    values = np.nan_to_num(np.asarray(image).astype(np.float64))
-    if image.mode.startswith("I;16"):
-        full_scale: float = 2**16 - 1
-    else:
-        ranges = (1.0, *INTEGER_RANGES) if image.mode == "F" else INTEGER_RANGES
-        full_scale = next((r for r in ranges if values.max(initial=0) <= r), values.max(initial=0))
-    return Image.fromarray(np.rint(values.clip(0) * (255 / full_scale)).astype(np.uint8))
+def _eight_bits(image: Image.Image, greys: tuple[float, float] | None = None) -> Image.Image:
+    """Greys of mode I, I;16* or F as mode L, or as LA where the file names a transparent one.
+
+    Args:
+        greys: which values are black and white. None: 0 and the first usual full scale that holds the largest value.
+    """
+    stored = np.asarray(image)
+    tags: Any = getattr(image, "tag_v2", {})
+    if tags and image.mode == "I" and np.ravel(tags.get(SAMPLE_FORMAT, 1))[0] == 1:
+        stored = stored.view(np.uint32)  # PIL has no such mode, and reads the upper half as negative
+    values = np.nan_to_num(stored.astype(np.float64))
+    black, white = greys or (0.0, _full_scale(values, image.mode))
+    if tags.get(PHOTOMETRIC) == 0:  # PIL turns such greys of up to 8 bits round itself
+        black, white = white, black
+    shown = Image.fromarray(np.rint(((values - black) * (255 / (white - black))).clip(0, 255)).astype(np.uint8))
+    shown.info = {**image.info}
+    key = shown.info.pop("transparency", None)
+    if key is not None:
+        _hide(shown, stored == key)
+    return shown
+
+
+def _full_scale(values: np.ndarray, mode: str) -> float:
+    if mode.startswith("I;16"):
+        return 2**16 - 1
+    ranges = (1.0, *INTEGER_RANGES) if mode == "F" else INTEGER_RANGES
+    return next((r for r in ranges if values.max(initial=0) <= r), float(values.max(initial=0)))
+
+
+def _transparent(image: Image.Image) -> Image.Image:
+    """The picture with that of its transparency which PIL reads wrongly or not at all."""
+    key = image.info.get("transparency")
+    if isinstance(image, PngImagePlugin.PngImageFile) and image.tile and key is not None:
+        packed = image.tile[0].args
+        if packed in GREY_STEPS:  # the key is that of the file, the pixels are not
+            image = image.copy()
+            image.info["transparency"] = key * GREY_STEPS[str(packed)]
+        elif packed == "RGB;16B":  # PIL keeps the upper bytes of the pixels, of which many share that of the key
+            lower = np.asarray(_lower_bytes(image))
+            stored = np.asarray(image).astype(np.uint16) << 8 | lower
+            image = image.copy()
+            del image.info["transparency"]
+            _hide(image, (stored == key).all(axis=2))
+    elif isinstance(image, GifImagePlugin.GifImageFile) and image.tell() == 0 and key is None:
+        # What the first frame leaves of the canvas is transparent, as browsers have it, not the palette's first colour.
+        covered = image.dispose_extent
+        if covered and covered != (0, 0, *image.size):
+            shown = image.convert("RGBA").crop(covered)
+            image = Image.new("RGBA", image.size)
+            image.paste(shown, covered)
+    return image
+
+
+def _lower_bytes(image: PngImagePlugin.PngImageFile) -> Image.Image:
+    """Of an RGB PNG of 16 bits that is not decoded yet: PIL's names for the order of bytes say which one it keeps."""
+    file: Any = image.fp
+    place = file.tell()
+    file.seek(0)
+    again = Image.open(io.BytesIO(file.read()), formats=["PNG"])
+    file.seek(place)
+    again.tile = [tile._replace(args="RGB;16L") for tile in again.tile]
+    return again
+
+
+def _hide(image: Image.Image, where: np.ndarray) -> None:
+    """Make pixels transparent: where ``(height, width)`` is true."""
+    image.putalpha(Image.fromarray(np.where(where, np.uint8(0), np.uint8(255))))

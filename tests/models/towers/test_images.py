@@ -1,12 +1,15 @@
 import io
+import struct
 import subprocess
 import sys
+import zlib
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from models.towers.images import to_rgb
+from models.towers.images import in_range, to_rgb
 
 
 def pixel(image: Image.Image) -> tuple[int, ...]:
@@ -62,6 +65,122 @@ def test_a_transparent_color_of_an_rgb_png_is_white() -> None:
     stream = io.BytesIO()
     Image.new("RGB", (1, 1), (7, 8, 9)).save(stream, "PNG", transparency=(7, 8, 9))
     assert pixel(to_rgb(Image.open(stream))) == (255, 255, 255)
+
+
+def png(depth: int, color: int, row: Sequence[int], *, key: Sequence[int], interlaced: bool = False) -> bytes:
+    """A PNG of one row by the standard; ``key`` is what its tRNS says."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    width = len(row) // (3 if color == 2 else 1)
+    bits = "".join(f"{value:0{depth}b}" for value in row)
+    line = int(bits.ljust(-(-len(bits) // 8) * 8, "0"), 2).to_bytes(-(-len(bits) // 8), "big")
+    header = struct.pack(">IIBBBBB", width, 1, depth, color, 0, 0, interlaced)
+    chunks = [(b"IHDR", header), (b"tRNS", struct.pack(f">{len(key)}H", *key)), (b"IDAT", zlib.compress(b"\0" + line))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks) + chunk(b"IEND", b"")
+
+
+def seen(data: bytes) -> list[tuple[int, ...]]:
+    """The pixels of a picture of one row, as a model sees them."""
+    return [tuple(each) for each in np.asarray(to_rgb(Image.open(io.BytesIO(data))))[0].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("depth", "row", "key", "expected"),
+    [
+        (1, [0, 1], 0, [255, 255]),
+        (2, [0, 1, 2, 3], 1, [0, 255, 170, 255]),
+        (4, [0, 7, 8, 15], 7, [0, 255, 136, 255]),
+        (4, [0, 1, 3], 0, [255, 17, 51]),
+        (8, [7, 8], 7, [255, 8]),
+        (16, [1000, 1001, 0, 0x8080], 1000, [255, 4, 0, 128]),
+        (16, [0, 1], 0, [255, 0]),
+    ],
+)
+def test_the_transparent_grey_of_a_png_is_white(depth: int, row: list[int], key: int, expected: list[int]) -> None:
+    assert seen(png(depth, 0, row, key=[key])) == [(grey,) * 3 for grey in expected]
+
+
+def test_a_transparent_deep_grey_stays_so_where_a_range_is_given() -> None:
+    image = Image.open(io.BytesIO(png(16, 0, [0, 1000, 4095], key=[0])))
+    assert np.asarray(to_rgb(in_range(image, (0, 4095))))[0, :, 0].tolist() == [255, 62, 255]
+
+
+def test_the_transparent_color_of_a_16_bit_png_is_compared_by_all_its_bits() -> None:
+    row = [1000, 2000, 3000, 1001, 2000, 3000, 0, 0, 0]
+    assert seen(png(16, 2, row, key=[1000, 2000, 3000])) == [(255, 255, 255), (3, 7, 11), (0, 0, 0)]
+    dark = png(16, 2, [0, 0, 0, 0, 0, 255], key=[0, 0, 0])
+    assert seen(dark) == [(255, 255, 255), (0, 0, 0)]
+    assert seen(png(16, 2, [5, 5, 5], key=[5, 5, 5], interlaced=True)) == [(255, 255, 255)]
+
+
+def tiff(values: np.ndarray, photometric: int, **tags: int) -> bytes:
+    """An uncompressed grey TIFF, little-endian; Pillow cannot write all of these."""
+    bits, height, width = values.dtype.itemsize * 8, *values.shape
+    form = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
+    found = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1, 278: height}
+    found |= {279: values.nbytes, 339: form, **{int(name[1:]): value for name, value in tags.items()}}
+    start = 8 + 2 + 12 * len(found) + 4
+    entries = [struct.pack("<HHII", tag, 4, 1, start if tag == 273 else found[tag]) for tag in sorted(found)]
+    return b"II*\0" + struct.pack("<IH", 8, len(found)) + b"".join(entries) + bytes(4) + values.tobytes()
+
+
+@pytest.mark.parametrize("photometric", [0, 1])
+@pytest.mark.parametrize(
+    ("values", "greys"),
+    [
+        (np.array([[0, 51, 255]], np.uint8), [0, 51, 255]),
+        (np.array([[0, 257 * 51, 65535]], "<u2"), [0, 51, 255]),
+        (np.array([[0, 0.2, 1]], "<f4"), [0, 51, 255]),
+    ],
+)
+def test_in_a_tiff_0_is_black_or_white_at_any_depth(values: np.ndarray, greys: list[int], photometric: int) -> None:
+    expected = greys if photometric == 1 else [255 - grey for grey in greys]
+    assert seen(tiff(values, photometric)) == [(grey,) * 3 for grey in expected]
+
+
+def test_a_range_is_that_of_the_file_where_0_is_white() -> None:
+    image = Image.open(io.BytesIO(tiff(np.array([[0, 819, 4095, 9000]], "<u2"), 0)))
+    assert np.asarray(in_range(image, (0, 4095)))[0].tolist() == [255, 204, 0, 0]
+
+
+def test_unsigned_greys_of_32_bits_have_an_upper_half() -> None:
+    grey = 2**24 + 2**16 + 2**8 + 1
+    stored = np.array([[0, 100 * grey, 128 * grey, 255 * grey]], "<u4")
+    assert seen(tiff(stored, 1)) == [(value,) * 3 for value in (0, 100, 128, 255)]
+    signed = np.array([[-5, 0, 2**31 - 1]], "<i4")
+    assert seen(tiff(signed, 1)) == [(value,) * 3 for value in (0, 0, 127)]
+
+
+@pytest.mark.parametrize("values", [np.array([[0], [65535]], "<u2"), np.array([[0], [255]], np.uint8)])
+@pytest.mark.parametrize("photometric", [0, 1])
+def test_a_rotated_tiff_is_upright_once(values: np.ndarray, photometric: int) -> None:
+    """Orientation 6: what is stored on top is shown on the right."""
+    image = Image.open(io.BytesIO(tiff(values, photometric, t274=6)))
+    shown = np.asarray(to_rgb(image))[:, :, 0].tolist()
+    assert shown == ([[255, 0]] if photometric == 1 else [[0, 255]])
+
+
+def test_a_gif_is_white_where_its_first_picture_leaves_the_canvas() -> None:
+    """Blue in the middle, on a palette that begins with red."""
+    palette = bytes([255, 0, 0, 0, 255, 0, 0, 0, 255, 255, 255, 255])
+    codes = (4, 2, 2, 5)  # of LZW, 3 bits each: clear, blue, blue, end
+    packed = sum(code << 3 * place for place, code in enumerate(codes)).to_bytes(2, "little")
+    canvas = b"GIF89a" + struct.pack("<HHBBB", 4, 1, 0x91, 1, 0) + palette
+    frame = b"," + struct.pack("<HHHHB", 1, 0, 2, 1, 0) + b"\x02\x02" + packed + b"\0"
+    white, blue = (255, 255, 255), (0, 0, 255)
+    assert seen(canvas + frame + b";") == [white, blue, blue, white]
+    keyed = b"!\xf9\4\1" + bytes(2) + b"\2\0"  # blue is transparent
+    assert seen(canvas + keyed + frame + b";") == [white] * 4
+
+
+def test_a_gif_that_covers_its_canvas_is_as_it_was() -> None:
+    stream = io.BytesIO()
+    first = Image.new("P", (2, 2), 1)
+    first.putpalette([1, 2, 3, 4, 5, 6])
+    first.save(stream, "GIF", save_all=True, append_images=[Image.new("RGB", (2, 2), "red")])
+    assert pixel(to_rgb(Image.open(stream))) == (4, 5, 6)
 
 
 def test_sixteen_bit_png_is_scaled_not_clipped() -> None:
