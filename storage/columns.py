@@ -117,7 +117,12 @@ class ImageColumn:
                 start += file.metadata.row_group(group).num_rows
                 group += 1
             leaf = f"{self.column}.bytes" if self._is_struct else self.column
-            batches = file.iter_batches(_ROWS, range(group, file.num_row_groups), [leaf], use_threads=False)
+            # One by one: of a struct with views or a dictionary, Arrow makes no batch that lies in two of them.
+            batches = (
+                batch
+                for each in range(group, file.num_row_groups)
+                for batch in file.iter_batches(_ROWS, [each], [leaf], use_threads=False)
+            )
         else:
             batches = iter(self._arrow(self._open(), self._place))
         for batch in batches:
@@ -177,7 +182,10 @@ def _find_column(schema: pa.Schema, wanted: str | None, what: str) -> str:
 
 
 def _is_binary(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    """Bytes of any length, however Arrow lays them out: polars writes views, pyarrow keeps dictionaries."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
 def _is_image_struct(kind: pa.DataType) -> bool:
