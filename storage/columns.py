@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
@@ -17,6 +18,8 @@ _ROWS = 16
 """Rows decoded together."""
 _BATCHES = 4
 """Decoded batches kept, since several threads read neighbouring rows."""
+_ADDRESS = re.compile(r"(.*_)?(url|uri)s?", re.IGNORECASE)
+"""Names of columns with addresses of images, in data sets that are published without them."""
 
 
 class ImageColumn:
@@ -30,7 +33,7 @@ class ImageColumn:
 
     Raises:
         ColumnBroken: the file cannot be read or has no such column.
-        DataError: several columns could hold the images.
+        DataError: several columns could hold the images, or there are only their addresses.
     """
 
     def __init__(self, opened: Callable[[], BinaryIO], *, is_parquet: bool, column: str | None, what: str) -> None:
@@ -166,6 +169,12 @@ class _FileBatches:
 def _find_column(schema: pa.Schema, wanted: str | None, what: str) -> str:
     structs = [field.name for field in schema if _is_image_struct(field.type)]
     plain = [field.name for field in schema if _is_binary(field.type)]
+    addresses = [name for name in schema.names if _ADDRESS.fullmatch(name)]
+    if addresses and not structs + plain:
+        raise DataError(
+            f"{what} has addresses of images ({', '.join(addresses)}) and no images: nothing is fetched from there; "
+            "download them first, for example with img2dataset, and give its tars"
+        )
     if wanted is not None:
         if wanted in structs + plain:
             return wanted
