@@ -67,8 +67,8 @@ def test_a_transparent_color_of_an_rgb_png_is_white() -> None:
     assert pixel(to_rgb(Image.open(stream))) == (255, 255, 255)
 
 
-def png(depth: int, color: int, row: Sequence[int], *, key: Sequence[int], interlaced: bool = False) -> bytes:
-    """A PNG of one row by the standard; ``key`` is what its tRNS says."""
+def png(depth: int, color: int, row: Sequence[int], *, key: Sequence[int] | None, interlaced: bool = False) -> bytes:
+    """A PNG of one row by the standard; ``key`` is what its tRNS says, if it has one."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -77,7 +77,9 @@ def png(depth: int, color: int, row: Sequence[int], *, key: Sequence[int], inter
     bits = "".join(f"{value:0{depth}b}" for value in row)
     line = int(bits.ljust(-(-len(bits) // 8) * 8, "0"), 2).to_bytes(-(-len(bits) // 8), "big")
     header = struct.pack(">IIBBBBB", width, 1, depth, color, 0, 0, interlaced)
-    chunks = [(b"IHDR", header), (b"tRNS", struct.pack(f">{len(key)}H", *key)), (b"IDAT", zlib.compress(b"\0" + line))]
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" + line))]
+    if key is not None:
+        chunks.insert(1, (b"tRNS", struct.pack(f">{len(key)}H", *key)))
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks) + chunk(b"IEND", b"")
 
 
@@ -191,14 +193,61 @@ def test_sixteen_bit_png_is_scaled_not_clipped() -> None:
 
 
 @pytest.mark.parametrize(("orientation", "corner"), [(1, (0, 0)), (3, (1, 1)), (6, (1, 0)), (8, (0, 1))])
-def test_exif_orientation_is_applied(orientation: int, corner: tuple[int, int]) -> None:
-    image = Image.new("RGB", (2, 2))
-    image.putpixel((0, 0), (255, 0, 0))
+@pytest.mark.parametrize(
+    ("form", "options"), [("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {}), ("AVIF", {"quality": 100})]
+)
+def test_exif_orientation_is_applied(
+    orientation: int, corner: tuple[int, int], form: str, options: dict[str, object]
+) -> None:
+    image = Image.new("RGB", (16, 16))
+    image.paste((255, 0, 0), (0, 0, 8, 8))
     stream = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = orientation
-    image.save(stream, "PNG", exif=exif)
-    assert to_rgb(Image.open(stream)).getpixel(corner) == (255, 0, 0)
+    image.save(stream, form, exif=exif, **options)
+    red, green, blue = to_rgb(Image.open(stream)).getpixel((4 + 8 * corner[0], 4 + 8 * corner[1]))
+    assert red > 250 and green < 5 and blue < 5
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "TIFF", "PNG", "MPO", "AVIF"])
+def test_of_many_pictures_the_first_is_seen(form: str) -> None:
+    stream = io.BytesIO()
+    first, second = (Image.new("RGB", (16, 16), color) for color in ("red", "blue"))
+    first.save(stream, form, save_all=True, append_images=[second])
+    shown = Image.open(stream)
+    assert shown.n_frames == 2
+    red, green, blue = pixel(to_rgb(shown))
+    assert red > 250 and green < 5 and blue < 5
+
+
+@pytest.mark.parametrize("is_ycck", [False, True])
+@pytest.mark.parametrize(
+    ("inks", "color"),
+    [((0, 255, 255, 0), (255, 0, 0)), ((255, 0, 0, 0), (0, 255, 255)), ((0, 0, 0, 155), (100, 100, 100))],
+)
+def test_the_inks_of_a_jpeg(inks: tuple[int, ...], color: tuple[int, ...], is_ycck: bool) -> None:
+    """As Adobe stores them: turned round, and then, in YCCK, the three that are colours as YCbCr."""
+    stored = [255 - ink for ink in inks]
+    if is_ycck:
+        stored[:3] = Image.new("RGB", (1, 1), tuple(inks[:3])).convert("YCbCr").getpixel((0, 0))
+    stream = io.BytesIO()
+    # Pillow turns round what it writes, and says of it that it is no YCCK.
+    Image.new("CMYK", (16, 16), tuple(255 - each for each in stored)).save(stream, "JPEG", quality=100, subsampling=0)
+    data = bytearray(stream.getvalue())
+    transform = data.index(b"Adobe") + 11
+    assert data[transform] == 0
+    data[transform] = 2 if is_ycck else 0
+    assert np.allclose(pixel(to_rgb(Image.open(io.BytesIO(data)))), color, atol=2)
+
+
+def test_sixteen_bits_and_palettes_of_a_png() -> None:
+    assert seen(png(16, 2, [0x1234, 0x8000, 0xFFFF], key=None)) == [(0x12, 0x80, 0xFF)]
+    for bits, colors in ((1, 2), (2, 4), (4, 16), (8, 256)):
+        image = Image.new("P", (2, 1), colors - 1)
+        image.putpalette([value for number in range(colors) for value in (number, 255 - number, 7)])
+        stream = io.BytesIO()
+        image.save(stream, "PNG", bits=bits)
+        assert pixel(to_rgb(Image.open(stream))) == (colors - 1, 256 - colors, 7)
 
 
 def test_damaged_exif_leaves_the_picture_as_stored() -> None:
