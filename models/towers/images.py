@@ -1,5 +1,6 @@
 """One way to turn any picture PIL can open into plain RGB, used before every model."""
 
+import functools
 import io
 import struct
 from typing import Any
@@ -11,16 +12,20 @@ ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 INTEGER_RANGES = (2**8 - 1, 2**16 - 1, 2**32 - 1)
 PHOTOMETRIC, SAMPLE_FORMAT = 262, 339
 """TIFF tags: with 0 in the first, 0 is white; with 1 in the second, which is the default, numbers have no sign."""
+COLOR_SPACES = {"RGB": "RGB ", "RGBA": "RGB ", "L": "GRAY", "CMYK": "CMYK"}
+"""Modes that are converted by a profile, and what the profile calls them."""
+MOST_PROFILE_BYTES = 4 << 20
 GREY_STEPS = {"L;2": 85, "L;4": 17}
 """What greys of a few bits are multiplied by as Pillow reads them, by its name for how they are packed."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture as a person would see it: upright, on white, 8 bits a channel.
+    """The picture as a person would see it: upright, on white, in sRGB, 8 bits a channel.
 
-    EXIF rotation is applied, transparency of any kind is composited on white, greys of 16 or 32 bits are scaled to 8
-    bits (not cut off at 255, as PIL's own conversion does), palettes, CMYK, YCbCr, HSV and LAB are converted. Of an
-    animation the current frame is used. The input is not changed; an upright RGB picture is returned as it is.
+    EXIF rotation and ICC profile are applied, transparency of any kind is composited on white, greys of 16 or 32 bits
+    are scaled to 8 bits (not cut off at 255, as PIL's own conversion does), palettes, CMYK, YCbCr, HSV and LAB are
+    converted. Of an animation the current frame is used. The input is not changed; an upright RGB picture in sRGB is
+    returned as it is.
 
     Some of what a file says about transparency PIL forgets with decoding: pass a picture that is not decoded yet.
 
@@ -28,7 +33,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         OSError: PIL cannot read the pixels (truncated or damaged file).
     """
     image = _upright(_eight_bits(image) if _is_deep(image) else _transparent(image))
-    if image.mode == "RGB" and "transparency" not in image.info:
+    if image.mode == "RGB" and not {"transparency", "icc_profile"} & image.info.keys():
         return image
     if image.mode == "LAB":  # PIL converts this one by colour profiles only
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
@@ -36,10 +41,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
         assert converted is not None  # None only when converted in place
         return converted
     if image.has_transparency_data:
-        layer = image.convert("RGBA")
+        layer = _in_srgb(image.convert("RGBA"))
         white = Image.new("RGBA", layer.size, "white")
         return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
+    shown = _in_srgb(image if image.mode in COLOR_SPACES else image.convert("RGB"))
+    if shown is image and image.mode == "RGB":  # in sRGB already
+        return image
+    shown = shown.convert("RGB")
+    shown.info.pop("icc_profile", None)  # it was heeded
+    return shown
 
 
 def in_range(image: Image.Image, greys: tuple[float, float] | None) -> Image.Image:
@@ -67,6 +77,35 @@ def _upright(image: Image.Image) -> Image.Image:
     except (SyntaxError, ValueError, struct.error):  # damaged EXIF in a sound picture: shown as stored, as browsers do
         return image
     return image if orientation == 1 else ImageOps.exif_transpose(image)
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """The colours of the picture's ICC profile in sRGB; a damaged one, or one of other colours, counts for nothing."""
+    profile = image.info.get("icc_profile")
+    if not isinstance(profile, bytes) or len(profile) > MOST_PROFILE_BYTES:
+        return image
+    transform = _to_srgb(profile, image.mode)
+    return image if transform is None else transform.apply(image)
+
+
+@functools.lru_cache(16)
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """None where it would change nothing: most profiles are those of sRGB."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if source.profile.xcolor_space != COLOR_SPACES[mode]:
+            return None
+        transform = ImageCms.buildTransform(
+            source, ImageCms.createProfile("sRGB"), mode, "RGBA" if mode == "RGBA" else "RGB"
+        )
+    except (OSError, ImageCms.PyCMSError):
+        return None
+    # Every 17th value of each channel is enough, as curves are smooth.
+    steps = np.arange(0, 256, 17, dtype=np.uint8)
+    some = np.stack(np.meshgrid(*[steps] * len(mode)), axis=-1).reshape(-1, len(mode))
+    image = Image.frombytes(mode, (len(some), 1), some.tobytes())
+    changes = np.asarray(transform.apply(image).convert("RGB"), np.int16) - np.asarray(image.convert("RGB"))
+    return transform if np.abs(changes).max() > 2 else None
 
 
 def _is_deep(image: Image.Image) -> bool:

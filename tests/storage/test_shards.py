@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 import webdataset
-from PIL import Image
+from PIL import Image, ImageCms
 
 from models.towers.images import to_rgb
 from storage import shards
@@ -288,6 +288,17 @@ def test_every_common_mode_is_accepted(mode: str) -> None:
     out = io.BytesIO()
     image.save(out, kind)
     assert inspect(out.getvalue(), ImageLimits()).width == 8
+
+
+@pytest.mark.parametrize("keep", [3, 100, 300, None])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_a_damaged_profile_of_colors_costs_no_image(keep: int | None, form: str) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()[:keep]
+    out = io.BytesIO()
+    Image.new("RGB", (8, 6), "red").save(out, form, icc_profile=profile)
+    assert open_image(out.getvalue()).info["icc_profile"] == profile
+    assert inspect(out.getvalue(), ImageLimits()).width == 8
+    assert to_rgb(open_image(out.getvalue())).size == (8, 6)
 
 
 @pytest.mark.parametrize("compression", ["raw", "tiff_deflate"])

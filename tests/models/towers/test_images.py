@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from models.towers.images import in_range, to_rgb
+from storage.images import open_image
 
 
 def pixel(image: Image.Image) -> tuple[int, ...]:
@@ -297,3 +298,112 @@ palette.convert("RGB")
 """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stderr == ""
+
+
+def icc(space: bytes, tags: dict[bytes, bytes]) -> bytes:
+    """An ICC profile of version 2."""
+    body, table = b"", struct.pack(">I", len(tags))
+    for name, data in tags.items():
+        table += name + struct.pack(">II", 128 + 4 + 12 * len(tags) + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    pcs = b"Lab " if b"A2B0" in tags else b"XYZ "
+    head = struct.pack(
+        ">I4sI4s4s4s12x4s", 132 + len(table) - 4 + len(body), bytes(4), 0x02400000, b"mntr", space, pcs, b"acsp"
+    )
+    return head.ljust(68, b"\0") + xyz(0.9642, 1, 0.8249)[8:] + bytes(128 - 80) + table + body
+
+
+def xyz(*values: float) -> bytes:
+    return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(value * 65536) for value in values))
+
+
+def gamma(value: float) -> bytes:
+    return b"curv\0\0\0\0" + struct.pack(">IH", 1, round(value * 256))
+
+
+ADOBE = [[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]]
+"""To XYZ under D50, from its specification; below, of sRGB, from IEC 61966-2-1."""
+SRGB = [[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]]
+COMMON = {b"wtpt": xyz(0.9642, 1, 0.8249)}
+WIDE = icc(
+    b"RGB ",
+    COMMON
+    | {name: xyz(*column) for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), zip(*ADOBE, strict=True), strict=True)}
+    | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), gamma(563 / 256)),
+)
+
+
+def encoded(linear: np.ndarray) -> np.ndarray:
+    """Light of 0 to 1 as values of sRGB."""
+    linear = np.clip(linear, 0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def adobe_to_srgb(color: tuple[int, ...]) -> np.ndarray:
+    linear = (np.array(color[:3]) / 255) ** (563 / 256)
+    return encoded(np.linalg.inv(SRGB) @ ADOBE @ linear)
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("JPEG", {"quality": 100, "subsampling": 0}),
+        ("PNG", {}),
+        ("WEBP", {"lossless": True}),
+        ("TIFF", {}),
+        ("AVIF", {"quality": 100, "subsampling": "4:4:4"}),
+        ("HEIF", {"quality": -1, "chroma": 444}),
+    ],
+)
+def test_wide_colors_are_what_they_are_in_srgb(form: str, options: dict[str, object]) -> None:
+    for color in [(120, 180, 60), (255, 255, 255), (0, 255, 0), (90, 100, 200)]:
+        stream = io.BytesIO()
+        Image.new("RGB", (64, 64), color).save(stream, form, icc_profile=WIDE, **options)
+        stored = open_image(stream.getvalue()).getpixel((0, 0))
+        assert np.allclose(stored, color, atol=3)
+        assert np.allclose(pixel(to_rgb(open_image(stream.getvalue()))), adobe_to_srgb(stored), atol=2)
+
+
+def test_wide_colors_of_palettes_and_half_transparent_pixels() -> None:
+    color = (120, 180, 60, 51)
+    image = Image.new("RGBA", (2, 2), color)
+    image.info["icc_profile"] = WIDE
+    assert np.allclose(pixel(to_rgb(image)), 0.2 * adobe_to_srgb(color) + 0.8 * 255, atol=2)
+    palette = Image.new("P", (2, 2), 1)
+    palette.putpalette([0, 0, 0, *color[:3]])
+    palette.info["icc_profile"] = WIDE
+    assert np.allclose(pixel(to_rgb(palette)), adobe_to_srgb(color), atol=2)
+    assert image.mode == "RGBA" and image.info["icc_profile"] == WIDE
+
+
+def test_greys_and_inks_by_their_profiles() -> None:
+    grey = Image.new("L", (2, 2), 100)
+    grey.info["icc_profile"] = icc(b"GRAY", COMMON | {b"kTRC": gamma(1)})
+    assert np.allclose(pixel(to_rgb(grey)), encoded(np.array(100 / 255)), atol=2)
+    # A table from inks to Lab with their corners only: the first ink is a green, the last black, the others water.
+    paper, green, black = (255, 128, 128), (153, 88, 168), (0, 128, 128)
+    lab = [black if corner % 2 else green if corner >= 8 else paper for corner in range(16)]
+    corners = bytes(value for each in lab for value in each)
+    identity = bytes(range(256))
+    matrix = struct.pack(">9i", *(65536 * (row == column) for row in range(3) for column in range(3)))
+    table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + matrix + 4 * identity + corners + 3 * identity
+    inks = Image.new("CMYK", (2, 2), (255, 0, 0, 0))
+    inks.info["icc_profile"] = icc(b"CMYK", COMMON | {b"A2B0": table})
+    light = (153 / 2.55 + 16) / 116
+    roots = np.array([light - 40 / 500, light, light - 40 / 200])
+    tristimulus = np.where(roots > 6 / 29, roots**3, 3 * (6 / 29) ** 2 * (roots - 4 / 29)) * [0.9642, 1, 0.8249]
+    assert np.allclose(pixel(to_rgb(inks)), encoded(np.linalg.inv(SRGB) @ tristimulus), atol=2)
+    inks.paste((0, 255, 255, 0), (0, 0, 2, 2))
+    assert min(pixel(to_rgb(inks))) >= 253
+
+
+def test_profiles_of_srgb_damaged_ones_and_those_of_other_colors_change_nothing() -> None:
+    own = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    values = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    for profile in (own, WIDE[:200], b"", b"nothing", bytes(5 << 20), icc(b"GRAY", COMMON | {b"kTRC": gamma(1)})):
+        image = Image.fromarray(values)
+        image.info["icc_profile"] = profile
+        assert (np.asarray(to_rgb(image)) == values).all()
+    grey = Image.new("L", (2, 2), 100)
+    grey.info["icc_profile"] = WIDE
+    assert pixel(to_rgb(to_rgb(grey))) == (100, 100, 100)
