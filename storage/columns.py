@@ -120,7 +120,7 @@ class ImageColumn:
                 start += file.metadata.row_group(group).num_rows
                 group += 1
             leaf = f"{self.column}.bytes" if self._is_struct else self.column
-            # One by one: of a struct with views or a dictionary, Arrow makes no batch that lies in two of them.
+            # One by one: of a struct with a dictionary, Arrow makes no batch that lies in two of them.
             batches = (
                 batch
                 for each in range(group, file.num_row_groups)
