@@ -6,8 +6,8 @@
 # Seen: columns are those of the first five samples. A PNG after them leaves a row whose picture is null, and a JSON
 #     key that comes later is dropped, both without a word; one among the five is an error about the format of the
 #     archive.
-# latteflow: keeps images as they came, so a shard may mix endings; it reads tars sample by sample, and so takes them
-#     all.
+# latteflow: keeps images as they came, so a shard may mix endings, which docs/formats.md says; it reads tars sample
+#     by sample, and so takes them all.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -4,7 +4,8 @@
 # Guess: FLOAT[4], since the size stands in the Arrow schema that polars puts into the file, and pyarrow brings it
 #     back.
 # Seen: FLOAT[]; array_cosine_similarity finds no function of that name for it. A cast to FLOAT[4] helps.
-# latteflow: writes features as fixed-size arrays, which polars and pyarrow read as such; in DuckDB they want the cast.
+# latteflow: writes features as fixed-size arrays, which polars and pyarrow read as such; docs/formats.md has the cast
+#     that DuckDB wants.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

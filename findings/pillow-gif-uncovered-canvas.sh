@@ -5,7 +5,7 @@
 # Guess: transparent, as Chromium 150 shows it, or the background colour that the file names.
 # Seen: a blue picture in the middle of a wider canvas, on a palette of red, green, blue and white with white as the
 #     background: the rest is opaque red.
-# latteflow: goes by Pillow, so it sees that colour around such a picture, and no white.
+# latteflow: takes what the first picture leaves as transparent, as Chromium does, and so sees it as white.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -4,7 +4,8 @@
 # Guess: a pixel of the grey that tRNS names is transparent at any depth.
 # Seen: at 8 bits, yes. At 2 and 4 bits pixels are stretched to 0-255 and the key stays as the file has it: 7 of 15 is
 #     a pixel of 119, and opaque. At 16 bits the key is right, and the conversion to RGBA leaves all of it opaque.
-# latteflow: goes by Pillow, so such a pixel keeps its grey, where Chromium 150 shows the ground.
+# latteflow: brings key and pixels to one scale, compares 16 bits by themselves (colours too, of which Pillow keeps the
+#     upper bytes), and so shows such a pixel as white, where Chromium 150 shows the ground.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

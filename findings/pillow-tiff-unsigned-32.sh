@@ -3,7 +3,7 @@
 #
 # Guess: refused, or read as floats, since no mode of Pillow holds 32 bits without a sign.
 # Seen: mode I, and 4294967295 is -1, so white turns darker than black; no warning.
-# latteflow: cuts off below 0, so it sees black where such a file is brighter than half of its range.
+# latteflow: takes the sign from the tag SampleFormat, and so sees the upper half as the bright one.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

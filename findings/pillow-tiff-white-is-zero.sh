@@ -3,7 +3,8 @@
 #
 # Guess: the tag PhotometricInterpretation is followed at any depth, or the file refused.
 # Seen: 0 reads as 255 at 8 bits, and as 0 in mode I;16.
-# latteflow: goes by Pillow, so it sees a 16-bit picture of that kind as its negative.
+# latteflow: goes by the tag where Pillow does not, at 16 bits and for floats, and turns `shard.grey_range` round with
+#     it.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -3,7 +3,7 @@
 #
 # Guess: 64 bits for all of them, as in numpy, Arrow and DuckDB.
 # Seen: 2147483647 + 1 = -2147483648, eager, grouped and from Parquet, without a warning; four times 127 as Int8 = 508.
-# latteflow: adds its Int32 token counts within one part of a stage only, and the parts as Python integers.
+# latteflow: adds its Int32 token counts, of each part of a stage, as Int64, and the parts as Python integers.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

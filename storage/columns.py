@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
@@ -17,6 +18,8 @@ _ROWS = 16
 """Rows decoded together."""
 _BATCHES = 4
 """Decoded batches kept, since several threads read neighbouring rows."""
+_ADDRESS = re.compile(r"(.*_)?(url|uri)s?", re.IGNORECASE)
+"""Names of columns with addresses of images, in data sets that are published without them."""
 
 
 class ImageColumn:
@@ -30,7 +33,7 @@ class ImageColumn:
 
     Raises:
         ColumnBroken: the file cannot be read or has no such column.
-        DataError: several columns could hold the images.
+        DataError: several columns could hold the images, or there are only their addresses.
     """
 
     def __init__(self, opened: Callable[[], BinaryIO], *, is_parquet: bool, column: str | None, what: str) -> None:
@@ -117,7 +120,12 @@ class ImageColumn:
                 start += file.metadata.row_group(group).num_rows
                 group += 1
             leaf = f"{self.column}.bytes" if self._is_struct else self.column
-            batches = file.iter_batches(_ROWS, range(group, file.num_row_groups), [leaf], use_threads=False)
+            # One by one: of a struct with a dictionary, Arrow makes no batch that lies in two of them.
+            batches = (
+                batch
+                for each in range(group, file.num_row_groups)
+                for batch in file.iter_batches(_ROWS, [each], [leaf], use_threads=False)
+            )
         else:
             batches = iter(self._arrow(self._open(), self._place))
         for batch in batches:
@@ -161,6 +169,12 @@ class _FileBatches:
 def _find_column(schema: pa.Schema, wanted: str | None, what: str) -> str:
     structs = [field.name for field in schema if _is_image_struct(field.type)]
     plain = [field.name for field in schema if _is_binary(field.type)]
+    addresses = [name for name in schema.names if _ADDRESS.fullmatch(name)]
+    if addresses and not structs + plain:
+        raise DataError(
+            f"{what} has addresses of images ({', '.join(addresses)}) and no images: nothing is fetched from there; "
+            "download them first, for example with img2dataset, and give its tars"
+        )
     if wanted is not None:
         if wanted in structs + plain:
             return wanted
@@ -177,7 +191,10 @@ def _find_column(schema: pa.Schema, wanted: str | None, what: str) -> str:
 
 
 def _is_binary(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    """Bytes of any length, however Arrow lays them out: polars writes views, pyarrow keeps dictionaries."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
 def _is_image_struct(kind: pa.DataType) -> bool:

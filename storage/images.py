@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import io
 import struct
@@ -16,6 +18,7 @@ from PIL import (  # noqa: F401
     BmpImagePlugin,
     GifImagePlugin,
     Image,
+    ImageCms,
     JpegImagePlugin,
     PngImagePlugin,
     TiffImagePlugin,
@@ -83,7 +86,7 @@ class ImageLimits:
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """A decodable image: its extension by content (not by name), and its size in pixels as stored."""
+    """A decodable image: its extension by content, and its size in pixels, as stored (a TIFF's as shown)."""
 
     extension: str
     width: int
@@ -133,6 +136,8 @@ def inspect(data: bytes, limits: ImageLimits) -> ImageInfo:
             image.draft(None, (1, 1))
             image.load()
             _read_exif(image)
+            if isinstance(profile := image.info.get("icc_profile"), bytes):
+                _read_profile(profile)
             # What Pillow calls MPO is a JPEG with more pictures behind the first.
             extension = "jpg" if image.format == "MPO" else EXTENSIONS[str(image.format)]
             return ImageInfo(extension, width, height, *_greys(data, image))
@@ -209,3 +214,14 @@ def _read_exif(image: Image.Image) -> None:
         image.getexif()
     except (SyntaxError, ValueError, struct.error):
         return
+
+
+@functools.lru_cache(16)
+def _read_profile(profile: bytes) -> None:
+    # As with EXIF: the colours are converted by it later. One that is damaged counts for nothing then.
+    with contextlib.suppress(OSError, ImageCms.PyCMSError):
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(source.profile.xcolor_space)
+        if mode is not None:
+            transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+            transform.apply(Image.new(mode, (1, 1)))

@@ -362,8 +362,9 @@ class _Shards:
         if self._packing.grey_range == "auto" and brightest <= _FULL // 16:
             bits = brightest.bit_length()
             log.warning(
-                "the greys of %d images have 16 bits and go up to %d of %d, which is nearly black to a model; if they "
-                "are of %d bits, say `shard: {grey_range: [0, %d]}`, and `full` if they are meant to be dark",
+                "the greys of %d images have 16 bits and go up to %d of %d, which is nearly black to a model (white, "
+                "where 0 is white); if they are of %d bits, say `shard: {grey_range: [0, %d]}`, and `full` if they are "
+                "meant to be dark",
                 len(self._bright), brightest, _FULL, bits, (1 << bits) - 1,
             )  # fmt: skip
 

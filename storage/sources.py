@@ -128,7 +128,7 @@ class Source:
         A damaged one gives what is sound, and then itself as an entry that cannot be read: it ends in quarantine.
 
         Raises:
-            DataError: a table has several columns that could be the images.
+            DataError: a table has several columns that could be the images, or only their addresses.
         """
         try:
             yield from self._tar(container) if _kind(container.path) == "tar" else self._rows(container)
@@ -267,6 +267,10 @@ def _kind(name: str) -> str | None:
     return _KINDS.get(_suffix(name))
 
 
+def _stem(name: str) -> str:
+    return name[: name.rfind(".")]
+
+
 def _base(name: str) -> str:
     return name.rpartition("/")[2]
 
@@ -284,8 +288,11 @@ def _containers(root: Root, beside: Sequence[File]) -> list[File]:
     """
     listed = {path for file in beside if _base(file.name) == _STATE for path in _arrow_files(root, file)}
     found: dict[str, list[File]] = {}
+    tars = {_stem(file.name) for file in beside if _kind(file.name) == "tar"}
     for file in beside:
         kind = _kind(file.name)
+        if kind == "parquet" and _stem(file.name) in tars:  # img2dataset's table about the images in that tar
+            continue
         # Beside the arrow files of a saved data set lie the caches of its transformations.
         if kind and (kind != "arrow" or root.is_file or file.name in listed):
             found.setdefault(kind, []).append(file)

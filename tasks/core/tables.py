@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
@@ -13,13 +14,15 @@ from storage.drivers import sort, told
 from storage.errors import DataError
 from storage.fingerprint import canonical_json, sha256
 
+SEPARATORS = ",;\t"
+
 
 def read_by_path(url: str, column: str, sources: Sequence[str], paths: Sequence[str]) -> dict[str, str]:
-    """The value of each image that has one.
+    """The value of each image that has one: an empty cell, quoted or not, or an empty text is none.
 
     Args:
-        url: a CSV or Parquet file with the columns ``path`` and ``column``, paths relative to the file's folder or to
-            the source; or a folder with ``a/b.txt`` for the image ``a/b.png``.
+        url: a CSV (commas, semicolons or tabs) or Parquet file with the columns ``path`` and ``column``, paths relative
+            to the file's folder or to the source; or a folder with ``a/b.txt`` for the image ``a/b.png``.
         column: name of the value column.
         sources: where the images are; with several, an image's path begins with the number of its source.
         paths: of the images, as the shard index has them.
@@ -35,9 +38,8 @@ def read_by_path(url: str, column: str, sources: Sequence[str], paths: Sequence[
                 for path in fs.find(root)
                 if path.endswith(".txt")
             }
-            values = {
-                path: found[text] for path in paths if (text := str(PurePosixPath(path).with_suffix(".txt"))) in found
-            }
+            texts = {path: found.get(str(PurePosixPath(path).with_suffix(".txt")), "") for path in paths}
+            values = {path: text for path, text in texts.items() if text.strip()}
             example = next(iter(found), "(no .txt file)")
         else:
             table = _read(fs.cat_file(root), root, url, column)
@@ -82,17 +84,26 @@ def digest_of_table(url: str) -> str:
 
 def _read(data: bytes, name: str, url: str, column: str) -> dict[str, str]:
     try:
-        if name.endswith(".parquet"):
-            frame = pl.read_parquet(io.BytesIO(data))
-        else:
-            frame = pl.read_csv(io.BytesIO(data.removeprefix(b"\xef\xbb\xbf")), infer_schema=False, null_values=None)
+        frame = pl.read_parquet(io.BytesIO(data)) if name.endswith(".parquet") else _csv(data, column)
     except pl.exceptions.PolarsError as error:
-        raise DataError(f"{column} file {url!r} is not a table: {error}") from error
+        raise DataError(f"{column} file {url!r} is not a table: {str(error).splitlines()[0]}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{column} file {url!r} is not UTF-8 ({error.reason}): save it as CSV in UTF-8") from error
     missing = [name for name in ("path", column) if name not in frame.columns]
     if missing:
         raise DataError(f"{url!r} has no column {missing[0]!r}; its columns are {', '.join(frame.columns)}")
-    rows = frame.select(pl.col("path", column).cast(pl.String)).drop_nulls()
-    return dict(rows.iter_rows())
+    cells = pl.col("path", column).cast(pl.String)
+    return dict(frame.select(cells).filter(pl.all_horizontal(pl.all().str.strip_chars() != "")).iter_rows())
+
+
+def _csv(data: bytes, column: str) -> pl.DataFrame:
+    """As spreadsheets write it: in UTF-8 or, with tabs, UTF-16; with the separator of their country."""
+    text = data.decode("utf-16" if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig")
+    if text.startswith("sep="):  # a line for Excel
+        text = text.partition("\n")[2]
+    header = text.partition("\n")[0]
+    fits = [each for each in SEPARATORS if {"path", column} <= {name.strip('"\r') for name in header.split(each)}]
+    return pl.read_csv(text.encode(), separator=fits[0] if fits else SEPARATORS[0], infer_schema=False)
 
 
 def _below(location: str, sources: Sequence[str]) -> str:

@@ -159,8 +159,8 @@ class Gallery:
         except StorageError as error:  # no fault of the image
             raise EngineStopped(str(error)) from error
         image, describer = in_range(open_image(data), self._greys.range(at["key"])), self._domain.describer
-        image.load()  # here, as threads share it
         image = to_rgb(image)
+        image.load()  # here, as threads share it
         return smaller(image, describer.longest_px) if isinstance(describer, LanguageModelSettings) else image
 
 

@@ -17,7 +17,7 @@ from tasks.core.domain import Domain
 from tasks.core.features import centred
 from tasks.core.stage import StageResult, open_store, run_stage
 
-VERSION = 1
+VERSION = 2
 ESTIMATE = 1
 """Version of :mod:`models.judge.shift`; the features do not depend on it."""
 CANDIDATES = 5

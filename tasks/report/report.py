@@ -473,9 +473,9 @@ def _tokens(artifact: Artifact) -> tuple[int, int] | None:
     if artifact.stage not in ("describe", "group", "pair"):
         return None
     tables = [read_parquet(artifact.read(name)) for name in artifact.names(".parquet")]
-    sums = [
-        table.select(pl.sum("prompt_tokens", "output_tokens")).row(0) for table in tables if "prompt_tokens" in table
-    ]
+    # polars adds Int32 in 32 bits, and wraps.
+    whole = pl.col("prompt_tokens", "output_tokens").cast(pl.Int64).sum()
+    sums = [table.select(whole).row(0) for table in tables if "prompt_tokens" in table]
     prompt, output = (sum(int(each[place] or 0) for each in sums) for place in (0, 1))
     return (prompt, output) if prompt else None
 

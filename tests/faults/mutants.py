@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, ImageCms
 
 import storage.images  # noqa: F401  # has Pillow know HEIC
 
@@ -65,12 +65,14 @@ def images() -> dict[str, bytes]:
         first, *rest = [pixels(side).resize((24, 24)) for side in (8, 9, 10)]
         return encoded(first, form, save_all=True, append_images=rest)
 
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a description"
     return {
         "jpeg": encoded(rgb, "JPEG"),
         "jpeg progressive": encoded(rgb, "JPEG", progressive=True, exif=exif),
         "jpeg cmyk": encoded(rgb.convert("CMYK"), "JPEG"),
+        "jpeg with a profile": encoded(rgb, "JPEG", icc_profile=profile),
         "jpeg of several pictures": pages("MPO"),
         "png": encoded(rgba, "PNG", exif=exif),
         "png palette": encoded(rgb.quantize(16), "PNG", transparency=3),

@@ -13,13 +13,14 @@ import numpy as np
 import polars as pl
 import pytest
 import webdataset
-from PIL import Image
+from PIL import Image, ImageCms
 
+from models.towers.images import to_rgb
 from storage import shards
 from storage.artifacts import Artifact, ArtifactStore, ArtifactWriter
 from storage.errors import DataError
 from storage.fingerprint import canonical_json
-from storage.images import ImageLimits, ImageRejected, inspect
+from storage.images import ImageLimits, ImageRejected, inspect, open_image
 from storage.listing import StatCache
 from storage.objects import ObjectStore
 from storage.shards import (
@@ -287,6 +288,28 @@ def test_every_common_mode_is_accepted(mode: str) -> None:
     out = io.BytesIO()
     image.save(out, kind)
     assert inspect(out.getvalue(), ImageLimits()).width == 8
+
+
+@pytest.mark.parametrize("keep", [3, 100, 300, None])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_a_damaged_profile_of_colors_costs_no_image(keep: int | None, form: str) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()[:keep]
+    out = io.BytesIO()
+    Image.new("RGB", (8, 6), "red").save(out, form, icc_profile=profile)
+    assert open_image(out.getvalue()).info["icc_profile"] == profile
+    assert inspect(out.getvalue(), ImageLimits()).width == 8
+    assert to_rgb(open_image(out.getvalue())).size == (8, 6)
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_deflate"])
+def test_a_turned_tiff_has_the_size_that_is_shown(compression: str) -> None:
+    """Pillow turns this format alone itself, and says so from the start; of others, the size is the stored one."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    out = io.BytesIO()
+    Image.new("RGB", (8, 6)).save(out, "TIFF", exif=exif, compression=compression)
+    found = inspect(out.getvalue(), ImageLimits())
+    assert (found.width, found.height) == to_rgb(open_image(out.getvalue())).size == (6, 8)
 
 
 def test_the_extension_follows_the_content() -> None:

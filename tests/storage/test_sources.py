@@ -10,6 +10,7 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -112,16 +113,46 @@ def test_our_own_shards_are_a_source(tmp_path: Path) -> None:
     assert sorted(images(Source([artifact.address("shard-00000.tar")])).values()) == sorted(map(picture, range(3)))
 
 
-@pytest.mark.parametrize("kind", ["struct", "binary", "large_binary"])
-def test_parquet(tmp_path: Path, kind: str) -> None:
-    pictures = [picture(number) for number in range(40)]
-    column = structs(list(pictures)) if kind == "struct" else pa.array(pictures, getattr(pa, kind)())
-    write_table(tmp_path / "a.parquet", column, "picture", rows_in_group=17)
-    source = Source([str(tmp_path)])
-    assert images(source) == {f"a.parquet/{row:08d}": data for row, data in enumerate(pictures)}
+BINARY = [pa.binary(), pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int8(), pa.binary())]
+
+
+@pytest.mark.parametrize("kind", BINARY, ids=str)
+@pytest.mark.parametrize("form", ["parquet", "stream", "file"])
+@pytest.mark.parametrize("is_struct", [False, True])
+def test_a_table_of_any_kind_of_bytes(tmp_path: Path, kind: pa.DataType, form: str, is_struct: bool) -> None:
+    pictures = [picture(number % 30) for number in range(40)]
+    bytes_ = pa.array([None, *pictures[1:]], kind)
+    places = pa.array([f"{row}.png" for row in range(40)])
+    struct_less = pa.array([row == 1 for row in range(40)])
+    column = pa.StructArray.from_arrays([bytes_, places], ["bytes", "path"], mask=struct_less) if is_struct else bytes_
+    table = pa.table({"picture": column, "label": pa.array(range(40))})
+    if form == "parquet":
+        file = tmp_path / "a.parquet"
+        # pyarrow 26 cannot write views inside of structs in pieces.
+        pq.write_table(table, file, row_group_size=40 if is_struct and kind == pa.binary_view() else 17)
+    else:
+        file = tmp_path / "a.arrow"
+        open_writer = pa.ipc.new_stream if form == "stream" else pa.ipc.new_file
+        with open_writer(str(file), table.schema) as writer:
+            writer.write_table(table, max_chunksize=17)
+    source = Source([str(file)])
     entries = list(source.scan())
-    for row in (39, 0, 20, 19, 38):  # in any order
+    assert [entry.path for entry in entries] == [f"{file.name}/{row:08d}" for row in range(40)]
+    without = 2 if is_struct else 1
+    for row in (39, *range(without, 40), 20, 19, 38):  # in any order
         assert source.read(entries[row]) == pictures[row]
+    for row in range(without):
+        with pytest.raises(ImageRejected, match=rf"unreadable: row {row} of .* holds no bytes in 'picture'"):
+            source.read(entries[row])
+
+
+def test_a_table_by_polars(tmp_path: Path) -> None:
+    pictures = [picture(number) for number in range(4)]
+    frame = pl.DataFrame({"label": range(4), "image": pictures})
+    frame.write_parquet(tmp_path / "a.parquet")
+    frame.write_ipc(tmp_path / "b.arrow")
+    for name in ("a.parquet", "b.arrow"):
+        assert list(images(Source([str(tmp_path / name)])).values()) == pictures
 
 
 @pytest.mark.parametrize("form", ["stream", "file"])
