@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from flows.pipeline import graph
-from models.settings import VllmSettings
+from models.settings import SidecarSettings, VllmSettings
 from storage.artifacts import ArtifactRef
 from storage.fingerprint import fingerprint
 from tasks.core.domain import Domain
@@ -43,11 +43,15 @@ def fingerprints(domain: Domain, folder: Path) -> dict[str, str]:
     folder.mkdir(parents=True)
     Image.new("RGB", (32, 32), "red").save(folder / "red.png")
     (folder / "labels.csv").write_text(f'path,class\nred.png,"{domain.classes[0]}"\n')
-    evaluation = domain.evaluation
+    (folder / "texts.csv").write_text("path,text\nred.png,red\n")  # the domains' own are not in the repository
+    describer, evaluation = domain.describer, domain.evaluation
+    if isinstance(describer, SidecarSettings):
+        describer = describer.model_copy(update={"texts": str(folder / "texts.csv")})
     assert evaluation is not None
     domain = domain.model_copy(
         update={
             "source": [str(folder)],
+            "describer": describer,
             "store": str(folder.parent / "store"),
             "evaluation": evaluation.model_copy(
                 update={"source": evaluation.source and [str(folder)], "labels": str(folder / "labels.csv")}
