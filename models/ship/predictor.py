@@ -8,7 +8,8 @@ docs/serving.md has it beside other scores that need no label.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -135,8 +136,11 @@ class Predictor:
                 it is not finite.
         """
         settings = _settings(folder)
-        import torch  # seconds, which a folder that is none is told without
+        with ThreadPoolExecutor(1) as beside:
+            checked = beside.submit(_check_digests, folder, settings["sha256"])
+            import torch  # seconds, which a folder that is none is told without
 
+            checked.result()
         try:
             classes, head = _classes(folder), _head(folder, settings)
             greys = grey_range(settings.get("grey_range", "auto"))
@@ -190,13 +194,13 @@ class Predictor:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """What `export` noted, with every file that it names looked at."""
+    """What `export` noted."""
     if not folder.is_dir():
         raise ModelError(f"model {folder}: there is no such folder; `latteflow export DOMAIN {folder}` writes one")
     check_files(folder)
     try:
         found: dict[str, Any] = read_json(folder / SETTINGS_FILE)
-        schema, digests = (found["schema"], found["version"]), dict(found["sha256"])
+        schema, found["sha256"] = (found["schema"], found["version"]), dict(found["sha256"])
     except FileNotFoundError:
         raise ModelError(f"model {folder}: it has no {SETTINGS_FILE}; `latteflow export` writes it") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -205,6 +209,11 @@ def _settings(folder: Path) -> dict[str, Any]:
         ) from error
     if schema != (SCHEMA, SCHEMA_VERSION):
         raise ModelError(f"model {folder}: it is a {schema}, not a {(SCHEMA, SCHEMA_VERSION)}; export the model again")
+    return found
+
+
+def _check_digests(folder: Path, digests: Mapping[str, str]) -> None:
+    """Whether every file that `export` noted is there, and is the one that it wrote."""
     for name, digest in digests.items():
         path = folder / name
         if path.parent != folder:
@@ -216,7 +225,6 @@ def _settings(folder: Path) -> dict[str, Any]:
                 f"model {folder}: {name} has sha256 {content[:12]}, was exported with {digest[:12]}; copy the folder "
                 "again, or export the model again"
             )
-    return found
 
 
 def _classes(folder: Path) -> list[str]:
