@@ -45,6 +45,7 @@ test: lint
 	$(BIN)/pytest -m "not network" -n auto --maxprocesses 4 --ignore tests/faults --ignore tests/engines --ignore tests/service
 	$(MAKE) test-vllm
 	@# By itself: it counts what it inflicts, and prints the table of docs/guarantees.md.
+	$(MAKE) .azurite/.installed
 	$(BIN)/pytest tests/faults
 
 test-vllm: install .venv-vllm/.installed
@@ -60,8 +61,14 @@ test-service: install .venv-vllm/.installed
 	.venv-vllm/bin/python deploy/install_worker.py
 	@touch $@
 
+.azurite/.installed:
+	@mkdir -p .azurite
+	@if command -v npm > /dev/null; then npm install --silent --no-audit --no-fund --prefix .azurite azurite@3.35.0; \
+	else echo "no npm on this machine: the tests on Azurite are skipped"; fi
+	@touch $@
+
 test-fast: install
 	$(BIN)/pytest -m "not network and not slow" -n auto --maxprocesses 4 --ignore tests/faults --ignore tests/browser --ignore tests/engines --ignore tests/service
 
 clean:
-	rm -rf $(VENV) .venv-vllm runs data .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-vllm .azurite runs data .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
