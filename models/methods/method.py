@@ -59,6 +59,15 @@ class Given:
     seed: int = 0
     engine: Mapping[str, Any] = field(default_factory=dict)
 
+    def of(self, kind: type[S]) -> S:
+        """The section of this type."""
+        return self.sections.of(kind)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Seed, scale and the engine's arguments, as the methods take them."""
+        return {"seed": self.seed, "scale": self.scale, **self.engine}
+
 
 @dataclass(frozen=True)
 class Section:

@@ -16,22 +16,19 @@ _SECTIONS = {"latteclip": Section(LatteClipSettings, unread=OF_TEXTS)}
 def _flyp(given: Given) -> Adapted:
     from models.methods.baselines.tuning import flyp
 
-    cfg, options = given.sections.of(LatteClipSettings), given.engine
-    return flyp(cfg, given.data, given.training, clip=given.clip, seed=given.seed, scale=given.scale, **options)
+    return flyp(given.of(LatteClipSettings), given.data, given.training, clip=given.clip, **given.options)
 
 
 def _wise_ft(given: Given) -> Adapted:
     from models.methods.baselines.tuning import wise_ft
 
-    cfg, options = given.sections.of(LatteClipSettings), given.engine
-    return wise_ft(cfg, given.data, given.training, clip=given.clip, seed=given.seed, scale=given.scale, **options)
+    return wise_ft(given.of(LatteClipSettings), given.data, given.training, clip=given.clip, **given.options)
 
 
 def _self_training(given: Given) -> Adapted:
     from models.methods.baselines.tuning import self_training
 
-    cfg, options = given.sections.of(LatteClipSettings), given.engine
-    return self_training(cfg, given.data, given.training, seed=given.seed, scale=given.scale, **options)
+    return self_training(given.of(LatteClipSettings), given.data, given.training, **given.options)
 
 
 def _class_descriptions(given: Given) -> Adapted:

@@ -102,7 +102,7 @@ def _mistake(sections: Sections) -> str:
 def _adapt(given: Given) -> Adapted:
     from models.methods.clamp.tuning import tune_clamp
 
-    return tune_clamp(given.sections.of(ClampSettings), given)
+    return tune_clamp(given.of(ClampSettings), given)
 
 
 def _read(adapter: bytes, sections: Sections) -> Callable[[Sequence[str]], np.ndarray]:

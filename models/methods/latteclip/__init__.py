@@ -123,8 +123,7 @@ def trains_towers(sections: Sections, embedded: bool) -> bool:
 def _adapt(given: Given) -> Adapted:
     from models.methods.latteclip.tuning import tune
 
-    cfg, options = given.sections.of(LatteClipSettings), given.engine
-    return tune(cfg, given.data, given.training, clip=given.clip, seed=given.seed, scale=given.scale, **options)
+    return tune(given.of(LatteClipSettings), given.data, given.training, clip=given.clip, **given.options)
 
 
 METHOD = Method(

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def _adapt(given: Given) -> Adapted:
     from models.methods.latteclip_plus.tuning import tune_plus
 
-    settings = given.sections.of(LatteClipSettings), given.sections.of(TransductionSettings)
-    return tune_plus(*settings, given.data, given.training, seed=given.seed, scale=given.scale, **given.engine)
+    settings = given.of(LatteClipSettings), given.of(TransductionSettings)
+    return tune_plus(*settings, given.data, given.training, **given.options)
 
 
 METHOD = Method(

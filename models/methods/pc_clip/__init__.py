@@ -46,8 +46,7 @@ def _trains_towers(sections: Sections, embedded: bool) -> bool:
 def _adapt(given: Given) -> Adapted:
     from models.methods.pc_clip.tuning import tune_pairs
 
-    cfg, options = given.sections.of(PcClipSettings), given.engine
-    return tune_pairs(cfg, given.data, given.training, clip=given.clip, seed=given.seed, scale=given.scale, **options)
+    return tune_pairs(given.of(PcClipSettings), given.data, given.training, clip=given.clip, **given.options)
 
 
 METHOD = Method(

@@ -35,7 +35,7 @@ def _adapt(given: Given) -> Adapted:
     from models.methods.transduction.tuning import transduce
 
     data = given.data
-    found = transduce(given.sections.of(TransductionSettings), data.image_features, data.class_features, given.scale)
+    found = transduce(given.of(TransductionSettings), data.image_features, data.class_features, given.scale)
     return Adapted(prototypes=found.prototypes, scale=given.scale, assignments=found.assignments)
 
 

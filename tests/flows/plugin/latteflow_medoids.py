@@ -29,7 +29,7 @@ def adapt(given: Given) -> Adapted:
     from models.vectors import unit
 
     features, texts = given.data.image_features, given.data.class_features
-    best = (texts @ features.T).topk(min(given.sections.of(MedoidSettings).images, len(features))).indices
+    best = (texts @ features.T).topk(min(given.of(MedoidSettings).images, len(features))).indices
     return Adapted(prototypes=unit(texts + unit(features[best].mean(1))), scale=given.scale)
 
 
