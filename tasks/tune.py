@@ -37,7 +37,7 @@ _Stages = tuple[StageResult, ...]
 if TYPE_CHECKING:
     from models.adaptation import TuneData
 
-VERSION = 1
+VERSION = 2
 _TOWERS = {"pc_clip": ".safetensors", "clamp": ".adapter.safetensors"}
 """Files of the text towers that others can read their texts with."""
 log = logging.getLogger("latteflow.tasks")
@@ -496,11 +496,11 @@ def text_reader(domain: Domain, tuned: Tuned) -> clip.Clip:
     """The domain's CLIP with the text tower of the adapted model, text map and all."""
     import torch
 
-    from models.export import TEXT_PROJECTIONS, fold
+    from models.export import fold
 
     found = tuned_clip(domain, tuned)
     if tuned.text_map is None:
         return found
     model = copy.deepcopy(found.model)
-    fold(model, TEXT_PROJECTIONS, torch.from_numpy(tuned.text_map).to(found.device))
+    fold(model, "text", torch.from_numpy(tuned.text_map).to(found.device))
     return replace(found, model=model)
