@@ -51,7 +51,7 @@ def _sizes(store: ArtifactStore, domain: Domain) -> list[tuple[int, int]]:
     if shards is None:
         return list(islice(_of_source(domain), LOOKED_AT))
     index = read_index(shards).select("width", "height")
-    rows = np.unique(np.linspace(0, index.height - 1, LOOKED_AT).astype(np.int64)) if index.height else []
+    rows = np.unique(np.linspace(0, index.height - 1, min(LOOKED_AT, index.height)).astype(np.int64))
     return [index.row(int(row)) for row in rows]
 
 
