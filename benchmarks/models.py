@@ -16,6 +16,7 @@ import argparse
 import functools
 import json
 import logging
+import re
 import sys
 import tempfile
 import warnings
@@ -173,7 +174,7 @@ def table(rows: Mapping[str, Row]) -> str:
     lines += [f"| family | small form of | {' | '.join(COLUMNS.values())} |", "| --- " * (len(COLUMNS) + 2) + "|"]
     reasons: dict[str, list[str]] = {}
     for name, row in rows.items():
-        cells = [f"{cell:.0e}" if isinstance(cell, float) else "-" for cell in (row.get(each, "-") for each in COLUMNS)]
+        cells = [f"{cell:.0e}" if isinstance(cell, float) else "-" for cell in (row.get(each) for each in COLUMNS)]
         lines.append(f"| {name} | `{like[name]}` | {' | '.join(cells)} |")
         for column, cell in row.items():
             if isinstance(cell, str):
@@ -210,7 +211,8 @@ def _formats(domain: Domain, row: Row) -> list[Format]:
     try:
         to_transformers.check(domain.clip)
     except ModelError as error:
-        row["transformers"] = str(error).partition(" has ")[2].partition(", which")[0].replace("small_", "")
+        why = str(error).partition(" has ")[2].partition(", which")[0]
+        row["transformers"] = re.sub(r"the image tower \S+ of timm", "an image tower of timm", why)
         return ["onnx"]
     return ["onnx", "transformers"]
 

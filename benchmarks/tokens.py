@@ -115,7 +115,9 @@ def _tokenizer(*special: str, **named: str) -> Any:
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     names = ["<pad>", "<|im_start|>", "<|im_end|>", *special]
     letters = pre_tokenizers.ByteLevel.alphabet()
-    raw.train_from_iterator([ASKED], trainers.BpeTrainer(600, special_tokens=names, initial_alphabet=letters))
+    raw.train_from_iterator(
+        [ASKED], trainers.BpeTrainer(vocab_size=600, special_tokens=names, initial_alphabet=letters)
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token=names[1], eos_token=names[2], pad_token=names[0],
         additional_special_tokens=names[2:], extra_special_tokens=named or None,
