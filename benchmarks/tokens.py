@@ -97,7 +97,7 @@ def build_and_count(name: str, folder: str) -> None:
     engine = open_vllm(
         VllmSettings(
             kind="vllm", model=folder, dtype="float32", max_context=8192, max_batch=2, max_tokens=2,
-            extra={"enforce_eager": True},
+            extra={"enforce_eager": True, "load_format": "dummy"},
         )
     )  # fmt: skip
     prompts = [Prompt(ASKED, lambda sizes=sizes: [Image.new("RGB", size) for size in sizes], 0) for sizes in SIZES]
