@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 from models.settings import LanguageModelSettings
 
@@ -17,7 +18,6 @@ def prompt_tokens(settings: LanguageModelSettings, prompts: Sequence[Shown]) -> 
 
     Nothing is downloaded, and no weights are read.
     """
-    from PIL import Image
     from transformers import AutoProcessor
 
     try:
@@ -28,18 +28,26 @@ def prompt_tokens(settings: LanguageModelSettings, prompts: Sequence[Shown]) -> 
             trust_remote_code=getattr(settings, "trust_remote_code", False),
             **settings.extra.get("mm_processor_kwargs", {}),
         )
-        lengths = []
-        for question, sizes in prompts:
-            images = [{"type": "image", "image": Image.new("RGB", size)} for size in sizes]
-            message = {"role": "user", "content": [*images, {"type": "text", "text": question}]}
-            found = processor.apply_chat_template(
-                [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-            )
-            lengths.append(found["input_ids"].shape[-1])
+        lengths = [_length(processor, question, sizes) for question, sizes in prompts]
     except Exception as error:  # each family has errors of its own, and an estimate is no reason to fail
         log.info("the processor of %s does not say how long prompts are: %s", settings.model, error)
         return None
     return sum(lengths) / len(lengths) if lengths else None
+
+
+def _length(processor: Any, question: str, sizes: Sequence[tuple[int, int]]) -> int:
+    """Each of several images as if alone, as vLLM has it: LLaVA-OneVision's processor cuts only a single one into tiles."""
+    from PIL import Image
+
+    if len(sizes) > 1:
+        without = _length(processor, question, [])
+        return without + sum(_length(processor, question, [size]) - without for size in sizes)
+    images = [{"type": "image", "image": Image.new("RGB", size)} for size in sizes]
+    message = {"role": "user", "content": [*images, {"type": "text", "text": question}]}
+    found = processor.apply_chat_template(
+        [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    return int(found["input_ids"].shape[-1])
 
 
 def shown_size(size: tuple[int, int], longest_px: int) -> tuple[int, int]:
