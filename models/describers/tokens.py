@@ -36,7 +36,7 @@ def prompt_tokens(settings: LanguageModelSettings, prompts: Sequence[Shown]) -> 
 
 
 def _length(processor: Any, question: str, sizes: Sequence[tuple[int, int]]) -> int:
-    """Each of several images as if alone, as vLLM has it: LLaVA-OneVision's processor cuts only one alone into tiles."""
+    """Each of several images as if alone, as in vLLM: LLaVA-OneVision's processor cuts only a lone one into tiles."""
     from PIL import Image
 
     if len(sizes) > 1:
