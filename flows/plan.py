@@ -16,6 +16,7 @@ from storage.errors import NotFound
 from storage.shards import Greys, read_index
 from tasks.core.domain import Domain
 from tasks.core.stage import NotMade, StageResult, open_store, rules
+from tasks.describe.reckon import mean_prompt_tokens
 from tasks.ingest.changes import Images, image_changes
 from tasks.report.history import History
 from tasks.tune.check import check_models
@@ -50,8 +51,8 @@ class Planned:
         unit: what the stage makes: images, texts, models, or one run.
         work: how many of them are to be made.
         at_most: ``work`` is a bound: what is to be made depends on a stage that would run before.
-        tokens, seconds: estimates from earlier texts and runs, or from the domain's prices; None where there are none,
-            or, for tokens, no texts.
+        tokens, seconds: estimates from earlier texts and runs, or from the domain's prices, and tokens also from the
+            processor of the describer's model; None where there are none, or, for tokens, no texts.
     """
 
     label: str
@@ -209,7 +210,7 @@ class _Planner:
         return len(keys - CaptionStore(self._store.objects).known(who, keys)), False
 
     def _tokens(self, stage: str, texts: int, inputs: Mapping[str, Any] | None) -> Tokens | None:
-        """By the texts that the describer wrote so far, else by the domain's prices."""
+        """By the texts that the describer wrote so far, else by the domain's prices, else by the model's processor."""
         domain = self._domain.of_pairs() if stage == "pair" else self._domain
         describer, prices = domain.describer, domain.prices
         if not isinstance(describer, LanguageModelSettings):
@@ -220,6 +221,8 @@ class _Planner:
             written = CaptionStore(self._store.objects).sample(who).filter(pl.col("prompt_tokens") > 0)
             if written.height:
                 prompt, output = written.select(pl.mean("prompt_tokens", "output_tokens")).row(0)
+        if prompt is None and texts:
+            prompt = mean_prompt_tokens(self._store, domain, stage)
         output = describer.max_tokens if output is None else output
         return None if prompt is None else Tokens(round(texts * prompt), round(texts * output))
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from models.methods.adaptation import Adapted, TuneData
 
 S = TypeVar("S", bound=Settings)
+LAST_BLOCKS = {"last_blocks": 2}
+"""What shapes a model that trains the last blocks of a tower: which tensors these are. Raised when that changes."""
 
 Reads = Literal["features", "sentences", "texts", "captions", "pairs", "class_texts"]
 """What fills a method's :class:`~models.methods.adaptation.TuneData`.

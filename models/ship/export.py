@@ -10,7 +10,7 @@ bytes the other files have.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,12 +31,18 @@ from models.towers.folder import (
     SCHEMA,
     SCHEMA_VERSION,
     SETTINGS_FILE,
+    TEXT_CONFIG,
     write_json,
 )
 
 # Where towers keep the matrix that ends them, as open_clip names them.
-IMAGE_PROJECTIONS = ("image_projection", "visual.proj", "visual.head.proj", "visual.attnpool.c_proj")
-TEXT_PROJECTIONS = ("text_projection", "text.text_projection", "text.proj")
+_ENDS = {
+    "image": (
+        "image_projection", "visual.proj", "visual.head.proj", "visual.head.mlp.fc2", "visual.trunk.head",
+        "visual.trunk.head.fc", "visual.attnpool.c_proj",
+    ),
+    "text": ("text_projection", "text.text_projection", "text.proj", "text.proj.2"),
+}  # fmt: skip
 
 
 def export(
@@ -71,18 +77,19 @@ def export(
         ModelError: there is a map, and the tower ends without a projection it could be multiplied into.
     """
     model = copy.deepcopy(clip.model)
+    changes: dict[str, dict[str, Any]] = {}
     if image_map is not None:
-        fold(model, IMAGE_PROJECTIONS, image_map)
+        changes["vision_cfg"] = fold(model, "image", image_map)
         centre = centre @ image_map
     if text_map is not None:
-        fold(model, TEXT_PROJECTIONS, text_map)
+        changes["text_cfg"] = fold(model, "text", text_map)
     folder.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         model.logit_scale.fill_(torch.tensor(scale).log())  # type: ignore[operator]
     if isinstance(model, EmbeddedClip):
         save_embedded(model, folder)
     else:
-        _save_open_clip(clip, model, folder)
+        _save_open_clip(clip, model, folder, changes)
     head = {"prototypes": prototypes, "centre": centre, "scale": torch.tensor([scale])}
     # Not save_file, whose files nobody but their owner can read.
     (folder / HEAD_FILE).write_bytes(save({name: tensor.contiguous() for name, tensor in head.items()}))
@@ -100,38 +107,85 @@ def export(
     write_json(folder / SETTINGS_FILE, settings)
 
 
-def fold(model: nn.Module, places: Sequence[str], change: Tensor) -> None:
+def fold(model: nn.Module, side: Literal["image", "text"], change: Tensor) -> dict[str, Any]:
     """Multiply a map on the right of a tower's embeddings into the matrix that ends the tower.
 
+    A tower of open_clip's that ends without a matrix, as SigLIP's image tower does, gets the map as one.
+
+    Returns:
+        What open_clip's configuration of the tower must say for that.
+
     Raises:
-        ModelError: none of the places is a matrix or a linear layer.
+        ModelError: it is not known how the tower ends.
     """
     with torch.no_grad():
-        for place in places:
-            owner: Any = model
-            for name in place.split("."):
-                owner = getattr(owner, name, None)
-            if isinstance(owner, nn.Linear):
-                owner.weight.copy_(change.T @ owner.weight)
-                if owner.bias is not None:
-                    owner.bias.copy_(owner.bias @ change)
-                return
-            if isinstance(owner, nn.Parameter):
-                owner.copy_(owner @ change)
-                return
+        for place in _ENDS[side]:
+            end = _at(model, place)
+            if isinstance(end, nn.Linear):
+                end.weight.copy_(change.T @ end.weight)
+                if end.bias is not None:
+                    end.bias.copy_(end.bias @ change)
+                return {}
+            if isinstance(end, nn.Parameter):
+                end.copy_(end @ change)
+                return {}
+    return _end_with(model, side, change)
+
+
+def _at(model: nn.Module, place: str) -> Any:
+    found: Any = model
+    for name in place.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+def _end_with(model: nn.Module, side: Literal["image", "text"], change: Tensor) -> dict[str, Any]:
+    """Put a map behind a tower that ends without a matrix, where open_clip has one by its configuration."""
+    matrix = nn.Linear(len(change), len(change), bias=False, device=change.device)
+    matrix.weight = nn.Parameter(change.T.contiguous(), requires_grad=False)
+    if side == "image" and isinstance(head := _at(model, "visual.head"), nn.Sequential):  # of timm
+        head.add_module("proj", matrix)
+        return {"timm_proj": "linear", "timm_proj_bias": False}
+    text: Any = getattr(model, "text", model)
+    if side == "text" and isinstance(getattr(text, "proj", None), nn.Identity):  # of transformers
+        text.proj = matrix
+        return {"hf_proj_type": "linear"}
+    if side == "text" and getattr(text, "text_projection", matrix) is None:
+        text.text_projection = nn.Parameter(change, requires_grad=False)
+        return {"proj_type": "linear", "proj_bias": False}
     raise ModelError(
-        f"{type(model).__name__} has none of {', '.join(places)}, so the tuned projections cannot be folded into it; "
-        "tune with `train: prototypes` or `train: last_blocks`"
+        f"{type(model).__name__} has none of {', '.join(_ENDS[side])}, so the tuned projections cannot be folded into "
+        "it; tune with `train: prototypes` or `train: last_blocks`"
     )
 
 
-def _save_open_clip(clip: Clip, model: nn.Module, folder: Path) -> None:
+def _save_open_clip(clip: Clip, model: nn.Module, folder: Path, changes: Mapping[str, Mapping[str, Any]]) -> None:
     import open_clip
 
     name = clip.name if not Path(clip.name).is_dir() else f"local-dir:{clip.name}"
-    config = {"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": dict(model.visual.preprocess_cfg)}  # type: ignore[union-attr,arg-type]
+    own: Any = open_clip.get_model_config(name)
+    for tower, changed in changes.items():
+        own[tower] |= changed
+    if any(changes.values()):
+        _check_form(own, model)
+    config = {"model_cfg": own, "preprocess_cfg": dict(model.visual.preprocess_cfg)}  # type: ignore[union-attr,arg-type]
     state = {key: tensor.contiguous().clone() for key, tensor in model.state_dict().items()}
     (folder / OPEN_CLIP_WEIGHTS).write_bytes(save(state))
     write_json(folder / OPEN_CLIP_CONFIG, config)
     if hasattr(clip.tokenizer, "save_pretrained"):  # of Hugging Face; open_clip looks for it in the folder
         clip.tokenizer.save_pretrained(str(folder))
+    if "hf_model_name" in own["text_cfg"]:
+        (folder / TEXT_CONFIG).write_text(_at(model, "text.config").to_json_string(), encoding="utf-8")
+
+
+def _check_form(config: Mapping[str, Any], model: nn.Module) -> None:
+    """Whether open_clip makes this very model of a configuration that has another end."""
+    options = {name: value for name, value in config.items() if name != "custom_text"}
+    with torch.device("meta"):
+        made = type(model)(**options)
+    if made.state_dict().keys() != model.state_dict().keys():
+        odd = sorted(made.state_dict().keys() ^ model.state_dict().keys())
+        raise ModelError(
+            f"the tower ends without a matrix that the tuned projections could be folded into, and with one it is "
+            f"another ({', '.join(odd[:2])}); tune with `train: prototypes` or `train: last_blocks`"
+        )

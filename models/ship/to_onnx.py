@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 OPSET = 18
 MOST_DIFFERENCE = 1e-3
 """Between a probability by PyTorch and by ONNX Runtime; more is an error."""
+MOST_OF_FEATURES = 1e-4
+"""The same of unit features."""
 _ONE_FILE = 1 << 30
 """Larger weights go into a file beside the graph: protobuf ends at 2 GB."""
 
@@ -87,15 +89,18 @@ def to_onnx(predictor: Predictor, folder: Path) -> float:
         except Exception as error:  # the exporter raises what each operator trips over
             raise ModelError(f"the image tower cannot be written as ONNX ({type(error).__name__}: {error})") from error
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    difference = 0.0
+    difference = of_features = 0.0
     with torch.inference_mode():
         for n in (1, 3):
-            theirs = torch.from_numpy(session.run(["logits"], {"pixels": pixels[:n].numpy()})[0])
-            difference = max(difference, float((theirs.softmax(1) - model(pixels[:n])[1].softmax(1)).abs().max()))
-    if not difference <= MOST_DIFFERENCE:
+            asked = session.run(["features", "logits"], {"pixels": pixels[:n].numpy()})
+            (features, logits), ours = map(torch.from_numpy, asked), model(pixels[:n])
+            of_features = max(of_features, float((features - ours[0]).abs().max()))
+            difference = max(difference, float((logits.softmax(1) - ours[1].softmax(1)).abs().max()))
+    if not (difference <= MOST_DIFFERENCE and of_features <= MOST_OF_FEATURES):
         path.unlink()
         raise ModelError(
-            f"ONNX Runtime differs from PyTorch by {difference:.2g} in a probability; the file was removed"
+            f"ONNX Runtime differs from PyTorch by {difference:.2g} in a probability and {of_features:.2g} in a unit "
+            "feature; the file was removed"
         )
     return difference
 

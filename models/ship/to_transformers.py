@@ -1,13 +1,13 @@
 """An exported model as a folder that Hugging Face transformers loads as `CLIPModel`, weights renamed.
 
-The mapping must use every tensor of the one and fill every tensor of the other, and the result is compared in numbers:
-an architecture that merely looks like a CLIP is refused.
+The mapping must use every tensor of the one and fill every tensor of the other, and the result is compared in numbers.
+An architecture that merely looks like a CLIP is refused: by its configuration before any work, else by its features.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
     from models.ship.predictor import Predictor
 
-MOST_DIFFERENCE = 1e-3
-"""Between cosines of open_clip's and transformers' features with each other and 1; more is an error."""
+MOST_DIFFERENCE = 1e-4
+"""Between unit features of open_clip and of transformers, float32 on the processor; more is an error."""
+_RESAMPLES = {"bilinear": 2, "bicubic": 3}
 _TEXTS = ["a photo of a cat", "Two dogs' toys, in the snow (1999)!", "naïve café 北京"]
 _BLOCKS = {
     "ln_1": "layer_norm1",
@@ -46,6 +47,18 @@ _NAMES = {
     "logit_scale": "logit_scale",
 }
 _PROJECTIONS = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
+# What CLIPModel has at any value, and what it has only as open_clip's default.
+_FREE = {
+    "vision_cfg": {
+        "image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size", "patch_dropout", "output_tokens",
+        "attn_pooler_queries", "attn_pooler_heads",
+    },
+    "text_cfg": {
+        "context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "output_tokens", "pad_id", "eos_id",
+        "hf_model_pretrained", "hf_proj_type", "hf_pooler_type",
+    },
+}  # fmt: skip
+_DEFAULTS = {"pool_type": ("tok", "argmax"), "pos_embed_type": ("learnable",), "proj_type": ("linear",)}
 _TOWERS = {"visual.transformer.resblocks.": "vision_model", "transformer.resblocks.": "text_model"}
 
 
@@ -66,14 +79,31 @@ def check(settings: ClipSettings) -> None:
         has = f"the image tower {trunk} of timm"
     elif "multimodal_cfg" in config:
         has = "CoCa's towers"
-    elif config.get("custom_text") or "hf_model_name" in config["text_cfg"]:
+    elif config.get("custom_text") or config["text_cfg"].get("hf_model_name"):
         has = "a text tower that is not CLIP's own"
-    else:
+    elif (said := _other_than_clip(config)) is None:
         return
+    else:
+        has = said
     raise ModelError(
         f"clip.model {settings.model!r} has {has}, which transformers' CLIPModel has not; a ViT with CLIP's own text "
         "tower maps, such as ViT-B-32. Export without --transformers: the folder is for open_clip or latteflow"
     )
+
+
+def _other_than_clip(config: Mapping[str, Any]) -> str | None:
+    """The first setting of a ViT with a text tower of open_clip's that CLIP's own towers have not."""
+    size = config["vision_cfg"].get("image_size", 224)
+    if isinstance(size, Sequence) and len({*size}) > 1:
+        return f"images of {size[0]} x {size[1]} pixels"
+    for tower, free in _FREE.items():
+        for name, value in config[tower].items():
+            if name not in free and not name.startswith("timm_") and value and value not in _DEFAULTS.get(name, ()):
+                return f"`{name}: {value}` in its {tower}"
+    for name in ("init_logit_bias", "nonscalar_logit_scale"):
+        if config.get(name):
+            return f"`{name}: {config[name]}`"
+    return None
 
 
 def to_transformers(predictor: Predictor, folder: Path) -> float:
@@ -82,7 +112,7 @@ def to_transformers(predictor: Predictor, folder: Path) -> float:
     The classifier stays what it is: ``classifier.safetensors`` of the exported folder.
 
     Returns:
-        How far the cosine of both libraries' features is from 1 at most, of noise as images and of some texts.
+        The largest difference between both libraries' unit features, of noise as images and of some texts.
 
     Raises:
         ModelError: the model is not of CLIP's own architecture, or the features are not the same.
@@ -96,7 +126,7 @@ def to_transformers(predictor: Predictor, folder: Path) -> float:
             f"{type(own).__name__} does not map to transformers' CLIPModel; only a ViT with CLIP's own text tower does"
         )
     folder = folder / TRANSFORMERS
-    tokenizer = _tokenizer(predictor)
+    tokenizer, processor = _tokenizer(predictor), _processor(own)
     model = CLIPModel(CLIPConfig(**_config(own))).eval()
     state = dict(_renamed(own.state_dict()))
     wanted = {name for name in model.state_dict() if not name.endswith("position_ids")}
@@ -107,11 +137,11 @@ def to_transformers(predictor: Predictor, folder: Path) -> float:
     difference = _difference(predictor, model, tokenizer)
     if not difference <= MOST_DIFFERENCE:
         raise ModelError(
-            f"as transformers' CLIPModel this model has other features (cosine {1 - difference:.4f}): it is not written"
+            f"as transformers' CLIPModel this model has other features (by {difference:.2g}): it is not written"
         )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(_processor(own), indent=1) + "\n", encoding="utf-8")
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n", encoding="utf-8")
     return difference
 
 
@@ -197,18 +227,28 @@ def _tokenizer(predictor: Predictor) -> Any:
 
 
 def _processor(own: Any) -> dict[str, Any]:
-    """Of `CLIPImageProcessor`."""
+    """Of `CLIPImageProcessor`.
+
+    Raises:
+        ModelError: it cannot prepare pictures as this model's are.
+    """
     settings = own.visual.preprocess_cfg
     size = settings["size"] if isinstance(settings["size"], int) else settings["size"][0]
+    square, mode, resample = {"height": size, "width": size}, settings["resize_mode"], settings["interpolation"]
+    if mode not in ("shortest", "squash") or resample not in _RESAMPLES:
+        raise ModelError(
+            f"pictures of this model are prepared by `resize_mode: {mode}` and `interpolation: {resample}`, which "
+            "transformers' CLIPImageProcessor has not; export without --transformers"
+        )
     return {
         "image_processor_type": "CLIPImageProcessor",
-        "size": {"shortest_edge": size},
-        "crop_size": {"height": size, "width": size},
-        "resample": {"bilinear": 2, "bicubic": 3}[settings["interpolation"]],
+        "size": square if mode == "squash" else {"shortest_edge": size},
+        "crop_size": square,
+        "resample": _RESAMPLES[resample],
         "image_mean": list(settings["mean"]),
         "image_std": list(settings["std"]),
         "do_resize": True,
-        "do_center_crop": True,
+        "do_center_crop": mode == "shortest",
         "do_rescale": True,
         "do_normalize": True,
         "do_convert_rgb": True,
@@ -221,6 +261,7 @@ def _difference(predictor: Predictor, model: Any, tokenizer: Any) -> float:
 
     from models.ship.to_onnx import noise
 
+    predictor.clip.model.cpu()
     pixels = noise(predictor, 3)
     texts = tokenizer(_TEXTS, padding="max_length", truncation=True, return_tensors="pt")
     with torch.inference_mode():
@@ -230,4 +271,4 @@ def _difference(predictor: Predictor, model: Any, tokenizer: Any) -> float:
         )
     ours = predictor.clip.image_embeds(pixels), torch.from_numpy(predictor.clip.text_features(_TEXTS))
     pairs = zip(ours, theirs, strict=True)
-    return max(float((1 - F.cosine_similarity(a, b)).max()) for a, b in pairs)
+    return max(float((F.normalize(a, dim=-1) - F.normalize(b, dim=-1)).abs().max()) for a, b in pairs)

@@ -10,29 +10,43 @@ from torch import Tensor, nn
 
 from models.vectors import at_least_float32, unit
 
-# Where a tower keeps its blocks, and what follows them up to the embed.
+# Where a tower keeps its blocks, and what follows them up to the embed. timm's ConvNeXt, FastViT and Swin have stages.
+_TIMM_ENDS = ("norm", "fc_norm", "attn_pool", "final_conv", "conv_head", "bn2", "head_drop", "head")
+_TIMM_TAIL = (*(f"visual.trunk.{name}" for name in _TIMM_ENDS), "visual.head")
 IMAGE_TAILS = {
-    "visual.transformer.resblocks": ("visual.attn_pool", "visual.ln_post", "visual.proj"),
-    "visual.trunk.blocks": ("visual.trunk.norm", "visual.trunk.conv_head", "visual.trunk.bn2", "visual.head"),
+    "visual.transformer.resblocks": (
+        "visual.attn_pool",
+        "visual.attn_pool_contrastive",
+        "visual.ln_post",
+        "visual.proj",
+    ),
+    "visual.trunk.blocks": _TIMM_TAIL,
+    "visual.trunk.stages": _TIMM_TAIL,
+    "visual.trunk.layers": _TIMM_TAIL,
+    "visual.layer4": ("visual.attnpool",),
     "visual.blocks": ("visual.norm", "visual.conv_head", "visual.bn2", "image_projection"),
 }
 TEXT_TAILS = {
     "transformer.resblocks": ("ln_final", "text_projection"),
     "text.transformer.resblocks": ("text.ln_final", "text.text_projection"),
     "text.layers": ("text_projection",),
+    # of transformers: BERT's kind, M2M100's, T5's
+    "text.transformer.encoder.layer": ("text.transformer.pooler", "text.proj"),
+    "text.transformer.layers": ("text.transformer.layer_norm", "text.proj"),
+    "text.transformer.block": ("text.transformer.final_layer_norm", "text.proj"),
 }
 IMAGE_TOWERS = ("visual.", "image_projection")
 NO_TOWERS = ("logit_scale", "text_decoder.")
 """What no embed comes from: CoCa has a decoder besides its towers."""
 
 
-def last_blocks(clip: nn.Module, tails: Mapping[str, tuple[str, ...]], n_blocks: int) -> tuple[str, ...]:
-    """Prefixes of the parameters of a tower's last blocks and of what follows them.
+def last_blocks(clip: nn.Module, tails: Mapping[str, tuple[str, ...]], n_blocks: int) -> frozenset[str]:
+    """Names of the parameters of a tower's last blocks and of what follows them.
 
     Args:
         clip: the whole model.
         tails: of the tower, IMAGE_TAILS or TEXT_TAILS.
-        n_blocks: how many blocks.
+        n_blocks: how many blocks, of a tower in stages how many of these; of a ResNet at most those of the last stage.
 
     Raises:
         ValueError: the tower's blocks are at none of the known places.
@@ -40,8 +54,14 @@ def last_blocks(clip: nn.Module, tails: Mapping[str, tuple[str, ...]], n_blocks:
     modules = dict(clip.named_modules())
     for path, tail in tails.items():
         if path in modules:
-            names = [name for name, _ in modules[path].named_children()]
-            return tuple(f"{path}.{name}." for name in names[-n_blocks:]) + tail
+            last = [f"{path}.{name}" for name, _ in modules[path].named_children()][-n_blocks:]
+            places = (*last, *tail)
+            # Whole names: `visual.trunk.norm` is not `visual.trunk.norm_pre`, which comes before the blocks.
+            return frozenset(
+                name
+                for name, _ in clip.named_parameters()
+                if any(name == place or name.startswith(f"{place}.") for place in places)
+            )
     raise ValueError(
         f"train='last_blocks' does not know where {type(clip).__name__} has its blocks (none of {', '.join(tails)}): "
         "use train='projections' or 'all', or freeze the text tower if it is the text tower's blocks that are missing"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from models.digests import digest_of_file
 from models.errors import ModelError
 from models.settings import ClipSettings
-from models.towers.folder import check_files
+from models.towers.folder import TEXT_CONFIG, check_files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +31,7 @@ EMBEDDED_NOTE = (
     "encoder, joined without an image. `clip: {model: ViT-B-32, pretrained: laion2b_s34b_b79k}` runs the real thing."
 )
 _EMBEDDED_CONFIG, _OPEN_CLIP_CONFIG = "latteflow_embedded.json", "open_clip_config.json"
+_MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 _ENDLESS = 2000
 """Words that no text tower reads to the end."""
 
@@ -128,7 +129,8 @@ def identity(settings: ClipSettings) -> dict[str, Any]:
         found["revision"] = EMBEDDED_REVISION
     elif folder is not None:
         found["model"] = "folder"
-        found["revision"] = _digest(sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors")))
+        # Vocabularies are .json, .txt or .model.
+        found["revision"] = _digest([path for kind in _MODEL_FILES for path in sorted(folder.glob(kind))])
     elif settings.pretrained and Path(settings.pretrained).is_file():
         found["pretrained"] = "file"
         found["revision"] = _digest([Path(settings.pretrained)])
@@ -181,7 +183,7 @@ def _load_embedded(settings: ClipSettings) -> Clip:
 def _load_open_clip(settings: ClipSettings) -> Clip:
     check(settings)
     name, pretrained = settings.model, settings.pretrained
-    folder = _folder(name)
+    folder, towers = _folder(name), dict[str, Any]()
     if folder is not None:
         if (folder / _EMBEDDED_CONFIG).is_file():
             from models.towers.embedded import load as load_embedded
@@ -197,11 +199,16 @@ def _load_open_clip(settings: ClipSettings) -> Clip:
             preprocess = embedded.preprocess(settings.resize)
             return Clip(name, embedded, embedded.tokenizer, preprocess, embedded.dim, EMBEDDED_NOTE)
         name, pretrained = f"local-dir:{folder}", None
+        if (folder / TEXT_CONFIG).is_file():  # no need to ask the model hub for it
+            text = _shape_of_folder(name, folder)["text_cfg"]
+            towers["text_cfg"] = {**text, "hf_model_name": str(folder / TEXT_CONFIG), "hf_model_pretrained": False}
     import open_clip  # with transformers: a second that the embedded model is loaded without
     import torch
 
     try:
-        model, _, transform = open_clip.create_model_and_transforms(name, pretrained=pretrained, precision="fp32")
+        model, _, transform = open_clip.create_model_and_transforms(
+            name, pretrained=pretrained, precision="fp32", **towers
+        )
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:
         # Hub clients, tokenizers and checkpoints fail in many ways; all mean that this model cannot be had here.
@@ -229,12 +236,21 @@ def _check_name(name: str) -> None:
 
 def _check_weights(name: str, pretrained: str | None) -> None:
     import open_clip
+    from open_clip.pretrained import get_pretrained_cfg
 
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None or (pretrained not in tags and not Path(pretrained).is_file()):
         raise ModelError(
             f"clip.pretrained {pretrained!r} names no weights of {name}; "
             f"choose from {', '.join(tags) or '(none are published)'}"
+        )
+    # open_clip would load them with a warning, and every feature would be another.
+    if get_pretrained_cfg(name, pretrained).get("quick_gelu") and not (open_clip.get_model_config(name) or {}).get(
+        "quick_gelu"
+    ):
+        raise ModelError(
+            f"clip.pretrained {pretrained!r} was trained with quick GELU, and {name} computes with plain GELU; take "
+            f"clip.model {name}-quickgelu"
         )
 
 

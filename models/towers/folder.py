@@ -15,6 +15,8 @@ from models.errors import ModelError
 SCHEMA, SCHEMA_VERSION = "latteflow-model", 1
 SETTINGS_FILE, HEAD_FILE, CLASSES_FILE = "latteflow.json", "classifier.safetensors", "classes.json"
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+TEXT_CONFIG = "text_config.json"
+"""Of a text tower that transformers builds; open_clip itself would ask the model hub for it."""
 CLAMP_FILE, CARD_FILE, ONNX_FILE, TRANSFORMERS = "clamp.safetensors", "README.md", "model.onnx", "transformers"
 
 MOST_JSON = 64 << 20

@@ -217,7 +217,7 @@ class _Export:
         if "transformers" in formats:
             from models.ship.to_transformers import to_transformers
 
-            parity["transformers, noise and texts (1 - cosine)"] = to_transformers(predictor, folder)
+            parity["transformers, noise and texts (unit features)"] = to_transformers(predictor, folder)
         card = model_card(
             self.domain,
             method=self.method or ZERO_SHOT,

@@ -145,11 +145,11 @@ def text_reader(domain: Domain, tuned: Tuned) -> clip.Clip:
     """The domain's CLIP with the text tower of the adapted model, text map and all."""
     import torch
 
-    from models.ship.export import TEXT_PROJECTIONS, fold
+    from models.ship.export import fold
 
     found = tuned_clip(domain, tuned)
     if tuned.text_map is None:
         return found
     model = copy.deepcopy(found.model)
-    fold(model, TEXT_PROJECTIONS, torch.from_numpy(tuned.text_map).to(found.device))
+    fold(model, "text", torch.from_numpy(tuned.text_map).to(found.device))
     return replace(found, model=model)

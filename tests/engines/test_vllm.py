@@ -115,6 +115,16 @@ def test_several_images_and_none(engine: Any) -> None:
     assert many[0].prompt_tokens > none[0].prompt_tokens > 0
 
 
+def test_a_plan_reckons_with_as_many_tokens_as_the_engine_counts(engine: Any, settings: VllmSettings) -> None:
+    """Of the families that need torchvision, which is not here, `python -m benchmarks.tokens` shows it."""
+    from models.texts.describers.tokens import prompt_tokens
+
+    shown: list[list[tuple[int, int]]] = [[], [(64, 48)], [(300, 500)], [(40, 32)] * 4]
+    asked = [Prompt("Describe.", lambda sizes=sizes: [Image.new("RGB", size) for size in sizes], 0) for sizes in shown]
+    found = [each.prompt_tokens for each in ask(engine, asked)]
+    assert found == [prompt_tokens(settings, [("Describe.", sizes)]) for sizes in shown] and len({*found}) == 3
+
+
 def test_slow_images_do_not_stop_the_engine(engine: Any) -> None:
     def slow(number: int) -> list[Image.Image]:
         time.sleep(0.5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from models.methods.latteclip import OF_TEXTS, LatteClipSettings, trains_towers
+from models.methods.latteclip import OF_TEXTS, LatteClipSettings, made_from, trains_towers
 from models.methods.method import Given, Method, Section
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ METHODS = (
         adapt=_flyp,
         reads="sentences",
         sections=_SECTIONS,
+        made_from=made_from,
         trains_towers=trains_towers,
     ),
     Method(
@@ -54,6 +55,7 @@ METHODS = (
         adapt=_wise_ft,
         reads="sentences",
         sections=_SECTIONS,
+        made_from=made_from,
         trains_towers=trains_towers,
     ),
     Method(

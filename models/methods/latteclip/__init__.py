@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from models.methods.method import Given, Method, Section, Sections
+from models.methods.method import LAST_BLOCKS, Given, Method, Section, Sections
 from models.schedule import steps_per_epoch
 from models.settings import Settings
 
@@ -120,6 +121,11 @@ def trains_towers(sections: Sections, embedded: bool) -> bool:
     return sections.of(LatteClipSettings).trains_towers
 
 
+def made_from(sections: Sections) -> Mapping[str, Any]:
+    """Of the same methods."""
+    return LAST_BLOCKS if sections.of(LatteClipSettings).train == "last_blocks" else {}
+
+
 def _adapt(given: Given) -> Adapted:
     from models.methods.latteclip.tuning import tune
 
@@ -133,5 +139,6 @@ METHOD = Method(
     adapt=_adapt,
     reads="texts",
     sections={"latteclip": Section(LatteClipSettings)},
+    made_from=made_from,
     trains_towers=trains_towers,
 )

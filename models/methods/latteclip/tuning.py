@@ -498,10 +498,10 @@ def _tower_parameters(clip: Any, cfg: LatteClipSettings) -> list[nn.Parameter]:
     if not cfg.trains_texts:
         named = {name: p for name, p in named.items() if name.startswith(IMAGE_TOWERS)}
     if cfg.train == "last_blocks":
-        prefixes = last_blocks(clip, IMAGE_TAILS, cfg.n_blocks)
+        last = last_blocks(clip, IMAGE_TAILS, cfg.n_blocks)
         if cfg.trains_texts:
-            prefixes += last_blocks(clip, TEXT_TAILS, cfg.n_blocks)
-        named = {name: p for name, p in named.items() if name.startswith(prefixes)}
+            last |= last_blocks(clip, TEXT_TAILS, cfg.n_blocks)
+        named = {name: p for name, p in named.items() if name in last}
     return list(named.values())
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from models.methods.method import Given, Method, Section, Sections
+from models.methods.method import LAST_BLOCKS, Given, Method, Section, Sections
 from models.settings import Settings
 
 if TYPE_CHECKING:
@@ -43,6 +44,10 @@ def _trains_towers(sections: Sections, embedded: bool) -> bool:
     return (sections.of(PcClipSettings).train or ("projection" if embedded else "blocks")) != "projection"
 
 
+def _made_from(sections: Sections) -> Mapping[str, Any]:
+    return LAST_BLOCKS if sections.of(PcClipSettings).train == "last_blocks" else {}
+
+
 def _adapt(given: Given) -> Adapted:
     from models.methods.pc_clip.tuning import tune_pairs
 
@@ -56,6 +61,7 @@ METHOD = Method(
     adapt=_adapt,
     reads="pairs",
     sections={"pc_clip": Section(PcClipSettings)},
+    made_from=_made_from,
     trains_towers=_trains_towers,
     reads_for_others=True,
 )
