@@ -38,25 +38,25 @@ import torch
 from torch import Tensor
 
 from benchmarks.class_descriptions import class_descriptions
-from models.judge.metrics import bootstrap_interval
-from models.judge.selection import Evidence, duel, judge, kappa, neighbours
-from models.judge.shift import centre_share
-from models.methods import registry
-from models.methods.adaptation import Adapted, TuneData
-from models.methods.latteclip import DEFAULT_STEPS, LatteClipSettings
-from models.methods.transduction import TransductionSettings
-from models.towers import clip
-from models.vectors import unit
-from storage.shards import read_index
-from storage.tables import read_parquet
-from tasks.core.domain import Domain
-from tasks.core.features import Features, read_features
-from tasks.core.stage import open_store
-from tasks.describe.describe import describe
-from tasks.describe.group import group
-from tasks.ingest.embed import embed
-from tasks.ingest.shard import Split, shard
-from tasks.report.labels import read_truth
+from latteflow.models.judge.metrics import bootstrap_interval
+from latteflow.models.judge.selection import Evidence, duel, judge, kappa, neighbours
+from latteflow.models.judge.shift import centre_share
+from latteflow.models.methods import registry
+from latteflow.models.methods.adaptation import Adapted, TuneData
+from latteflow.models.methods.latteclip import DEFAULT_STEPS, LatteClipSettings
+from latteflow.models.methods.transduction import TransductionSettings
+from latteflow.models.towers import clip
+from latteflow.models.vectors import unit
+from latteflow.storage.shards import read_index
+from latteflow.storage.tables import read_parquet
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.features import Features, read_features
+from latteflow.tasks.core.stage import open_store
+from latteflow.tasks.describe.describe import describe
+from latteflow.tasks.describe.group import group
+from latteflow.tasks.ingest.embed import embed
+from latteflow.tasks.ingest.shard import Split, shard
+from latteflow.tasks.report.labels import read_truth
 
 SHARE = 0.25
 """Of the classes, in the few-classes variant."""

@@ -21,14 +21,14 @@ import numpy as np
 import polars as pl
 from PIL import Image
 
-from flows.pipeline import Step, graph
-from storage.artifacts import ArtifactStore
-from storage.captions import CAPTION_SCHEMA, caption_key
-from storage.fingerprint import sha256
-from storage.shards import read_index
-from storage.tables import parquet
-from tasks.core.domain import Domain
-from tasks.core.stage import NotMade, StageResult, open_store, rules
+from latteflow.flows.pipeline import Step, graph
+from latteflow.storage.artifacts import ArtifactStore
+from latteflow.storage.captions import CAPTION_SCHEMA, caption_key
+from latteflow.storage.fingerprint import sha256
+from latteflow.storage.shards import read_index
+from latteflow.storage.tables import parquet
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import NotMade, StageResult, open_store, rules
 
 LIMIT = 5.0
 """Seconds, for 1,000 shards."""
@@ -137,7 +137,9 @@ def seconds(command: str, path: Path) -> tuple[float, float]:
     times = []
     for _ in range(2):
         wall, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "flows.cli", command, str(path)], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-m", "latteflow.flows.cli", command, str(path)], check=True, capture_output=True
+        )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         times.append((time.perf_counter() - wall, cpu))

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import polars as pl
 
-from models.judge import metrics
-from models.towers.folder import SETTINGS_FILE
-from tasks.ship.predict import predict
+from latteflow.models.judge import metrics
+from latteflow.models.towers.folder import SETTINGS_FILE
+from latteflow.tasks.ship.predict import predict
 
 
 def main() -> None:

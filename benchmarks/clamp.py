@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 
-from models.methods.clamp import ClampSettings, lm
-from models.methods.clamp.masks import positions, read_only_mask
-from models.methods.clamp.tower import ClampTower
-from models.methods.clamp.training import Clamp, ClampData
-from models.methods.training import train
-from models.settings import TrainingSettings
-from models.vectors import unit
+from latteflow.models.methods.clamp import ClampSettings, lm
+from latteflow.models.methods.clamp.masks import positions, read_only_mask
+from latteflow.models.methods.clamp.tower import ClampTower
+from latteflow.models.methods.clamp.training import Clamp, ClampData
+from latteflow.models.methods.training import train
+from latteflow.models.settings import TrainingSettings
+from latteflow.models.vectors import unit
 
 WIDTH = 512
 WORDS = "a red blue small large round wooden metal plate chair on under the table near window with two three dark light"

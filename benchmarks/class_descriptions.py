@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from models.methods.clamp import ClampSettings
-from models.methods.clamp.lm import load
+from latteflow.models.methods.clamp import ClampSettings
+from latteflow.models.methods.clamp.lm import load
 
 ASPECTS = {
     "What it looks like": ("a tall animal with a very long neck and brown spots", "a thin blade with a wooden handle"),

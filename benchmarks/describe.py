@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tasks.core.domain import Domain
+    from latteflow.tasks.core.domain import Domain
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests"))
@@ -42,8 +42,8 @@ AS_USERS_DO = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 def prepare(images: Path, count: int, folder: Path) -> Path:
     """A domain of so many pictures, sharded and embedded by a tiny CLIP."""
     from conftest import make_tiny_clip
-    from flows.pipeline import run_plainly
-    from tasks.core.domain import Domain
+    from latteflow.flows.pipeline import run_plainly
+    from latteflow.tasks.core.domain import Domain
 
     found = sorted(path for path in images.rglob("*") if path.suffix in (".png", ".jpg", ".jpeg", ".webp"))
     if len(found) < count:
@@ -87,10 +87,10 @@ def write_domain(folder: Path, file: str, engine: str, count: int) -> Path:
 
 def describe_anew(file: Path) -> float:
     """Images per second of the stage, everything counted."""
-    from flows.pipeline import as_they_are
-    from tasks.core.domain import Domain
-    from tasks.core.stage import rules
-    from tasks.describe.describe import describe
+    from latteflow.flows.pipeline import as_they_are
+    from latteflow.tasks.core.domain import Domain
+    from latteflow.tasks.core.stage import rules
+    from latteflow.tasks.describe.describe import describe
 
     domain = Domain.load(file)
     shards, embedded = as_they_are(domain, "shard", "embed")
@@ -103,11 +103,11 @@ def describe_anew(file: Path) -> float:
 def pair_anew(file: Path) -> float:
     """Texts about pairs per second of the stage, everything counted. Noise is never usable, so the stage ends with an
     error after its first part, which is all of them, and from which the next time would go on."""
-    from flows.pipeline import as_they_are
-    from storage.errors import DataError
-    from tasks.core.domain import Domain
-    from tasks.core.stage import rules
-    from tasks.describe.pair import pair
+    from latteflow.flows.pipeline import as_they_are
+    from latteflow.storage.errors import DataError
+    from latteflow.tasks.core.domain import Domain
+    from latteflow.tasks.core.stage import rules
+    from latteflow.tasks.describe.pair import pair
 
     domain = Domain.load(file)
     shards, embedded, *_, screened = as_they_are(domain, *BEFORE_PAIR)
@@ -120,10 +120,10 @@ def pair_anew(file: Path) -> float:
 
 def pair_questions(domain: Domain) -> list[str]:
     """What the stage asks, in words."""
-    from flows.pipeline import as_they_are
-    from tasks.core.stage import open_store
-    from tasks.describe.pair import _questions, described
-    from tasks.describe.texts import Gallery
+    from latteflow.flows.pipeline import as_they_are
+    from latteflow.tasks.core.stage import open_store
+    from latteflow.tasks.describe.pair import _questions, described
+    from latteflow.tasks.describe.texts import Gallery
 
     made = [open_store(domain).open(each.ref) for each in as_they_are(domain, *BEFORE_PAIR)]
     images, features, *_, screened = made
@@ -138,13 +138,13 @@ def bare_requests(file: Path) -> float:
     from threading import local
     from urllib.parse import urlsplit
 
-    from flows.pipeline import as_they_are
-    from models.texts import prompts
-    from models.texts.describers.openai import _data_url
-    from storage.images import open_image
-    from storage.shards import read_index, read_records
-    from tasks.core.domain import Domain
-    from tasks.core.stage import open_store
+    from latteflow.flows.pipeline import as_they_are
+    from latteflow.models.texts import prompts
+    from latteflow.models.texts.describers.openai import _data_url
+    from latteflow.storage.images import open_image
+    from latteflow.storage.shards import read_index, read_records
+    from latteflow.tasks.core.domain import Domain
+    from latteflow.tasks.core.stage import open_store
 
     domain = Domain.load(file)
     (shards,) = as_they_are(domain, "shard")
@@ -174,13 +174,13 @@ def measure(file: Path, rounds: int) -> None:
     """In the environment with vLLM: both ways by turns; prints one line of JSON."""
     from vllm import SamplingParams
 
-    from flows.pipeline import as_they_are
-    from models.texts import prompts
-    from models.texts.describers.vllm import open_vllm
-    from storage.images import open_image
-    from storage.shards import read_index, read_records
-    from tasks.core.domain import Domain
-    from tasks.core.stage import open_store
+    from latteflow.flows.pipeline import as_they_are
+    from latteflow.models.texts import prompts
+    from latteflow.models.texts.describers.vllm import open_vllm
+    from latteflow.storage.images import open_image
+    from latteflow.storage.shards import read_index, read_records
+    from latteflow.tasks.core.domain import Domain
+    from latteflow.tasks.core.stage import open_store
 
     domain = Domain.load(file)
     (shards,) = as_they_are(domain, "shard")

@@ -20,14 +20,14 @@ from typing import Any, Literal, get_args
 import numpy as np
 from PIL import Image
 
-from models.settings import VllmSettings
-from models.texts.describers.vllm import open_vllm
-from models.towers.images import to_rgb
-from storage.shards import read_index, read_records
-from tasks.core.domain import Domain
-from tasks.core.stage import open_store
-from tasks.report.history import History
-from tasks.report.labels import read_truth
+from latteflow.models.settings import VllmSettings
+from latteflow.models.texts.describers.vllm import open_vllm
+from latteflow.models.towers.images import to_rgb
+from latteflow.storage.shards import read_index, read_records
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import open_store
+from latteflow.tasks.report.history import History
+from latteflow.tasks.report.labels import read_truth
 
 Normalise = Literal["mean", "sum", "class_tokens_mean"]
 """mean: over the phrase's tokens, so that short names have no advantage. sum: the likelihood itself.

@@ -37,18 +37,25 @@ from safetensors.torch import load_file, save_file
 from timm.models import register_model
 from torch import Tensor
 
-from flows.pipeline import run_plainly
-from models.errors import ModelError
-from models.ship import to_transformers
-from models.towers import clip
-from models.towers.folder import HEAD_FILE, ONNX_FILE, OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, SETTINGS_FILE, TRANSFORMERS
-from storage.shards import read_index
-from tasks.core.domain import Domain
-from tasks.core.features import Features, read_features
-from tasks.core.stage import StageResult, open_store
-from tasks.ship.export import Format, export_tuned
-from tasks.ship.predict import predict
-from tasks.tune.models import chosen_model, text_reader, tuned_features
+from latteflow.flows.pipeline import run_plainly
+from latteflow.models.errors import ModelError
+from latteflow.models.ship import to_transformers
+from latteflow.models.towers import clip
+from latteflow.models.towers.folder import (
+    HEAD_FILE,
+    ONNX_FILE,
+    OPEN_CLIP_CONFIG,
+    OPEN_CLIP_WEIGHTS,
+    SETTINGS_FILE,
+    TRANSFORMERS,
+)
+from latteflow.storage.shards import read_index
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.features import Features, read_features
+from latteflow.tasks.core.stage import StageResult, open_store
+from latteflow.tasks.ship.export import Format, export_tuned
+from latteflow.tasks.ship.predict import predict
+from latteflow.tasks.tune.models import chosen_model, text_reader, tuned_features
 
 MOST_DIFFERENCE = 1e-4
 """More is a silent difference: the command fails."""

@@ -32,9 +32,9 @@ import numpy as np
 import polars as pl
 import torch
 
-from models.methods.adaptation import PairData, TuneData
-from models.methods.pc_clip import PcClipSettings
-from models.methods.pc_clip.comparative import (
+from latteflow.models.methods.adaptation import PairData, TuneData
+from latteflow.models.methods.pc_clip import PcClipSettings
+from latteflow.models.methods.pc_clip.comparative import (
     compare_prompts,
     confused_pairs,
     difference_accuracy,
@@ -43,22 +43,22 @@ from models.methods.pc_clip.comparative import (
     soft_confusion,
     unit,
 )
-from models.methods.pc_clip.pairs import draw_pairs
-from models.methods.pc_clip.tuning import PROJECTION_DRIFT, drift_matched_lr, tune_pairs
-from models.texts.describers.words import difference
-from models.texts.differences import read_difference
-from models.towers import clip
-from storage.shards import read_index
-from tasks.core.domain import Domain
-from tasks.core.features import centred, read_features
-from tasks.core.stage import open_store
-from tasks.describe.describe import describe
-from tasks.describe.group import group
-from tasks.describe.pair import described, pair, read_pairs
-from tasks.describe.screen import screen
-from tasks.ingest.embed import embed
-from tasks.ingest.shard import Split, shard
-from tasks.report.labels import read_truth
+from latteflow.models.methods.pc_clip.pairs import draw_pairs
+from latteflow.models.methods.pc_clip.tuning import PROJECTION_DRIFT, drift_matched_lr, tune_pairs
+from latteflow.models.texts.describers.words import difference
+from latteflow.models.texts.differences import read_difference
+from latteflow.models.towers import clip
+from latteflow.storage.shards import read_index
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.features import centred, read_features
+from latteflow.tasks.core.stage import open_store
+from latteflow.tasks.describe.describe import describe
+from latteflow.tasks.describe.group import group
+from latteflow.tasks.describe.pair import described, pair, read_pairs
+from latteflow.tasks.describe.screen import screen
+from latteflow.tasks.ingest.embed import embed
+from latteflow.tasks.ingest.shard import Split, shard
+from latteflow.tasks.report.labels import read_truth
 
 HELD_OUT = 2000
 CONFUSED = 3

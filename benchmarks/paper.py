@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 from ruamel.yaml import YAML
 
-from domains.paper import NAMES, domain_file
-from flows.pipeline import repaired
-from flows.plan import plan
-from models.errors import ModelError
-from models.settings import VllmSettings
-from storage.errors import DataError, StorageError
-from tasks.core.domain import ConfigError, Domain
+from latteflow.domains.paper import NAMES, domain_file
+from latteflow.flows.pipeline import repaired
+from latteflow.flows.plan import plan
+from latteflow.models.errors import ModelError
+from latteflow.models.settings import VllmSettings
+from latteflow.storage.errors import DataError, StorageError
+from latteflow.tasks.core.domain import ConfigError, Domain
 
 PUBLISHED = {"zero_shot": 4.74, "flyp": 3.45}
 """Points by which LatteCLIP is better than zero-shot, and than "other state-of-the-art unsupervised methods", for which
@@ -117,7 +117,7 @@ def lacking(domain: Domain, vllm: Path, writes: bool) -> Iterator[str]:
 
 def commands(file: Path, vllm: Path, writes: bool) -> Iterator[list[str]]:
     """What makes a data set's figures, one after the other; ``writes`` as above."""
-    run = ["-m", "flows.cli", "run", str(file)]
+    run = ["-m", "latteflow.flows.cli", "run", str(file)]
     for stage in ("shard", "embed", *TEXTS) if writes else ():
         yield [str(vllm) if stage in TEXTS else sys.executable, *run, "--only", stage]
     yield [sys.executable, *run]

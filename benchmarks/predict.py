@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
-from models.ship.export import export
-from models.towers.clip import Clip
-from tasks.ship.predict import predict
+from latteflow.models.ship.export import export
+from latteflow.models.towers.clip import Clip
+from latteflow.tasks.ship.predict import predict
 
 BATCH, CLASSES = 64, 100
 _DISTINCT = 16

@@ -12,11 +12,11 @@ import json
 import sys
 from pathlib import Path
 
-from models.methods.clamp.concepts import concept_counts
-from tasks.core.domain import Domain
-from tasks.core.stage import open_store
-from tasks.describe.screen import read_screened, usable
-from tasks.report.history import History
+from latteflow.models.methods.clamp.concepts import concept_counts
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import open_store
+from latteflow.tasks.describe.screen import read_screened, usable
+from latteflow.tasks.report.history import History
 
 
 def main(path: str) -> None:

@@ -21,12 +21,12 @@ import numpy as np
 import polars as pl
 
 from benchmarks.cached_run import draw
-from flows.pipeline import Step, graph
-from storage.captions import CAPTION_SCHEMA
-from storage.shards import read_index
-from storage.tables import parquet, safetensors
-from tasks.core.domain import Domain
-from tasks.core.stage import NotMade, StageResult, open_store, rules
+from latteflow.flows.pipeline import Step, graph
+from latteflow.storage.captions import CAPTION_SCHEMA
+from latteflow.storage.shards import read_index
+from latteflow.storage.tables import parquet, safetensors
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import NotMade, StageResult, open_store, rules
 
 DIM = 512
 SEEDS = (0, 1, 2)

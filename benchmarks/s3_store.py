@@ -18,8 +18,8 @@ from pathlib import Path
 
 import s3fs
 
-from storage.fingerprint import sha256
-from storage.objects import ObjectStore
+from latteflow.storage.fingerprint import sha256
+from latteflow.storage.objects import ObjectStore
 from tests.faults.seaweed import BUCKET, Seaweed, options
 
 SIZE = 8_000_000

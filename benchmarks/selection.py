@@ -29,14 +29,14 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from benchmarks.accuracy import Case, answers, build
-from models.judge.selection import Evidence, duel, estimates, judge, kappa, neighbours
-from models.methods.adaptation import Adapted, TuneData
-from models.methods.latteclip import DEFAULT_STEPS
-from models.methods.registry import adapt
-from models.methods.transduction import TransductionSettings
-from models.methods.transduction.tuning import transduce
-from models.vectors import unit
-from tasks.core.domain import Domain
+from latteflow.models.judge.selection import Evidence, duel, estimates, judge, kappa, neighbours
+from latteflow.models.methods.adaptation import Adapted, TuneData
+from latteflow.models.methods.latteclip import DEFAULT_STEPS
+from latteflow.models.methods.registry import adapt
+from latteflow.models.methods.transduction import TransductionSettings
+from latteflow.models.methods.transduction.tuning import transduce
+from latteflow.models.vectors import unit
+from latteflow.tasks.core.domain import Domain
 
 METHODS: tuple[str, ...] = ("latteclip", "latteclip_plus", "transduction")
 IMBALANCE = 50

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tasks.core.domain import Domain
+from latteflow.tasks.core.domain import Domain
 
 TEXTS_IN_A_RUN = 200
 STORES = {"plain": "plain", "adapt": "adapt", "flow": "flow", "again": "flow", "night": "flow"}
@@ -56,17 +56,17 @@ def measure(how: str, domain: Domain) -> dict[str, float]:
     calls = _count_requests()
     begin = time.perf_counter()
     if how == "plain":
-        from flows.pipeline import run_plainly
+        from latteflow.flows.pipeline import run_plainly
 
         run_plainly(domain)
     else:
         _write_here()
         if how == "night":
-            from flows.retune import retune
+            from latteflow.flows.retune import retune
 
             retune(domain)
         else:
-            from flows.adapt import adapt
+            from latteflow.flows.adapt import adapt
 
             adapt(domain)
     seconds = time.perf_counter() - begin
@@ -95,8 +95,8 @@ def _count_requests() -> dict[str, int]:
 
 def _write_here() -> None:
     """Runs on the pool are made in this process."""
-    from flows import fanout
-    from flows.describe import describe
+    from latteflow.flows import fanout
+    from latteflow.flows.describe import describe
 
     def start(name: str, *, parameters: dict[str, Any], **_: Any) -> Any:
         state: Any = describe(**parameters, return_state=True)

@@ -129,12 +129,12 @@ def tar_and_decode(folder: Path, out: Path) -> None:
 
 def ours(folder: Path, out: Path) -> None:
     """What the `shard` stage does on a source it has not seen."""
-    from storage.artifacts import ArtifactStore
-    from storage.images import ImageLimits
-    from storage.listing import StatCache
-    from storage.objects import ObjectStore
-    from storage.shards import Packing, write_shards
-    from storage.sources import Source
+    from latteflow.storage.artifacts import ArtifactStore
+    from latteflow.storage.images import ImageLimits
+    from latteflow.storage.listing import StatCache
+    from latteflow.storage.objects import ObjectStore
+    from latteflow.storage.shards import Packing, write_shards
+    from latteflow.storage.sources import Source
 
     store = ArtifactStore(ObjectStore(str(out)))
     source, packing = Source([str(folder)]), Packing(PER_SHARD, ImageLimits())
@@ -146,7 +146,11 @@ def ours(folder: Path, out: Path) -> None:
 
 
 CONTESTANTS: dict[str, Callable[[Path, Path], None]] = {"loop": plain_loop, "limit": tar_and_decode, "ours": ours}
-IMPORTS = {"loop": ["webdataset"], "limit": [], "ours": ["storage.listing", "storage.shards", "pyarrow.parquet"]}
+IMPORTS = {
+    "loop": ["webdataset"],
+    "limit": [],
+    "ours": ["latteflow.storage.listing", "latteflow.storage.shards", "pyarrow.parquet"],
+}
 
 
 def alone(name: str, folder: Path) -> dict[str, float]:

@@ -32,13 +32,13 @@ import open_clip
 import torch
 from torch import Tensor
 
-from models.methods.adaptation import Adapted, TuneData
-from models.methods.latteclip import LatteClipSettings
-from models.methods.latteclip.tuning import LatteClip, margins
-from models.methods.losses import clip_loss
-from models.methods.training import train
-from models.settings import TrainingSettings
-from models.vectors import unit
+from latteflow.models.methods.adaptation import Adapted, TuneData
+from latteflow.models.methods.latteclip import LatteClipSettings
+from latteflow.models.methods.latteclip.tuning import LatteClip, margins
+from latteflow.models.methods.losses import clip_loss
+from latteflow.models.methods.training import train
+from latteflow.models.settings import TrainingSettings
+from latteflow.models.vectors import unit
 
 MODEL: dict[str, Any] = {
     "embed_dim": 256,

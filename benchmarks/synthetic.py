@@ -28,14 +28,14 @@ import torch
 from scipy.stats import beta
 from torch import Tensor
 
-from models.judge import selection
-from models.judge.selection import ERRORS, Duel, Evidence, duel, estimates, judge, neighbours
-from models.judge.shift import centre_share
-from models.methods.adaptation import Adapted, TuneData
-from models.methods.latteclip import LatteClipSettings
-from models.methods.registry import adapt
-from models.methods.transduction import TransductionSettings
-from models.vectors import unit
+from latteflow.models.judge import selection
+from latteflow.models.judge.selection import ERRORS, Duel, Evidence, duel, estimates, judge, neighbours
+from latteflow.models.judge.shift import centre_share
+from latteflow.models.methods.adaptation import Adapted, TuneData
+from latteflow.models.methods.latteclip import LatteClipSettings
+from latteflow.models.methods.registry import adapt
+from latteflow.models.methods.transduction import TransductionSettings
+from latteflow.models.vectors import unit
 
 DIM = 256
 SCALE = 40.0

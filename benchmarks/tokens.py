@@ -51,8 +51,8 @@ def main() -> None:
     chosen = options.parse_args().only
     from engines.tiny_vlm import ON_CPU, vllm_python
 
-    from models.settings import VllmSettings
-    from models.texts.describers.tokens import prompt_tokens
+    from latteflow.models.settings import VllmSettings
+    from latteflow.models.texts.describers.tokens import prompt_tokens
 
     shown = [" and ".join(f"{w} x {h}" for w, h in sizes) for sizes in SIZES]
     sys.stdout.write(f"| family | {' | '.join(shown)} |\n{'| --- ' * (len(SIZES) + 1)}|\n")
@@ -87,9 +87,9 @@ def build_and_count(name: str, folder: str) -> None:
     """Write the model and its processor, and print what vLLM counts, as JSON."""
     import torch
 
-    from models.settings import VllmSettings
-    from models.texts.describers import Prompt
-    from models.texts.describers.vllm import open_vllm
+    from latteflow.models.settings import VllmSettings
+    from latteflow.models.texts.describers import Prompt
+    from latteflow.models.texts.describers.vllm import open_vllm
 
     torch.manual_seed(0)
     for part in FAMILIES[name]():

@@ -13,8 +13,8 @@ import time
 import torch
 import torch.nn.functional as F
 
-from models.methods.transduction import TransductionSettings
-from models.methods.transduction.tuning import transduce
+from latteflow.models.methods.transduction import TransductionSettings
+from latteflow.models.methods.transduction.tuning import transduce
 
 LIMIT = 60.0
 """Seconds, for 50,000 images and 100 classes in 384 dimensions on 2 cores."""

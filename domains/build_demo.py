@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from domains.fashion import DEMO, PACKAGE, read_split
-from domains.sources import deb_folder
+from latteflow.domains.fashion import DEMO, PACKAGE, read_split
+from latteflow.domains.sources import deb_folder
 
 SEED = 2024
 N_TRAIN, N_TEST = 2000, 1000

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from domains.picture import Picture, opaque_name, small_png, split_of, unique
-from domains.sources import SourceError, deb_folder
+from latteflow.domains.picture import Picture, opaque_name, small_png, split_of, unique
+from latteflow.domains.sources import SourceError, deb_folder
 
 PACKAGE = "openclipart-png"
 SIDE_PX = 256

@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from domains.picture import Picture, Split, opaque_name, small_png, split_of, unique
-from domains.sources import SourceError, npm_folder
+from latteflow.domains.picture import Picture, Split, opaque_name, small_png, split_of, unique
+from latteflow.domains.sources import SourceError, npm_folder
 
 SIDE_PX = 128
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from domains.picture import Picture, Split, grey_png
-from domains.sources import SourceError, deb_folder
+from latteflow.domains.picture import Picture, Split, grey_png
+from latteflow.domains.sources import SourceError, deb_folder
 
 CLASSES = (
     "t-shirt",

@@ -22,11 +22,11 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from domains.clipart import clipart
-from domains.emoji import emoji_animals, emoji_coarse
-from domains.fashion import demo, fashion
-from domains.picture import Picture
-from domains.sources import SourceError
+from latteflow.domains.clipart import clipart
+from latteflow.domains.emoji import emoji_animals, emoji_coarse
+from latteflow.domains.fashion import demo, fashion
+from latteflow.domains.picture import Picture
+from latteflow.domains.sources import SourceError
 
 log = logging.getLogger("domains.prepare")
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import timm
 
-from models.data.wordnet import TABLE
+from latteflow.models.data.wordnet import TABLE
 
 FEWEST_LEAVES, MOST_LEAVES = 2, 300
 

@@ -9,22 +9,22 @@ from prefect import Task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
-from flows import shown
-from flows.fanout import cancel_workers, pairs_on_pool, train_on_pool, write_on_pool
-from flows.parameters import DomainOrFile, domain_flow, told
-from flows.pipeline import pipeline, repaired
-from models.settings import LanguageModelSettings, SidecarSettings
-from storage.lease import lease
-from tasks.core.domain import Domain
-from tasks.core.stage import StageResult, open_store
-from tasks.describe.describe import describe
-from tasks.describe.group import group
-from tasks.describe.pair import pair
-from tasks.describe.texts import collecting
-from tasks.report.history import SPLIT_STAGES
-from tasks.report.report import publish
-from tasks.tune.check import check_models
-from tasks.tune.tune import tune
+from latteflow.flows import shown
+from latteflow.flows.fanout import cancel_workers, pairs_on_pool, train_on_pool, write_on_pool
+from latteflow.flows.parameters import DomainOrFile, domain_flow, told
+from latteflow.flows.pipeline import pipeline, repaired
+from latteflow.models.settings import LanguageModelSettings, SidecarSettings
+from latteflow.storage.lease import lease
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import StageResult, open_store
+from latteflow.tasks.describe.describe import describe
+from latteflow.tasks.describe.group import group
+from latteflow.tasks.describe.pair import pair
+from latteflow.tasks.describe.texts import collecting
+from latteflow.tasks.report.history import SPLIT_STAGES
+from latteflow.tasks.report.report import publish
+from latteflow.tasks.tune.check import check_models
+from latteflow.tasks.tune.tune import tune
 
 
 @domain_flow(on_cancellation=[cancel_workers])

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows import console
-from flows.console import fail, failures
-from flows.errors import UsageError
-from models.errors import ModelError
-from storage.errors import DataError, StorageError
-from tasks.core.errors import ConfigError
+from latteflow.flows import console
+from latteflow.flows.console import fail, failures
+from latteflow.flows.errors import UsageError
+from latteflow.models.errors import ModelError
+from latteflow.storage.errors import DataError, StorageError
+from latteflow.tasks.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from storage.artifacts import ArtifactStore
-    from storage.upkeep import Loose
-    from tasks.core.domain import Domain
+    from latteflow.storage.artifacts import ArtifactStore
+    from latteflow.storage.upkeep import Loose
+    from latteflow.tasks.core.domain import Domain
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
@@ -95,16 +95,16 @@ def run(
     if start and only:
         raise UsageError("--from and --only exclude each other; give one")
     settings = _domain(domain)
-    from flows.pipeline import repaired, run_plainly
+    from latteflow.flows.pipeline import repaired, run_plainly
 
     choice = functools.partial(run_plainly, start=start, only=only, refresh=refresh or ())
     results = repaired(choice, settings)
     out.print(console.results(results))
     if results[-1].label == "report":
-        from models.judge.metrics import seen_note
-        from tasks.core.stage import open_store
-        from tasks.report.report import kept
-        from tasks.tune.select import read_selection
+        from latteflow.models.judge.metrics import seen_note
+        from latteflow.tasks.core.stage import open_store
+        from latteflow.tasks.report.report import kept
+        from latteflow.tasks.tune.select import read_selection
 
         folder = Path(settings.output) / settings.name
         metrics = json.loads((folder / "metrics.json").read_text())
@@ -127,8 +127,8 @@ def plan(domain: DomainFile) -> None:
     Prices and first estimates are in the domain file, under `prices`.
     """
     settings = _domain(domain)
-    from flows.pipeline import repaired
-    from flows.plan import plan as planned
+    from latteflow.flows.pipeline import repaired
+    from latteflow.flows.plan import plan as planned
 
     found = repaired(planned, settings)
     out.print(console.plan(found))
@@ -145,11 +145,11 @@ def preview(
     The images are sharded and embedded first, as by `run`. The texts are kept, so a run does not pay for them again.
     """
     settings = _domain(domain)
-    from flows.pipeline import repaired
-    from tasks.ingest.embed import embed
-    from tasks.ingest.shard import shard
-    from tasks.report.preview import preview as previewed
-    from tasks.tune.check import check_models
+    from latteflow.flows.pipeline import repaired
+    from latteflow.tasks.ingest.embed import embed
+    from latteflow.tasks.ingest.shard import shard
+    from latteflow.tasks.report.preview import preview as previewed
+    from latteflow.tasks.tune.check import check_models
 
     def write(settings: Domain) -> Path:
         check_models(settings)
@@ -168,8 +168,8 @@ def show(
 ) -> None:
     """List the artifacts of a domain; or follow one image from source to prediction."""
     settings = _domain(domain)
-    from flows.upkeep import history as held
-    from tasks.report.lineage import lineage
+    from latteflow.flows.upkeep import history as held
+    from latteflow.tasks.report.lineage import lineage
 
     history = held(settings)
     out.print(console.artifacts(history) if image is None else console.lineage(lineage(settings, history, image)))
@@ -186,7 +186,7 @@ def explain(
 ) -> None:
     """Say in words what an artifact was made from; or why two artifacts of a stage are not the same."""
     settings = _domain(domain)
-    from flows.upkeep import history as held
+    from latteflow.flows.upkeep import history as held
 
     history = held(settings)
     first = history.find(artifact)
@@ -208,8 +208,8 @@ def replay(domain: DomainFile) -> None:
     The bytes that were kept are used, the source is not read. `run` then goes on with what became usable.
     """
     settings = _domain(domain)
-    from flows.pipeline import graph
-    from tasks.ingest.shard import replay as replayed
+    from latteflow.flows.pipeline import graph
+    from latteflow.tasks.ingest.shard import replay as replayed
 
     splits = list(dict.fromkeys(step.split for step in graph(settings) if step.name == "shard"))
     out.print(console.results([replayed(settings, split) for split in splits]))
@@ -223,9 +223,9 @@ def verify(domain: DomainFiles = None, store: StoreUrl = None) -> None:
     """
     settings = [_domain(path) for path in domain or ()]
 
-    from flows.upkeep import histories, stores
-    from storage.upkeep import verify as check
-    from storage.upkeep import verify_captions
+    from latteflow.flows.upkeep import histories, stores
+    from latteflow.storage.upkeep import verify as check
+    from latteflow.storage.upkeep import verify_captions
 
     found = histories(settings, store)
     objects = [stored for each in found for stored in each.inventory.objects.values()]
@@ -261,8 +261,8 @@ def gc(
     """
     age = _seconds(older_than)
     settings = [_domain(path) for path in domain or ()]
-    from flows.upkeep import histories, loose, stores
-    from storage.upkeep import leftovers
+    from latteflow.flows.upkeep import histories, loose, stores
+    from latteflow.storage.upkeep import leftovers
 
     found = histories(settings, store)
     going: list[tuple[ArtifactStore, Loose]] = []
@@ -310,7 +310,7 @@ def export(
     The folder is new, empty, or holds an earlier export, which is replaced when the new one is whole.
     """
     settings = _domain(domain)
-    from flows.export import Format, export, export_champion
+    from latteflow.flows.export import Format, export, export_champion
 
     asked: dict[Format, bool] = {"onnx": onnx, "transformers": transformers}
     formats = [name for name, wanted in asked.items() if wanted]
@@ -338,7 +338,7 @@ def predict(
 ) -> None:
     """Say which class each image has, by a model that `export` wrote. Needs no domain file and no store."""
 
-    from tasks.ship.predict import predict as predicted
+    from latteflow.tasks.ship.predict import predict as predicted
 
     with console.progress() as progress:
         bar = progress.add_task("predict", total=None)
@@ -376,8 +376,8 @@ def serve(
     ] = None,
 ) -> None:
     """Answer images over HTTP by a model that `export` wrote: POST /predict, GET /health, and a page to try it."""
-    from flows.serve import Limits
-    from flows.serve import serve as served
+    from latteflow.flows.serve import Limits
+    from latteflow.flows.serve import serve as served
 
     limits = Limits(max_bytes=max_megabytes << 20)
     ready = f"serving  {console.printable(str(model))} at "
@@ -393,8 +393,8 @@ def captions(
 ) -> None:
     """Write the texts of the last run as Parquet that Hugging Face `datasets` reads, with a card. Nothing runs."""
     settings = _domain(domain)
-    from flows.pipeline import as_they_are
-    from tasks.ship.captions import write_captions
+    from latteflow.flows.pipeline import as_they_are
+    from latteflow.tasks.ship.captions import write_captions
 
     if folder is None:
         folder = Path(settings.output) / settings.name / "captions"
@@ -420,11 +420,11 @@ def rank(
 ) -> None:
     """Order the images by an attribute: which shows more of it, by a model that reads differences."""
     _check_page(page)
-    from flows.pipeline import repaired, run_plainly
-    from models.settings import ZERO_SHOT
-    from tasks.report.rank import rank as ranked
-    from tasks.report.rank import sentence, write_page
-    from tasks.tune.models import check_model
+    from latteflow.flows.pipeline import repaired, run_plainly
+    from latteflow.models.settings import ZERO_SHOT
+    from latteflow.tasks.report.rank import rank as ranked
+    from latteflow.tasks.report.rank import sentence, write_page
+    from latteflow.tasks.tune.models import check_model
 
     sentence(attribute)  # before anything runs
     settings = _domain(domain)
@@ -455,8 +455,8 @@ def compare(
 ) -> None:
     """Put two runs side by side on the images that both have: figures, classes, images, settings, lineage."""
     _check_page(page)
-    from tasks.report.compare import compare as compared
-    from tasks.report.compare import read_run, write_page
+    from latteflow.tasks.report.compare import compare as compared
+    from latteflow.tasks.report.compare import read_run, write_page
 
     found = compared(read_run(one), read_run(other))
     out.print(f"A        {console.printable(found.one.name)}\nB        {console.printable(found.other.name)}")
@@ -468,8 +468,8 @@ def compare(
 def champion(domain: DomainFile) -> None:
     """Show the model that the domain serves, and those before it, newest first."""
     settings = _domain(domain)
-    from tasks.core.stage import open_store
-    from tasks.ship.promote import NO_CHAMPION, champions
+    from latteflow.tasks.core.stage import open_store
+    from latteflow.tasks.ship.promote import NO_CHAMPION, champions
 
     found = champions(open_store(settings), settings.name)
     out.print(console.champions(found) if found else NO_CHAMPION.format(name=settings.name))
@@ -482,8 +482,8 @@ def promote(domain: DomainFile) -> None:
     The exit code is 1 if it is not.
     """
     settings = _domain(domain)
-    from flows.pipeline import TUNING, as_they_are
-    from tasks.ship.promote import promote as promoted
+    from latteflow.flows.pipeline import TUNING, as_they_are
+    from latteflow.tasks.ship.promote import promote as promoted
 
     found = {each.label: each for each in as_they_are(settings, *TUNING)}
     decision = promoted(settings, found["shard train"], found["embed train"], found["tune"])
@@ -496,7 +496,7 @@ def promote(domain: DomainFile) -> None:
 def rollback(domain: DomainFile) -> None:
     """Serve the champion before this one again. The present one is never chosen again by itself."""
     settings = _domain(domain)
-    from tasks.ship.promote import rollback as rolled_back
+    from latteflow.tasks.ship.promote import rollback as rolled_back
 
     rolled_back(settings)
     champion(domain)
@@ -504,7 +504,7 @@ def rollback(domain: DomainFile) -> None:
 
 def _domain(file: Path) -> Domain:
     """The domain of a file; what the command goes on to needs far longer to be imported than this."""
-    from tasks.core.domain import Domain
+    from latteflow.tasks.core.domain import Domain
 
     return Domain.load(file)
 
@@ -516,7 +516,7 @@ def _check_page(page: Path | None) -> None:
 
 
 def _compact(store: ArtifactStore) -> int:
-    from storage.captions import CaptionStore
+    from latteflow.storage.captions import CaptionStore
 
     captions = CaptionStore(store.objects)
     return sum(captions.compact(describer) for describer in captions.describers())

@@ -17,15 +17,15 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from flows.plan import Planned
-    from storage.artifacts import Artifact
-    from storage.upkeep import Loose
-    from tasks.core.domain import Domain
-    from tasks.core.stage import StageResult
-    from tasks.report.compare import Comparison
-    from tasks.report.history import History
-    from tasks.report.lineage import Guess, Lineage
-    from tasks.ship.promote import Champion
+    from latteflow.flows.plan import Planned
+    from latteflow.storage.artifacts import Artifact
+    from latteflow.storage.upkeep import Loose
+    from latteflow.tasks.core.domain import Domain
+    from latteflow.tasks.core.stage import StageResult
+    from latteflow.tasks.report.compare import Comparison
+    from latteflow.tasks.report.history import History
+    from latteflow.tasks.report.lineage import Guess, Lineage
+    from latteflow.tasks.ship.promote import Champion
 
 _PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
 _TOLD_AT_ZERO = frozenset({"accepted", "images", "kept", "labelled", "texts"})
@@ -127,7 +127,7 @@ def plan(planned: Sequence[Planned]) -> Table:
 
 def totals(domain: Domain, planned: Sequence[Planned]) -> str:
     """Images, texts, tokens, time and cost of a plan in a few lines."""
-    from models.settings import LanguageModelSettings
+    from latteflow.models.settings import LanguageModelSettings
 
     lines = []
     for each in planned:
@@ -168,7 +168,7 @@ def _tokens(texts: Sequence[Planned]) -> str:
 
 
 def _cost(domain: Domain, planned: Sequence[Planned], texts: Sequence[Planned]) -> str:
-    from flows.plan import cost
+    from latteflow.flows.plan import cost
 
     timed = all(each.seconds is not None for each in texts)
     hours = f"{sum(each.seconds or 0 for each in texts) / 3600:.2g}" if timed else "unknown"
@@ -209,7 +209,7 @@ def comparison(found: Comparison) -> Table:
 
 def artifacts(history: History) -> Table:
     """All artifacts of a domain, those of the newest run marked."""
-    from tasks.report.lineage import newest_artifacts
+    from latteflow.tasks.report.lineage import newest_artifacts
 
     current = {artifact.fingerprint for artifact in newest_artifacts(history).values()}
     table = _table("stage", "artifact", "", "made", "size>", "counts")

@@ -6,11 +6,11 @@ open_clip. Texts go to the caption store, where the stages `describe` and `group
 
 from __future__ import annotations
 
-from flows.parameters import DomainOrFile, domain_flow
-from flows.pipeline import as_they_are
-from storage.artifacts import ArtifactRef
-from tasks.core.stage import StageResult
-from tasks.describe.describe import write_range
+from latteflow.flows.parameters import DomainOrFile, domain_flow
+from latteflow.flows.pipeline import as_they_are
+from latteflow.storage.artifacts import ArtifactRef
+from latteflow.tasks.core.stage import StageResult
+from latteflow.tasks.describe.describe import write_range
 
 
 @domain_flow()

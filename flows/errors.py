@@ -1,6 +1,6 @@
 """Mistakes in how something was called, beside those in what it was given."""
 
-from tasks.core.errors import ConfigError
+from latteflow.tasks.core.errors import ConfigError
 
 
 class UsageError(ConfigError):

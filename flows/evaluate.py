@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 
-from flows import shown
-from flows.parameters import DomainOrFile, domain_flow
-from flows.pipeline import repaired, run_plainly
-from tasks.core.stage import StageResult
+from latteflow.flows import shown
+from latteflow.flows.parameters import DomainOrFile, domain_flow
+from latteflow.flows.pipeline import repaired, run_plainly
+from latteflow.tasks.core.stage import StageResult
 
 
 @domain_flow()

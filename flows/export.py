@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from flows.pipeline import repaired, run_plainly
-from models.settings import ZERO_SHOT
-from tasks.core.domain import Domain
-from tasks.core.stage import StageResult, open_store
-from tasks.report.report import kept
-from tasks.ship.export import Format, RunRecord, check_export, export_tuned, export_zero_shot, record_of
-from tasks.ship.promote import champion
-from tasks.tune.models import check_model
-from tasks.tune.select import read_selection
+from latteflow.flows.pipeline import repaired, run_plainly
+from latteflow.models.settings import ZERO_SHOT
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import StageResult, open_store
+from latteflow.tasks.report.report import kept
+from latteflow.tasks.ship.export import Format, RunRecord, check_export, export_tuned, export_zero_shot, record_of
+from latteflow.tasks.ship.promote import champion
+from latteflow.tasks.tune.models import check_model
+from latteflow.tasks.tune.select import read_selection
 
 __all__ = ["Format", "export", "export_champion"]
 
@@ -71,6 +71,6 @@ def export_champion(domain: Domain, folder: Path, *, formats: Sequence[Format] =
 def _check(domain: Domain, folder: Path, formats: Sequence[Format], *, force: bool) -> None:
     check_export(domain, folder, force=force)
     if "transformers" in formats:
-        from models.ship.to_transformers import check
+        from latteflow.models.ship.to_transformers import check
 
         check(domain.clip)

@@ -23,11 +23,11 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.states import Cancelling
 
-from storage.errors import DataError
-from tasks.core.domain import Domain, WorkerSettings
-from tasks.core.stage import NotMade, StageResult, rules
-from tasks.describe.describe import describe, missing_texts
-from tasks.describe.group import group
+from latteflow.storage.errors import DataError
+from latteflow.tasks.core.domain import Domain, WorkerSettings
+from latteflow.tasks.core.stage import NotMade, StageResult, rules
+from latteflow.tasks.describe.describe import describe, missing_texts
+from latteflow.tasks.describe.group import group
 
 DESCRIBE, PAIR, TUNE = "describe/describe", "pair/pair", "tune/tune"
 """Deployments, see prefect.yaml."""

@@ -14,10 +14,10 @@ from prefect.runtime import flow_run
 from prefect.states import Failed
 from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema, validate_call
 
-from models.errors import ModelError
-from storage.errors import DataError, StorageError
-from tasks.core.domain import Domain
-from tasks.core.errors import ConfigError
+from latteflow.models.errors import ModelError
+from latteflow.storage.errors import DataError, StorageError
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.errors import ConfigError
 
 
 def domain_of(given: Any) -> Any:

@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from storage.errors import DataError
+from latteflow.storage.errors import DataError
 
 _OWN = ("localhost", "127.0.0.1", "::1")
 

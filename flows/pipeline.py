@@ -8,22 +8,22 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from flows.errors import UsageError
-from storage.errors import Damaged, DataError
-from tasks.core.domain import Domain
-from tasks.core.stage import NotMade, StageResult, open_store, rules, seconds_taken
-from tasks.describe.describe import describe
-from tasks.describe.group import group
-from tasks.describe.pair import pair
-from tasks.describe.screen import screen
-from tasks.ingest.embed import embed
-from tasks.ingest.shard import Split, shard
-from tasks.report.evaluate import evaluate
-from tasks.report.history import SPLIT_STAGES, History
-from tasks.report.report import publish, report
-from tasks.tune.check import check_models
-from tasks.tune.select import select
-from tasks.tune.tune import tune
+from latteflow.flows.errors import UsageError
+from latteflow.storage.errors import Damaged, DataError
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import NotMade, StageResult, open_store, rules, seconds_taken
+from latteflow.tasks.describe.describe import describe
+from latteflow.tasks.describe.group import group
+from latteflow.tasks.describe.pair import pair
+from latteflow.tasks.describe.screen import screen
+from latteflow.tasks.ingest.embed import embed
+from latteflow.tasks.ingest.shard import Split, shard
+from latteflow.tasks.report.evaluate import evaluate
+from latteflow.tasks.report.history import SPLIT_STAGES, History
+from latteflow.tasks.report.report import publish, report
+from latteflow.tasks.tune.check import check_models
+from latteflow.tasks.tune.select import select
+from latteflow.tasks.tune.tune import tune
 
 T = TypeVar("T")
 log = logging.getLogger("latteflow.flows")

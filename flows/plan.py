@@ -8,19 +8,19 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from flows.pipeline import Step, graph
-from models.settings import LanguageModelSettings
-from storage.artifacts import Artifact
-from storage.captions import CaptionStore, caption_key, describer_id
-from storage.errors import NotFound
-from storage.shards import Greys, read_index
-from tasks.core.domain import Domain
-from tasks.core.stage import NotMade, StageResult, open_store, rules
-from tasks.describe.reckon import mean_prompt_tokens
-from tasks.ingest.changes import Images, image_changes
-from tasks.report.history import History
-from tasks.tune.check import check_models
-from tasks.tune.tune import missing_models
+from latteflow.flows.pipeline import Step, graph
+from latteflow.models.settings import LanguageModelSettings
+from latteflow.storage.artifacts import Artifact
+from latteflow.storage.captions import CaptionStore, caption_key, describer_id
+from latteflow.storage.errors import NotFound
+from latteflow.storage.shards import Greys, read_index
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import NotMade, StageResult, open_store, rules
+from latteflow.tasks.describe.reckon import mean_prompt_tokens
+from latteflow.tasks.ingest.changes import Images, image_changes
+from latteflow.tasks.report.history import History
+from latteflow.tasks.tune.check import check_models
+from latteflow.tasks.tune.tune import missing_models
 
 # The inputs of a stage whose change makes all of its work anew; any other change leaves the parts of old images.
 _REMAKES = {

@@ -14,19 +14,19 @@ import polars as pl
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from flows import shown
-from flows.adapt import stages
-from flows.fanout import cancel_workers
-from flows.parameters import DomainOrFile, domain_flow
-from flows.pipeline import repaired
-from storage.artifacts import Artifact
-from storage.lease import Busy, lease
-from storage.shards import newest, read_index
-from storage.tables import read_parquet
-from tasks.core.domain import Domain
-from tasks.core.stage import open_store
-from tasks.report.history import History
-from tasks.ship.promote import Decision, promote
+from latteflow.flows import shown
+from latteflow.flows.adapt import stages
+from latteflow.flows.fanout import cancel_workers
+from latteflow.flows.parameters import DomainOrFile, domain_flow
+from latteflow.flows.pipeline import repaired
+from latteflow.storage.artifacts import Artifact
+from latteflow.storage.lease import Busy, lease
+from latteflow.storage.shards import newest, read_index
+from latteflow.storage.tables import read_parquet
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import open_store
+from latteflow.tasks.report.history import History
+from latteflow.tasks.ship.promote import Decision, promote
 
 LATE = timedelta(hours=6)
 """A night that could not begin for so long is left to the next one."""

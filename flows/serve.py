@@ -32,12 +32,12 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
-from flows.peers import HalfSent, Impatient, OwnNames, Refused, Waiting
-from models.errors import ModelError
-from models.ship.predictor import Predictor
-from storage.errors import DataError
-from storage.images import ImageLimits, ImageRejected, RejectReason
-from tasks.ship.predict import Decoder
+from latteflow.flows.peers import HalfSent, Impatient, OwnNames, Refused, Waiting
+from latteflow.models.errors import ModelError
+from latteflow.models.ship.predictor import Predictor
+from latteflow.storage.errors import DataError
+from latteflow.storage.images import ImageLimits, ImageRejected, RejectReason
+from latteflow.tasks.ship.predict import Decoder
 
 TOP = 5
 BATCH, WAIT_S = 32, 0.004

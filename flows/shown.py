@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-from models.judge.metrics import seen_note
-from tasks.core.domain import Domain
-from tasks.core.stage import StageResult, open_store
+from latteflow.models.judge.metrics import seen_note
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import StageResult, open_store
 
 if TYPE_CHECKING:
-    from flows.retune import Night
+    from latteflow.flows.retune import Night
 
 
 def key(domain: Domain, what: str) -> str:

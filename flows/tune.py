@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from flows.parameters import DomainOrFile, domain_flow
-from storage.artifacts import ArtifactRef
-from tasks.core.stage import StageResult
-from tasks.tune.tune import tune as tune_stage
+from latteflow.flows.parameters import DomainOrFile, domain_flow
+from latteflow.storage.artifacts import ArtifactRef
+from latteflow.tasks.core.stage import StageResult
+from latteflow.tasks.tune.tune import tune as tune_stage
 
 
 @domain_flow()

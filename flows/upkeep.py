@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flows.errors import UsageError
-from flows.pipeline import repaired
-from flows.plan import plan
-from storage.artifacts import Artifact, ArtifactStore
-from storage.errors import DataError
-from storage.inventory import domains
-from storage.objects import ObjectStore
-from storage.upkeep import Loose, garbage
-from tasks.core.domain import Domain
-from tasks.core.stage import open_store
-from tasks.report.history import History
-from tasks.ship.promote import champions
+from latteflow.flows.errors import UsageError
+from latteflow.flows.pipeline import repaired
+from latteflow.flows.plan import plan
+from latteflow.storage.artifacts import Artifact, ArtifactStore
+from latteflow.storage.errors import DataError
+from latteflow.storage.inventory import domains
+from latteflow.storage.objects import ObjectStore
+from latteflow.storage.upkeep import Loose, garbage
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import open_store
+from latteflow.tasks.report.history import History
+from latteflow.tasks.ship.promote import champions
 
 
 def histories(files: Sequence[Domain], url: str | None) -> list[History]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
-from models.errors import ModelError
+from latteflow.models.errors import ModelError
 
 T = TypeVar("T")
 

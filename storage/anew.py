@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from storage.artifacts import Artifact, ArtifactStore, ArtifactWriter
-from storage.errors import NotFound
-from storage.fingerprint import fingerprint, sha256
+from latteflow.storage.artifacts import Artifact, ArtifactStore, ArtifactWriter
+from latteflow.storage.errors import NotFound
+from latteflow.storage.fingerprint import fingerprint, sha256
 
 
 class AnewWriter(ArtifactWriter):

@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from storage.errors import Damaged, NotFound, StorageError
-from storage.fingerprint import canonical_json, fingerprint, sha256, sha256_file
-from storage.objects import ObjectStore
+from latteflow.storage.errors import Damaged, NotFound, StorageError
+from latteflow.storage.fingerprint import canonical_json, fingerprint, sha256, sha256_file
+from latteflow.storage.objects import ObjectStore
 
 FORMAT = 1
 _SEAL = "sha256"

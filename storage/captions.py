@@ -18,10 +18,10 @@ from typing import Any
 
 import polars as pl
 
-from storage.errors import NotFound, StorageError
-from storage.fingerprint import canonical_json, sha256
-from storage.objects import ObjectStore
-from storage.tables import parquet, read_parquet
+from latteflow.storage.errors import NotFound, StorageError
+from latteflow.storage.fingerprint import canonical_json, sha256
+from latteflow.storage.objects import ObjectStore
+from latteflow.storage.tables import parquet, read_parquet
 
 CAPTION_SCHEMA: dict[str, Any] = {
     "caption_key": pl.String,

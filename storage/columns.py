@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from storage.errors import ColumnBroken, DataError
+from latteflow.storage.errors import ColumnBroken, DataError
 
 _ROWS = 16
 """Rows decoded together."""

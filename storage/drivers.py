@@ -11,7 +11,7 @@ from typing import Any
 
 import fsspec
 
-from storage.errors import StorageError
+from latteflow.storage.errors import StorageError
 
 
 class Kind(StrEnum):

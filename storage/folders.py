@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from storage.errors import DataError, StorageError
+from latteflow.storage.errors import DataError, StorageError
 
 _LEFTOVER_SECONDS = 86_400
 

@@ -19,8 +19,8 @@ from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from storage.errors import StorageError
-from storage.images import ImageInfo, ImageLimits, ImageRejected, RejectReason, inspect
+from latteflow.storage.errors import StorageError
+from latteflow.storage.images import ImageInfo, ImageLimits, ImageRejected, RejectReason, inspect
 
 SECONDS = 20
 """Processor time for a batch, or for one image where a batch took longer. The largest sound ones need a fifth of it."""
@@ -38,7 +38,7 @@ class Inspectors:
         seconds: processor time for a batch; one that takes longer is looked at again image by image.
     """
 
-    program: ClassVar = ["-m", "storage.inspectors"]
+    program: ClassVar = ["-m", "latteflow.storage.inspectors"]
 
     def __init__(self, limits: ImageLimits, processes: int, seconds: float = SECONDS) -> None:
         self._limits, self._processes, self._seconds = limits, processes, seconds
@@ -108,7 +108,7 @@ class Inspectors:
             self._idle.put(process if sound else None)
 
     def _start(self) -> subprocess.Popen[bytes]:
-        path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])
+        path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
         return subprocess.Popen(
             [*self._command, json.dumps(asdict(self._limits)), str(self._seconds)],
             stdin=subprocess.PIPE,

@@ -10,9 +10,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from storage.artifacts import Artifact, ArtifactStore
-from storage.errors import Damaged, NotFound
-from storage.objects import ObjectStore, Stored, is_unfinished
+from latteflow.storage.artifacts import Artifact, ArtifactStore
+from latteflow.storage.errors import Damaged, NotFound
+from latteflow.storage.objects import ObjectStore, Stored, is_unfinished
 
 _OWN = re.compile(
     r"[^/]+/[^/]+/(?:[0-9a-f]{64}/(?:manifest|stats|running)\.json|parts/[0-9a-f]{64}\.json"

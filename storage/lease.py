@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from storage.errors import StorageError
-from storage.objects import ObjectStore
-from storage.register import Register
+from latteflow.storage.errors import StorageError
+from latteflow.storage.objects import ObjectStore
+from latteflow.storage.register import Register
 
 BEAT_S = 10.0
 DEAD_S = 60.0

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import polars as pl
 
-from storage.errors import StorageError
-from storage.fingerprint import sha256
-from storage.images import ImageLimits, ImageRejected
-from storage.objects import ObjectStore
-from storage.sources import Entry, Source
+from latteflow.storage.errors import StorageError
+from latteflow.storage.fingerprint import sha256
+from latteflow.storage.images import ImageLimits, ImageRejected
+from latteflow.storage.objects import ObjectStore
+from latteflow.storage.sources import Entry, Source
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -24,10 +24,10 @@ from typing import Any, TypeVar
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from storage.drivers import Kind, answer, open_fs, passing, said, sort, told
-from storage.errors import NotFound, StorageError
-from storage.fingerprint import sha256, sha256_file
-from storage.retry import retried
+from latteflow.storage.drivers import Kind, answer, open_fs, passing, said, sort, told
+from latteflow.storage.errors import NotFound, StorageError
+from latteflow.storage.fingerprint import sha256, sha256_file
+from latteflow.storage.retry import retried
 
 T = TypeVar("T")
 

@@ -10,9 +10,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from storage.errors import NotFound, StorageError
-from storage.fingerprint import canonical_json
-from storage.objects import ObjectStore
+from latteflow.storage.errors import NotFound, StorageError
+from latteflow.storage.fingerprint import canonical_json
+from latteflow.storage.objects import ObjectStore
 
 
 class Register:

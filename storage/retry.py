@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from storage.drivers import passing, said
+from latteflow.storage.drivers import passing, said
 
 T = TypeVar("T")
 log = logging.getLogger("latteflow.storage")

@@ -11,10 +11,10 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from fsspec.implementations.local import LocalFileSystem
 
-from storage.drivers import open_fs, passing, said, sort, told
-from storage.errors import DataError, StorageError
-from storage.fingerprint import sha256
-from storage.retry import retried
+from latteflow.storage.drivers import open_fs, passing, said, sort, told
+from latteflow.storage.errors import DataError, StorageError
+from latteflow.storage.fingerprint import sha256
+from latteflow.storage.retry import retried
 
 T = TypeVar("T")
 _PATIENCE = 60.0

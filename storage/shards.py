@@ -22,14 +22,14 @@ from typing import Any, Literal, NamedTuple
 
 import polars as pl
 
-from storage import tars
-from storage.artifacts import Artifact, ArtifactStore, ArtifactWriter
-from storage.fingerprint import sha256
-from storage.images import ImageInfo, ImageLimits, ImageRejected, decoder_version
-from storage.inspectors import Inspectors
-from storage.listing import CHUNK, REMOTE_THREADS, UNREADABLE, Listing, ahead, chunks, digest_of, key_of
-from storage.sources import Entry, Source
-from storage.tables import parquet, read_parquet
+from latteflow.storage import tars
+from latteflow.storage.artifacts import Artifact, ArtifactStore, ArtifactWriter
+from latteflow.storage.fingerprint import sha256
+from latteflow.storage.images import ImageInfo, ImageLimits, ImageRejected, decoder_version
+from latteflow.storage.inspectors import Inspectors
+from latteflow.storage.listing import CHUNK, REMOTE_THREADS, UNREADABLE, Listing, ahead, chunks, digest_of, key_of
+from latteflow.storage.sources import Entry, Source
+from latteflow.storage.tables import parquet, read_parquet
 
 log = logging.getLogger("latteflow.storage")
 

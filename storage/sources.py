@@ -13,8 +13,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from storage.errors import ColumnBroken, DataError
-from storage.images import (
+from latteflow.storage.errors import ColumnBroken, DataError
+from latteflow.storage.images import (
     HEIC_HINT,
     HEIC_SUFFIXES,
     READS_HEIC,
@@ -24,12 +24,12 @@ from storage.images import (
     RejectReason,
     too_many_bytes,
 )
-from storage.names import member_path, printable, raw
-from storage.roots import File, Root, is_hidden
-from storage.tars import TarBroken, members
+from latteflow.storage.names import member_path, printable, raw
+from latteflow.storage.roots import File, Root, is_hidden
+from latteflow.storage.tars import TarBroken, members
 
 if TYPE_CHECKING:
-    from storage.columns import ImageColumn
+    from latteflow.storage.columns import ImageColumn
 
 log = logging.getLogger("latteflow.storage")
 
@@ -225,7 +225,7 @@ class Source:
     def _table(self, path: str) -> ImageColumn:
         table = self._tables.get(path)
         if table is None:
-            from storage.columns import ImageColumn  # and pyarrow, which most sources do without
+            from latteflow.storage.columns import ImageColumn  # and pyarrow, which most sources do without
 
             root, name = self._find(path)
             parquet = _kind(path) == "parquet"

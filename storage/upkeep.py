@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from storage.artifacts import Artifact, ArtifactStore, File, Part
-from storage.captions import CaptionStore
-from storage.errors import Damaged, NotFound, StorageError
-from storage.fingerprint import fingerprint, sha256_file
-from storage.inventory import CAPTIONS, Inventory
-from storage.objects import is_unfinished
+from latteflow.storage.artifacts import Artifact, ArtifactStore, File, Part
+from latteflow.storage.captions import CaptionStore
+from latteflow.storage.errors import Damaged, NotFound, StorageError
+from latteflow.storage.fingerprint import fingerprint, sha256_file
+from latteflow.storage.inventory import CAPTIONS, Inventory
+from latteflow.storage.objects import is_unfinished
 
 _KINDS = ("artifact", "part", "file", "damaged", "unfinished")
 

@@ -8,7 +8,7 @@ import hypothesis
 import pytest
 from PIL import Image, ImageDraw
 
-from tasks.core.domain import Domain
+from latteflow.tasks.core.domain import Domain
 
 # Machines that run tests are shared; a slow example is no failure.
 hypothesis.settings.register_profile("shared", deadline=None)
@@ -51,9 +51,9 @@ def exported(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model as `latteflow export` writes it, with a centre, two classes and a map."""
     import torch
 
-    from models.settings import ClipSettings
-    from models.ship.export import export
-    from models.towers import clip
+    from latteflow.models.settings import ClipSettings
+    from latteflow.models.ship.export import export
+    from latteflow.models.towers import clip
 
     folder = tmp_path_factory.mktemp("exported") / "model"
     generator = torch.Generator().manual_seed(0)
@@ -125,7 +125,7 @@ output: runs
 
 def call(*arguments: object) -> int:
     """The command line in this process; returns its exit code."""
-    from flows.cli import entry
+    from latteflow.flows.cli import entry
 
     before, sys.argv = sys.argv, ["latteflow", *map(str, arguments)]
     try:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from models.judge import metrics
-from models.judge.selection import neighbours
+from latteflow.models.judge import metrics
+from latteflow.models.judge.selection import neighbours
 
 _NEARER = 0.01
 """By how much of a vote a nearer neighbour breaks ties."""

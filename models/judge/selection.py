@@ -26,8 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.methods.transduction.tuning import nearest, whitening
-from models.vectors import at_least_float32, unit
+from latteflow.models.methods.transduction.tuning import nearest, whitening
+from latteflow.models.vectors import at_least_float32, unit
 
 NEIGHBOURS = 10
 LEAST_AGREEMENT = 0.2

@@ -27,7 +27,7 @@ import math
 import torch
 from torch import Tensor
 
-from models.vectors import unit
+from latteflow.models.vectors import unit
 
 COMPONENTS = 64
 """Principal components at most; and no more than a quarter of the images."""

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from models.methods.training import Stats
-from models.vectors import at_least_float32, unit
+from latteflow.models.methods.training import Stats
+from latteflow.models.vectors import at_least_float32, unit
 
 Pixels = Callable[[Tensor, Tensor | None], Tensor]
 """Image numbers ``(b,)`` to pixels ``(b, 3, h, w)``: by seeds ``(b,)`` augmented views, by None as for testing."""

@@ -8,7 +8,7 @@ import random
 from PIL.Image import Image
 from torchvision.transforms import functional as tf
 
-from models.towers.images import to_rgb
+from latteflow.models.towers.images import to_rgb
 
 
 def augment(image: Image, seed: int) -> Image:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.vectors import at_least_float32
+from latteflow.models.vectors import at_least_float32
 
 
 def clip_loss(image_features: Tensor, text_features: Tensor, scale: Tensor | float) -> Tensor:

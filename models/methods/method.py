@@ -6,13 +6,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from models.settings import Settings, TrainingSettings
+from latteflow.models.settings import Settings, TrainingSettings
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
-    from models.methods.adaptation import Adapted, TuneData
+    from latteflow.models.methods.adaptation import Adapted, TuneData
 
 S = TypeVar("S", bound=Settings)
 LAST_BLOCKS = {"last_blocks": 2}

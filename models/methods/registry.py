@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from models import plugins
-from models.errors import ModelError
-from models.methods import baselines, clamp, latteclip, latteclip_plus, pc_clip, transduction
-from models.methods.method import Given, Method, Section, Sections
-from models.settings import Settings, TrainingSettings
+from latteflow.models import plugins
+from latteflow.models.errors import ModelError
+from latteflow.models.methods import baselines, clamp, latteclip, latteclip_plus, pc_clip, transduction
+from latteflow.models.methods.method import Given, Method, Section, Sections
+from latteflow.models.settings import Settings, TrainingSettings
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from models.methods.adaptation import Adapted, TuneData
+    from latteflow.models.methods.adaptation import Adapted, TuneData
 
 GROUP = "latteflow.methods"
 _OURS = (

@@ -27,8 +27,8 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from models.errors import ModelError
-from models.settings import TrainingSettings
+from latteflow.models.errors import ModelError
+from latteflow.models.settings import TrainingSettings
 
 Stats = dict[str, float]
 

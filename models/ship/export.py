@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from models.digests import digest_of_file
-from models.errors import ModelError
-from models.towers.clip import Clip
-from models.towers.embedded import EmbeddedClip
-from models.towers.embedded import save as save_embedded
-from models.towers.folder import (
+from latteflow.models.digests import digest_of_file
+from latteflow.models.errors import ModelError
+from latteflow.models.towers.clip import Clip
+from latteflow.models.towers.embedded import EmbeddedClip
+from latteflow.models.towers.embedded import save as save_embedded
+from latteflow.models.towers.folder import (
     CLASSES_FILE,
     HEAD_FILE,
     OPEN_CLIP_CONFIG,

@@ -16,13 +16,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from models.digests import digest_of_file
-from models.errors import ModelError
-from models.judge import metrics
-from models.settings import ClipSettings, grey_range
-from models.towers import clip
-from models.towers.folder import CLASSES_FILE, HEAD_FILE, SCHEMA, SCHEMA_VERSION, SETTINGS_FILE, check_files, read_json
-from models.towers.images import in_range
+from latteflow.models.digests import digest_of_file
+from latteflow.models.errors import ModelError
+from latteflow.models.judge import metrics
+from latteflow.models.settings import ClipSettings, grey_range
+from latteflow.models.towers import clip
+from latteflow.models.towers.folder import (
+    CLASSES_FILE,
+    HEAD_FILE,
+    SCHEMA,
+    SCHEMA_VERSION,
+    SETTINGS_FILE,
+    check_files,
+    read_json,
+)
+from latteflow.models.towers.images import in_range
 
 if TYPE_CHECKING:
     import torch

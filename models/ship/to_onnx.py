@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.errors import ModelError
-from models.ship.predictor import Head
-from models.towers.embedded import EmbeddedClip
-from models.towers.folder import ONNX_FILE
+from latteflow.models.errors import ModelError
+from latteflow.models.ship.predictor import Head
+from latteflow.models.towers.embedded import EmbeddedClip
+from latteflow.models.towers.folder import ONNX_FILE
 
 if TYPE_CHECKING:
-    from models.ship.predictor import Predictor
+    from latteflow.models.ship.predictor import Predictor
 
 OPSET = 18
 MOST_DIFFERENCE = 1e-3

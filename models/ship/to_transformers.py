@@ -11,15 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.errors import ModelError
-from models.settings import ClipSettings
-from models.towers import clip
-from models.towers.folder import TRANSFORMERS
+from latteflow.models.errors import ModelError
+from latteflow.models.settings import ClipSettings
+from latteflow.models.towers import clip
+from latteflow.models.towers.folder import TRANSFORMERS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from models.ship.predictor import Predictor
+    from latteflow.models.ship.predictor import Predictor
 
 MOST_DIFFERENCE = 1e-4
 """Between unit features of open_clip and of transformers, float32 on the processor; more is an error."""
@@ -259,7 +259,7 @@ def _difference(predictor: Predictor, model: Any, tokenizer: Any) -> float:
     import torch
     from torch.nn import functional as F
 
-    from models.ship.to_onnx import noise
+    from latteflow.models.ship.to_onnx import noise
 
     predictor.clip.model.cpu()
     pixels = noise(predictor, 3)

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from models.settings import FilterMode
-from models.texts.screening import is_loop, is_refusal, words
+from latteflow.models.settings import FilterMode
+from latteflow.models.texts.screening import is_loop, is_refusal, words
 
 LEAST_CHARACTERS = 60
 MOST_TOKENS = 75

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from models.settings import ScreenSettings
+from latteflow.models.settings import ScreenSettings
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]

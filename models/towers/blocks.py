@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.vectors import at_least_float32, unit
+from latteflow.models.vectors import at_least_float32, unit
 
 # Where a tower keeps its blocks, and what follows them up to the embed. timm's ConvNeXt, FastViT and Swin have stages.
 _TIMM_ENDS = ("norm", "fc_norm", "attn_pool", "final_conv", "conv_head", "bn2", "head_drop", "head")

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.digests import digest_of_file
-from models.errors import ModelError
-from models.settings import ClipSettings
-from models.towers.folder import TEXT_CONFIG, check_files
+from latteflow.models.digests import digest_of_file
+from latteflow.models.errors import ModelError
+from latteflow.models.settings import ClipSettings
+from latteflow.models.towers.folder import TEXT_CONFIG, check_files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -174,7 +174,7 @@ def read(settings: ClipSettings) -> Clip:
 
 
 def _load_embedded(settings: ClipSettings) -> Clip:
-    from models.towers.embedded import build_embedded
+    from latteflow.models.towers.embedded import build_embedded
 
     model = build_embedded(cache_folder())
     return Clip("embedded", model, model.tokenizer, model.preprocess(settings.resize), model.dim, EMBEDDED_NOTE)
@@ -186,7 +186,7 @@ def _load_open_clip(settings: ClipSettings) -> Clip:
     folder, towers = _folder(name), dict[str, Any]()
     if folder is not None:
         if (folder / _EMBEDDED_CONFIG).is_file():
-            from models.towers.embedded import load as load_embedded
+            from latteflow.models.towers.embedded import load as load_embedded
 
             try:
                 embedded = load_embedded(folder)
@@ -327,7 +327,7 @@ def _check_size(name: str, trunk: str, size: Any) -> None:
 def _prepare(image: Image, *, transform: Callable[[Image], torch.Tensor], pad: bool) -> torch.Tensor:
     from PIL import ImageOps
 
-    from models.towers.images import to_rgb
+    from latteflow.models.towers.images import to_rgb
 
     image = to_rgb(image)
     if pad:

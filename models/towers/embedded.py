@@ -25,11 +25,11 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.data import wordnet
-from models.digests import digest_of_file
-from models.errors import ModelError
-from models.towers.efficientnet import DIM, EfficientNetLite0, FoldedTower
-from models.towers.images import to_rgb
+from latteflow.models.data import wordnet
+from latteflow.models.digests import digest_of_file
+from latteflow.models.errors import ModelError
+from latteflow.models.towers.efficientnet import DIM, EfficientNetLite0, FoldedTower
+from latteflow.models.towers.images import to_rgb
 
 SCHEMA = "latteflow-embedded"
 SCHEMA_VERSION = 1

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from models.errors import ModelError
+from latteflow.models.errors import ModelError
 
 SCHEMA, SCHEMA_VERSION = "latteflow-model", 1
 SETTINGS_FILE, HEAD_FILE, CLASSES_FILE = "latteflow.json", "classifier.safetensors", "classes.json"

@@ -9,9 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from models.towers.images import in_range
-from storage.images import open_image
-from storage.shards import Record
+from latteflow.models.towers.images import in_range
+from latteflow.storage.images import open_image
+from latteflow.storage.shards import Record
 
 if TYPE_CHECKING:
     import torch

@@ -15,11 +15,11 @@ from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from models.errors import ModelError
-from models.methods.latteclip import LatteClipSettings
-from models.methods.method import Method, S, Sections
-from models.methods.registry import METHODS, SECTIONS, readers
-from models.settings import (
+from latteflow.models.errors import ModelError
+from latteflow.models.methods.latteclip import LatteClipSettings
+from latteflow.models.methods.method import Method, S, Sections
+from latteflow.models.methods.registry import METHODS, SECTIONS, readers
+from latteflow.models.settings import (
     ClipSettings,
     GreyRange,
     LanguageModelSettings,
@@ -32,9 +32,9 @@ from models.settings import (
     WordsSettings,
     one_or_many,
 )
-from models.texts import prompts
-from models.texts.describers.registry import KINDS, DescriberSettings
-from tasks.core.errors import ConfigError
+from latteflow.models.texts import prompts
+from latteflow.models.texts.describers.registry import KINDS, DescriberSettings
+from latteflow.tasks.core.errors import ConfigError
 
 OneOrMore = Annotated[
     list[str], Field(min_length=1), BeforeValidator(one_or_many, json_schema_input_type=str | list[str])

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import polars as pl
 
-from storage.artifacts import Artifact
-from storage.tables import read_parquet, read_safetensors
+from latteflow.storage.artifacts import Artifact
+from latteflow.storage.tables import read_parquet, read_safetensors
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from importlib import metadata
 from types import MappingProxyType
 from typing import Any
 
-from storage.anew import AnewWriter
-from storage.artifacts import Artifact, ArtifactRef, ArtifactStore, ArtifactWriter
-from storage.errors import StorageError
-from storage.fingerprint import fingerprint
-from storage.objects import ObjectStore
-from tasks.core.domain import Domain
+from latteflow.storage.anew import AnewWriter
+from latteflow.storage.artifacts import Artifact, ArtifactRef, ArtifactStore, ArtifactWriter
+from latteflow.storage.errors import StorageError
+from latteflow.storage.fingerprint import fingerprint
+from latteflow.storage.objects import ObjectStore
+from latteflow.tasks.core.domain import Domain
 
 log = logging.getLogger("latteflow.tasks")
 _LIBRARIES = ("torch", "open_clip_torch", "timm", "transformers", "polars", "pillow", "numpy", "vllm")

@@ -10,9 +10,9 @@ from pathlib import PurePosixPath
 import fsspec
 import polars as pl
 
-from storage.drivers import sort, told
-from storage.errors import DataError
-from storage.fingerprint import canonical_json, sha256
+from latteflow.storage.drivers import sort, told
+from latteflow.storage.errors import DataError
+from latteflow.storage.fingerprint import canonical_json, sha256
 
 SEPARATORS = ",;\t"
 

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 
 import polars as pl
 
-from models.texts.describers import Kind
-from models.texts.prompts import fill
-from storage.artifacts import ArtifactWriter
-from storage.tables import parquet
-from tasks.core.domain import Domain
-from tasks.core.stage import StageResult, open_store, run_stage
-from tasks.describe.group import look_alikes
-from tasks.describe.texts import Gallery, Question, Texts, describer_identity, questions_identity, text_counts
+from latteflow.models.texts.describers import Kind
+from latteflow.models.texts.prompts import fill
+from latteflow.storage.artifacts import ArtifactWriter
+from latteflow.storage.tables import parquet
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import StageResult, open_store, run_stage
+from latteflow.tasks.describe.group import look_alikes
+from latteflow.tasks.describe.texts import Gallery, Question, Texts, describer_identity, questions_identity, text_counts
 
 VERSION = 1
 

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import polars as pl
 
-from storage.artifacts import ArtifactWriter
-from storage.tables import parquet
-from tasks.core.domain import Domain
-from tasks.core.stage import StageResult, open_store, run_stage
-from tasks.describe.texts import Gallery, Texts, describer_identity, questions_identity, text_counts
+from latteflow.storage.artifacts import ArtifactWriter
+from latteflow.storage.tables import parquet
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import StageResult, open_store, run_stage
+from latteflow.tasks.describe.texts import Gallery, Texts, describer_identity, questions_identity, text_counts
 
 VERSION = 1
 

@@ -9,20 +9,20 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import polars as pl
 
-from models.methods.pc_clip.comparative import confused_pairs, soft_confusion
-from models.methods.pc_clip.pairs import Pairs, draw_pairs
-from models.texts.differences import RULES, read_difference
-from models.texts.prompts import fill
-from models.texts.screening import fits_language
-from storage.artifacts import Artifact, ArtifactWriter, Part
-from storage.errors import DataError
-from storage.fingerprint import canonical_json, sha256
-from storage.shards import read_index
-from storage.tables import parquet, read_parquet
-from tasks.core.domain import Domain
-from tasks.core.stage import StageResult, open_store, run_stage
-from tasks.describe.screen import read_screened, usable
-from tasks.describe.texts import Gallery, Question, Texts, describer_identity, questions_identity
+from latteflow.models.methods.pc_clip.comparative import confused_pairs, soft_confusion
+from latteflow.models.methods.pc_clip.pairs import Pairs, draw_pairs
+from latteflow.models.texts.differences import RULES, read_difference
+from latteflow.models.texts.prompts import fill
+from latteflow.models.texts.screening import fits_language
+from latteflow.storage.artifacts import Artifact, ArtifactWriter, Part
+from latteflow.storage.errors import DataError
+from latteflow.storage.fingerprint import canonical_json, sha256
+from latteflow.storage.shards import read_index
+from latteflow.storage.tables import parquet, read_parquet
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import StageResult, open_store, run_stage
+from latteflow.tasks.describe.screen import read_screened, usable
+from latteflow.tasks.describe.texts import Gallery, Question, Texts, describer_identity, questions_identity
 
 VERSION = 2
 PART = 1000

@@ -8,15 +8,15 @@ from itertools import chain, cycle, islice
 
 import numpy as np
 
-from models.settings import LanguageModelSettings
-from models.texts.collage import SIDE_PX
-from models.texts.describers.tokens import Shown, prompt_tokens, shown_size
-from models.texts.prompts import fill
-from storage.artifacts import ArtifactStore
-from storage.images import ImageRejected, open_image
-from storage.shards import newest, read_index
-from tasks.core.domain import Domain
-from tasks.ingest.shard import open_source
+from latteflow.models.settings import LanguageModelSettings
+from latteflow.models.texts.collage import SIDE_PX
+from latteflow.models.texts.describers.tokens import Shown, prompt_tokens, shown_size
+from latteflow.models.texts.prompts import fill
+from latteflow.storage.artifacts import ArtifactStore
+from latteflow.storage.images import ImageRejected, open_image
+from latteflow.storage.shards import newest, read_index
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.ingest.shard import open_source
 
 LOOKED_AT = 8
 """Images whose sizes stand for those of all."""

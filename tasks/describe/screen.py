@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import polars as pl
 
-from models.texts.screening import Rows, Subjects, Texts, describes_class
-from models.texts.screening import screen as screened
-from models.towers import clip
-from storage.artifacts import Artifact, ArtifactWriter
-from storage.shards import read_index
-from storage.tables import parquet, read_parquet
-from tasks.core.domain import Domain
-from tasks.core.features import Features, read_features
-from tasks.core.stage import StageResult, open_store, run_stage
+from latteflow.models.texts.screening import Rows, Subjects, Texts, describes_class
+from latteflow.models.texts.screening import screen as screened
+from latteflow.models.towers import clip
+from latteflow.storage.artifacts import Artifact, ArtifactWriter
+from latteflow.storage.shards import read_index
+from latteflow.storage.tables import parquet, read_parquet
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.features import Features, read_features
+from latteflow.tasks.core.stage import StageResult, open_store, run_stage
 
 VERSION = 2
 _COLUMNS = ("caption_key", "member_keys", "index", "label", "text", "detail", "flags", "weight")

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from models.digests import digest_of_file
-from models.errors import ModelError
-from models.settings import (
+from latteflow.models.digests import digest_of_file
+from latteflow.models.errors import ModelError
+from latteflow.models.settings import (
     ClipSettings,
     LanguageModelSettings,
     OpenAISettings,
@@ -29,28 +29,28 @@ from models.settings import (
     WordsSettings,
     kind_of,
 )
-from models.texts.describers import Describer, Engine, EngineStopped, Item, Kind, Text, words
-from models.texts.describers.registry import WRITERS
-from models.texts.prompts import fill
-from models.towers import clip
-from models.towers.images import in_range, smaller, to_rgb
-from storage.artifacts import Artifact
-from storage.captions import CAPTION_SCHEMA, CaptionStore, caption_key, describer_id
-from storage.errors import DataError, StorageError
-from storage.fingerprint import canonical_json, sha256
-from storage.images import open_image
-from storage.objects import ObjectStore
-from storage.shards import Greys, read_image, read_index
-from storage.tables import read_parquet
-from tasks.core.domain import Domain
-from tasks.core.features import read_features
-from tasks.core.stage import StageResult, anew
-from tasks.core.tables import digest_of_table, read_by_path
+from latteflow.models.texts.describers import Describer, Engine, EngineStopped, Item, Kind, Text, words
+from latteflow.models.texts.describers.registry import WRITERS
+from latteflow.models.texts.prompts import fill
+from latteflow.models.towers import clip
+from latteflow.models.towers.images import in_range, smaller, to_rgb
+from latteflow.storage.artifacts import Artifact
+from latteflow.storage.captions import CAPTION_SCHEMA, CaptionStore, caption_key, describer_id
+from latteflow.storage.errors import DataError, StorageError
+from latteflow.storage.fingerprint import canonical_json, sha256
+from latteflow.storage.images import open_image
+from latteflow.storage.objects import ObjectStore
+from latteflow.storage.shards import Greys, read_image, read_index
+from latteflow.storage.tables import read_parquet
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.features import read_features
+from latteflow.tasks.core.stage import StageResult, anew
+from latteflow.tasks.core.tables import digest_of_table, read_by_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from models.texts.describers.tags import TagVocabulary
+    from latteflow.models.texts.describers.tags import TagVocabulary
 
 _DECODED = 64
 """Images kept decoded: the groups of a class share members with those next to them."""
@@ -374,11 +374,11 @@ def open_describer(domain: Domain, gallery: Gallery, *, proven: bool = False) ->
     if isinstance(describer, WordsSettings):
         return words.Words()
     if isinstance(describer, SidecarSettings):
-        from models.texts.describers.sidecar import Sidecar
+        from latteflow.models.texts.describers.sidecar import Sidecar
 
         return Sidecar(read_by_path(describer.texts, "text", domain.source, gallery.paths))
     if isinstance(describer, LanguageModelSettings):
-        from models.texts.describers.prompted import Prompted
+        from latteflow.models.texts.describers.prompted import Prompted
 
         return Prompted(
             _open_engine(describer),
@@ -389,18 +389,18 @@ def open_describer(domain: Domain, gallery: Gallery, *, proven: bool = False) ->
         )
     if not isinstance(describer, TagsSettings):
         return WRITERS[describer.kind].open(describer)
-    from models.texts.describers.tags import Tags
+    from latteflow.models.texts.describers.tags import Tags
 
     return Tags(*_vocabulary(domain.clip), clip.load(domain.clip).scale, gallery.mean_feature)
 
 
 def _open_engine(settings: LanguageModelSettings) -> Engine:
     if isinstance(settings, VllmSettings):
-        from models.texts.describers.vllm import open_vllm
+        from latteflow.models.texts.describers.vllm import open_vllm
 
         return open_vllm(settings)
     if isinstance(settings, OpenAISettings):
-        from models.texts.describers.openai import OpenAIEngine
+        from latteflow.models.texts.describers.openai import OpenAIEngine
 
         return OpenAIEngine(settings, _key(settings))
     engine: Any = WRITERS[kind_of(settings)].open(settings)
@@ -424,7 +424,7 @@ def _key(settings: OpenAISettings) -> str | None:
 @functools.lru_cache(maxsize=1)
 def _vocabulary(settings: ClipSettings) -> tuple[TagVocabulary, np.ndarray]:
     """The tags' words and their text features, read once for all stages of a process."""
-    from models.texts.describers.tags import TagVocabulary
+    from latteflow.models.texts.describers.tags import TagVocabulary
 
     vocabulary = TagVocabulary.imagenet()
     return vocabulary, clip.load(settings).text_features(vocabulary.prompts)

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 import polars as pl
 
-from storage.artifacts import ArtifactStore
-from storage.shards import newest, read_index, read_quarantine
-from storage.tables import read_parquet
-from tasks.core.domain import Domain
-from tasks.ingest.shard import Split, look
+from latteflow.storage.artifacts import ArtifactStore
+from latteflow.storage.shards import newest, read_index, read_quarantine
+from latteflow.storage.tables import read_parquet
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.ingest.shard import Split, look
 
 
 @dataclass(frozen=True)

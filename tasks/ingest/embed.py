@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import polars as pl
 
-from models.towers import clip
-from storage.artifacts import Artifact, ArtifactWriter
-from storage.fingerprint import canonical_json, sha256
-from storage.shards import Greys, read_index, read_records
-from storage.tables import parquet, read_parquet, safetensors
-from tasks.core.decode import pixel_batches
-from tasks.core.domain import Domain
-from tasks.core.features import centred
-from tasks.core.stage import StageResult, open_store, run_stage
+from latteflow.models.towers import clip
+from latteflow.storage.artifacts import Artifact, ArtifactWriter
+from latteflow.storage.fingerprint import canonical_json, sha256
+from latteflow.storage.shards import Greys, read_index, read_records
+from latteflow.storage.tables import parquet, read_parquet, safetensors
+from latteflow.tasks.core.decode import pixel_batches
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.features import centred
+from latteflow.tasks.core.stage import StageResult, open_store, run_stage
 
 VERSION = 2
 ESTIMATE = 1
@@ -123,7 +123,7 @@ def class_text_features(domain: Domain, read: Callable[[Sequence[str]], np.ndarr
 def _estimated(embeds: np.ndarray, text: np.ndarray, scale: float) -> float:
     import torch
 
-    from models.judge.shift import centre_share
+    from latteflow.models.judge.shift import centre_share
 
     return centre_share(torch.from_numpy(embeds), torch.from_numpy(text), scale)
 

@@ -8,14 +8,14 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from storage.artifacts import ArtifactStore, ArtifactWriter
-from storage.errors import DataError, StorageError
-from storage.images import ImageLimits, decoder_version
-from storage.listing import Listing, StatCache
-from storage.shards import Packing, newest, retry_quarantined, write_shards
-from storage.sources import Source
-from tasks.core.domain import Domain
-from tasks.core.stage import StageResult, anew, open_store, run_stage
+from latteflow.storage.artifacts import ArtifactStore, ArtifactWriter
+from latteflow.storage.errors import DataError, StorageError
+from latteflow.storage.images import ImageLimits, decoder_version
+from latteflow.storage.listing import Listing, StatCache
+from latteflow.storage.shards import Packing, newest, retry_quarantined, write_shards
+from latteflow.storage.sources import Source
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import StageResult, anew, open_store, run_stage
 
 VERSION = 2
 Split = Literal["train", "test", "general"]

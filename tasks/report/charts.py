@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tasks.report.html import plain
+from latteflow.tasks.report.html import plain
 
 Point = tuple[float, float, int]
 INK, MUTED, LINE, ACCENT, LOSS = "#000001", "#000002", "#000003", "#000004", "#000005"

@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from models.judge import metrics
-from models.settings import ZERO_SHOT, ZERO_SHOTS
-from storage.artifacts import Artifact
-from storage.errors import DataError
-from storage.shards import read_index, read_records
-from storage.tables import read_parquet
-from tasks.core.decode import opened
-from tasks.core.domain import Domain
-from tasks.core.stage import open_store
-from tasks.report.charts import make_axis
-from tasks.report.history import History
-from tasks.report.html import html, picture_url, thumbnail
-from tasks.report.page import OF_A_CLASS, Change, Changes, sorted_changes
+from latteflow.models.judge import metrics
+from latteflow.models.settings import ZERO_SHOT, ZERO_SHOTS
+from latteflow.storage.artifacts import Artifact
+from latteflow.storage.errors import DataError
+from latteflow.storage.shards import read_index, read_records
+from latteflow.storage.tables import read_parquet
+from latteflow.tasks.core.decode import opened
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import open_store
+from latteflow.tasks.report.charts import make_axis
+from latteflow.tasks.report.history import History
+from latteflow.tasks.report.html import html, picture_url, thumbnail
+from latteflow.tasks.report.page import OF_A_CLASS, Change, Changes, sorted_changes
 
 SHOWN = 60
 """Images of each kind of change that the page shows."""

@@ -13,20 +13,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 
-from models.judge import metrics
-from models.judge.few_labels import LABELS, few_labels, worth
-from models.judge.metrics import Predictions
-from models.settings import ZERO_SHOTS, own_zero_shot
-from storage.artifacts import Artifact, ArtifactWriter
-from storage.shards import overlap, read_index
-from storage.tables import parquet
-from tasks.core.domain import Domain
-from tasks.core.features import centred, read_features
-from tasks.core.stage import StageResult, open_store, run_stage
-from tasks.report.forgetting import general_answers
-from tasks.report.labels import digest_of_labels, read_truth
-from tasks.report.slices import Slice, slices
-from tasks.tune.models import read_tuned, tuned_features
+from latteflow.models.judge import metrics
+from latteflow.models.judge.few_labels import LABELS, few_labels, worth
+from latteflow.models.judge.metrics import Predictions
+from latteflow.models.settings import ZERO_SHOTS, own_zero_shot
+from latteflow.storage.artifacts import Artifact, ArtifactWriter
+from latteflow.storage.shards import overlap, read_index
+from latteflow.storage.tables import parquet
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.features import centred, read_features
+from latteflow.tasks.core.stage import StageResult, open_store, run_stage
+from latteflow.tasks.report.forgetting import general_answers
+from latteflow.tasks.report.labels import digest_of_labels, read_truth
+from latteflow.tasks.report.slices import Slice, slices
+from latteflow.tasks.tune.models import read_tuned, tuned_features
 
 VERSION = 3
 FORMAT = 3

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from models.methods.registry import METHODS
-from storage.artifacts import Artifact
-from tasks.core.domain import Domain
-from tasks.core.features import read_features
-from tasks.ingest.embed import class_text_features
-from tasks.tune.models import part_name, read_tuned, text_reader, tuned_features
+from latteflow.models.methods.registry import METHODS
+from latteflow.storage.artifacts import Artifact
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.features import read_features
+from latteflow.tasks.ingest.embed import class_text_features
+from latteflow.tasks.tune.models import part_name, read_tuned, text_reader, tuned_features
 
 
 def general_answers(

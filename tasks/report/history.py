@@ -7,11 +7,11 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from storage.artifacts import Artifact, ArtifactStore
-from storage.errors import DataError, StorageError
-from storage.fingerprint import difference
-from storage.inventory import Inventory, Made
-from tasks.core.stage import NotMade
+from latteflow.storage.artifacts import Artifact, ArtifactStore
+from latteflow.storage.errors import DataError, StorageError
+from latteflow.storage.fingerprint import difference
+from latteflow.storage.inventory import Inventory, Made
+from latteflow.tasks.core.stage import NotMade
 
 SPLIT_STAGES = ("shard", "embed")
 """Stages that run once for each split."""

@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 
-from models.towers.images import to_rgb
+from latteflow.models.towers.images import to_rgb
 
 NAME_LIMIT = 64
 TEXT_LIMIT = 180

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from storage.errors import DataError
-from tasks.core.domain import Domain
-from tasks.core.tables import digest_of_table, read_by_path
+from latteflow.storage.errors import DataError
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.tables import digest_of_table, read_by_path
 
 
 def digest_of_labels(domain: Domain) -> str | None:

@@ -11,14 +11,14 @@ from typing import Any
 
 import polars as pl
 
-from storage.artifacts import Artifact
-from storage.errors import DataError
-from storage.names import printable
-from storage.shards import read_index, read_quarantine
-from storage.tables import read_parquet
-from tasks.core.domain import Domain
-from tasks.describe.screen import read_screened
-from tasks.report.history import SPLIT_STAGES, History
+from latteflow.storage.artifacts import Artifact
+from latteflow.storage.errors import DataError
+from latteflow.storage.names import printable
+from latteflow.storage.shards import read_index, read_quarantine
+from latteflow.storage.tables import read_parquet
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.describe.screen import read_screened
+from latteflow.tasks.report.history import SPLIT_STAGES, History
 
 _FUZZY = 20_000
 """Paths that are searched for what was probably meant."""

@@ -15,10 +15,10 @@ from typing import Any, Literal
 from markupsafe import Markup
 from PIL import Image
 
-from models.judge import metrics
-from tasks.report import charts
-from tasks.report.charts import Axis, Placed, make_axis
-from tasks.report.html import OPEN_TEXT_LIMIT, TEXT_LIMIT, data_url, html, percent, plain
+from latteflow.models.judge import metrics
+from latteflow.tasks.report import charts
+from latteflow.tasks.report.charts import Axis, Placed, make_axis
+from latteflow.tasks.report.html import OPEN_TEXT_LIMIT, TEXT_LIMIT, data_url, html, percent, plain
 
 ROWS_IN_FULL = 24
 """Up to this many classes every list is whole; above, the ends are shown and the whole list can be opened."""

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.texts.describers import Kind
-from tasks.core.domain import Domain
-from tasks.core.stage import StageResult, open_store
-from tasks.describe.describe import class_questions
-from tasks.describe.group import look_alikes
-from tasks.describe.texts import Gallery, Question, Texts, describer_identity
-from tasks.report.html import html, picture_url, thumbnail
+from latteflow.models.texts.describers import Kind
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import StageResult, open_store
+from latteflow.tasks.describe.describe import class_questions
+from latteflow.tasks.describe.group import look_alikes
+from latteflow.tasks.describe.texts import Gallery, Question, Texts, describer_identity
+from latteflow.tasks.report.html import html, picture_url, thumbnail
 
 SIDE_PX, MEMBER_PX = 224, 80
 

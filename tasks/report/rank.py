@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from models.methods.pc_clip.comparative import projections, ranking
-from models.settings import ZERO_SHOT
-from models.towers import clip
-from storage.errors import DataError
-from storage.shards import read_index, read_records
-from tasks.core.decode import opened
-from tasks.core.domain import Domain
-from tasks.core.features import centred, read_features
-from tasks.core.stage import StageResult, open_store
-from tasks.report.html import html, picture_url, thumbnail
-from tasks.tune.models import chosen_model, text_reader, tuned_features
+from latteflow.models.methods.pc_clip.comparative import projections, ranking
+from latteflow.models.settings import ZERO_SHOT
+from latteflow.models.towers import clip
+from latteflow.storage.errors import DataError
+from latteflow.storage.shards import read_index, read_records
+from latteflow.tasks.core.decode import opened
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.features import centred, read_features
+from latteflow.tasks.core.stage import StageResult, open_store
+from latteflow.tasks.report.html import html, picture_url, thumbnail
+from latteflow.tasks.tune.models import chosen_model, text_reader, tuned_features
 
 LONGEST = 500
 """Characters of an attribute; more is a mistake, and no CLIP reads it."""

@@ -12,28 +12,28 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from models.judge.flat import flat
-from models.methods.registry import METHODS, label
-from models.settings import ZERO_SHOTS, own_zero_shot
-from models.texts.differences import RULES
-from models.texts.screening import FLAGS, FLOOR_WEIGHT
-from models.towers import clip
-from storage.artifacts import Artifact, ArtifactStore, ArtifactWriter
-from storage.objects import ObjectStore
-from storage.shards import overlap, read_index, read_quarantine, read_records
-from storage.tables import read_parquet
-from tasks.core.decode import opened
-from tasks.core.domain import Domain
-from tasks.core.features import Features, read_features
-from tasks.core.stage import StageResult, open_store, run_stage, statistic
-from tasks.describe.pair import read_pairs
-from tasks.describe.screen import read_screened, usable
-from tasks.describe.texts import describer_identity
-from tasks.report import html, page
-from tasks.report.charts import Placed
-from tasks.report.slices import nearest
-from tasks.tune.models import read_history, read_tuned, tuned_features
-from tasks.tune.select import Selection, read_selection
+from latteflow.models.judge.flat import flat
+from latteflow.models.methods.registry import METHODS, label
+from latteflow.models.settings import ZERO_SHOTS, own_zero_shot
+from latteflow.models.texts.differences import RULES
+from latteflow.models.texts.screening import FLAGS, FLOOR_WEIGHT
+from latteflow.models.towers import clip
+from latteflow.storage.artifacts import Artifact, ArtifactStore, ArtifactWriter
+from latteflow.storage.objects import ObjectStore
+from latteflow.storage.shards import overlap, read_index, read_quarantine, read_records
+from latteflow.storage.tables import read_parquet
+from latteflow.tasks.core.decode import opened
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.features import Features, read_features
+from latteflow.tasks.core.stage import StageResult, open_store, run_stage, statistic
+from latteflow.tasks.describe.pair import read_pairs
+from latteflow.tasks.describe.screen import read_screened, usable
+from latteflow.tasks.describe.texts import describer_identity
+from latteflow.tasks.report import html, page
+from latteflow.tasks.report.charts import Placed
+from latteflow.tasks.report.slices import nearest
+from latteflow.tasks.tune.models import read_history, read_tuned, tuned_features
+from latteflow.tasks.tune.select import Selection, read_selection
 
 VERSION = 3
 EXAMPLES = 12

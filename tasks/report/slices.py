@@ -9,10 +9,10 @@ import numpy as np
 import polars as pl
 from PIL import Image
 
-from models.towers.images import to_rgb
-from storage.artifacts import Artifact
-from storage.shards import read_index, read_records
-from tasks.core.decode import opened
+from latteflow.models.towers.images import to_rgb
+from latteflow.storage.artifacts import Artifact
+from latteflow.storage.shards import read_index, read_records
+from latteflow.tasks.core.decode import opened
 
 TWIN = 0.95
 """Cosine of domain-centred features from which two images count as near-identical."""

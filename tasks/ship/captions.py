@@ -7,16 +7,16 @@ from pathlib import Path
 
 import polars as pl
 
-from storage.artifacts import Artifact
-from storage.errors import DataError
-from storage.folders import check_place, whole_folder
-from storage.shards import read_index
-from storage.tables import parquet, read_parquet
-from tasks.core.domain import Domain
-from tasks.core.stage import StageResult, open_store
-from tasks.describe.pair import read_pairs
-from tasks.describe.screen import read_screened
-from tasks.ship.card import caption_card
+from latteflow.storage.artifacts import Artifact
+from latteflow.storage.errors import DataError
+from latteflow.storage.folders import check_place, whole_folder
+from latteflow.storage.shards import read_index
+from latteflow.storage.tables import parquet, read_parquet
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import StageResult, open_store
+from latteflow.tasks.describe.pair import read_pairs
+from latteflow.tasks.describe.screen import read_screened
+from latteflow.tasks.ship.card import caption_card
 
 _CARD, _ALWAYS, _SOMETIMES = "README.md", ("images", "groups"), ("classes", "pairs")
 _OF_ALL = (

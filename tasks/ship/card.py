@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.judge.metrics import seen_note
-from models.methods.registry import METHODS, label
-from models.settings import ZERO_SHOT, own_zero_shot
-from storage.artifacts import Artifact
-from tasks.core.domain import Domain
+from latteflow.models.judge.metrics import seen_note
+from latteflow.models.methods.registry import METHODS, label
+from latteflow.models.settings import ZERO_SHOT, own_zero_shot
+from latteflow.storage.artifacts import Artifact
+from latteflow.tasks.core.domain import Domain
 
 if TYPE_CHECKING:
     import polars as pl

@@ -14,25 +14,25 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from models.errors import ModelError
-from models.methods.registry import METHODS
-from models.settings import ZERO_SHOT
-from models.towers import clip
-from models.towers.folder import CARD_FILE, check_target, list_files, written
-from storage.artifacts import Artifact, ArtifactStore
-from storage.errors import DataError
-from storage.folders import carry, check_place, whole_folder
-from storage.shards import read_index, read_records
-from tasks.core.decode import opened
-from tasks.core.domain import Domain
-from tasks.core.features import Features, centred, read_features
-from tasks.core.stage import StageResult, open_store
-from tasks.ship.card import model_card
-from tasks.tune.heldout import held_out_scores, why_not
-from tasks.tune.models import Tuned, chosen_model, part_name, tuned_clip, tuned_features
+from latteflow.models.errors import ModelError
+from latteflow.models.methods.registry import METHODS
+from latteflow.models.settings import ZERO_SHOT
+from latteflow.models.towers import clip
+from latteflow.models.towers.folder import CARD_FILE, check_target, list_files, written
+from latteflow.storage.artifacts import Artifact, ArtifactStore
+from latteflow.storage.errors import DataError
+from latteflow.storage.folders import carry, check_place, whole_folder
+from latteflow.storage.shards import read_index, read_records
+from latteflow.tasks.core.decode import opened
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.features import Features, centred, read_features
+from latteflow.tasks.core.stage import StageResult, open_store
+from latteflow.tasks.ship.card import model_card
+from latteflow.tasks.tune.heldout import held_out_scores, why_not
+from latteflow.tasks.tune.models import Tuned, chosen_model, part_name, tuned_clip, tuned_features
 
 if TYPE_CHECKING:
-    from models.ship.predictor import Predictor
+    from latteflow.models.ship.predictor import Predictor
 
 log = logging.getLogger("latteflow.tasks")
 Format = Literal["onnx", "transformers"]
@@ -178,8 +178,8 @@ class _Export:
     def _write(self, folder: Path, record: RunRecord, formats: Sequence[Format]) -> None:
         import torch
 
-        from models.ship.export import export
-        from models.ship.predictor import Predictor
+        from latteflow.models.ship.export import export
+        from latteflow.models.ship.predictor import Predictor
 
         below, why = self._unknown_below()
         if why:
@@ -211,11 +211,11 @@ class _Export:
             )
         parity = {f"the run's own features, {CHECKED} training images": difference}
         if "onnx" in formats:
-            from models.ship.to_onnx import to_onnx
+            from latteflow.models.ship.to_onnx import to_onnx
 
             parity["ONNX Runtime, noise"] = to_onnx(predictor, folder)
         if "transformers" in formats:
-            from models.ship.to_transformers import to_transformers
+            from latteflow.models.ship.to_transformers import to_transformers
 
             parity["transformers, noise and texts (unit features)"] = to_transformers(predictor, folder)
         card = model_card(
@@ -235,7 +235,7 @@ class _Export:
 
     def _temperature(self) -> float:
         """What its logits are divided by, as neighbours tell; of zero-shot, as the form that it is less like does."""
-        from models.judge.calibration import expected_accuracy, neighbours_say, temperature
+        from latteflow.models.judge.calibration import expected_accuracy, neighbours_say, temperature
 
         rows = np.unique(np.linspace(0, len(self.found.keys) - 1, MOST_COMPARED).astype(np.int64))
         some, features, model = self.found.at(rows), self.features[rows], self.model
@@ -251,7 +251,7 @@ class _Export:
 
     def _unknown_below(self) -> tuple[float | None, str]:
         """The score below which an image is *unknown*; without one, why."""
-        from models.ship.predictor import UNKNOWN_SHARE, scores, unknown_below
+        from latteflow.models.ship.predictor import UNKNOWN_SHARE, scores, unknown_below
 
         least = math.ceil(1 / UNKNOWN_SHARE) - 1
         if len(self.found.keys) < least:

@@ -16,20 +16,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from storage.errors import DataError
-from storage.fingerprint import sha256
-from storage.images import ImageLimits, ImageRejected, RejectReason, open_image
-from storage.inspectors import SECONDS, Inspectors
-from storage.listing import REMOTE_THREADS, ahead, chunks, key_of
-from storage.names import printable, raw
-from storage.objects import ObjectStore
-from storage.sources import Entry, Source
-from storage.tables import parquet
+from latteflow.storage.errors import DataError
+from latteflow.storage.fingerprint import sha256
+from latteflow.storage.images import ImageLimits, ImageRejected, RejectReason, open_image
+from latteflow.storage.inspectors import SECONDS, Inspectors
+from latteflow.storage.listing import REMOTE_THREADS, ahead, chunks, key_of
+from latteflow.storage.names import printable, raw
+from latteflow.storage.objects import ObjectStore
+from latteflow.storage.sources import Entry, Source
+from latteflow.storage.tables import parquet
 
 if TYPE_CHECKING:
     import torch
 
-    from models.ship.predictor import Answers, Predictor
+    from latteflow.models.ship.predictor import Answers, Predictor
 
 log = logging.getLogger("latteflow.tasks")
 _PROCESSORS = os.cpu_count() or 1
@@ -153,7 +153,7 @@ def predict(
         DataError: there is no image, none can be used, or the name of the table is wrong.
     """
     check_out(out)
-    from models.ship.predictor import Predictor
+    from latteflow.models.ship.predictor import Predictor
 
     found = classify(lambda: Predictor.load(folder), images, top=top, batch=batch, on_progress=on_progress)
     table, quarantine = found.table, found.quarantine

@@ -9,15 +9,15 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from models.towers import clip
-from storage.artifacts import Artifact, ArtifactRef, ArtifactStore, ArtifactWriter
-from storage.errors import DataError, NotFound
-from storage.fingerprint import canonical_json, sha256
-from storage.register import Register
-from storage.shards import read_index
-from tasks.core.domain import Domain
-from tasks.core.stage import StageResult, open_store, run_stage
-from tasks.tune.select import Views, read_selection, select
+from latteflow.models.towers import clip
+from latteflow.storage.artifacts import Artifact, ArtifactRef, ArtifactStore, ArtifactWriter
+from latteflow.storage.errors import DataError, NotFound
+from latteflow.storage.fingerprint import canonical_json, sha256
+from latteflow.storage.register import Register
+from latteflow.storage.shards import read_index
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import StageResult, open_store, run_stage
+from latteflow.tasks.tune.select import Views, read_selection, select
 
 VERSION = 1
 _REMEMBERED = 50
@@ -189,7 +189,7 @@ def _met(
     """What comes of it when a challenger meets the champion."""
     import torch
 
-    from models.judge.selection import LEAST_AGREEMENT, duel, kappa
+    from latteflow.models.judge.selection import LEAST_AGREEMENT, duel, kappa
 
     images, features, tuned = (store.open(each.ref) for each in stages)
     rival, own = _opened(store, now.tuned), _opened(store, now.images)

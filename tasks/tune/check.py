@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from models.settings import TagsSettings
-from models.towers import clip
-from tasks.core.domain import Domain
-from tasks.core.stage import open_store
-from tasks.describe.texts import describer_identity
+from latteflow.models.settings import TagsSettings
+from latteflow.models.towers import clip
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import open_store
+from latteflow.tasks.describe.texts import describer_identity
 
 
 def check_models(domain: Domain) -> None:

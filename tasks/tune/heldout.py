@@ -10,13 +10,13 @@ import logging
 
 import numpy as np
 
-from models.methods.latteclip import LatteClipSettings
-from models.methods.method import Method
-from storage.artifacts import Artifact
-from tasks.core.domain import Domain
-from tasks.core.features import centred
-from tasks.core.stage import StageResult
-from tasks.tune.inputs import Inputs, Stages
+from latteflow.models.methods.latteclip import LatteClipSettings
+from latteflow.models.methods.method import Method
+from latteflow.storage.artifacts import Artifact
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.features import centred
+from latteflow.tasks.core.stage import StageResult
+from latteflow.tasks.tune.inputs import Inputs, Stages
 
 log = logging.getLogger("latteflow.tasks")
 ENOUGH = 500
@@ -48,8 +48,8 @@ def held_out_scores(
     """
     import torch
 
-    from models.methods.method import Given
-    from models.ship.predictor import scores
+    from latteflow.models.methods.method import Given
+    from latteflow.models.ship.predictor import scores
 
     made = (images, embedded, screened or embedded)  # a method without texts never looks at the last
     inputs = Inputs(domain, Stages(*(StageResult.of(each.ref) for each in made)))

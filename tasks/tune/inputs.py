@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from models.methods.latteclip import LatteClipSettings
-from models.methods.method import Method
-from models.methods.registry import METHODS
-from models.towers import clip
-from storage.errors import DataError
-from tasks.core.domain import Domain
-from tasks.core.features import read_features
-from tasks.core.stage import StageResult, open_store
-from tasks.describe.pair import read_class_pairs, read_pairs
-from tasks.describe.screen import read_screened, read_text_features, usable
-from tasks.tune.models import text_reader, tuned_from
-from tasks.tune.pixels import PixelReader
+from latteflow.models.methods.latteclip import LatteClipSettings
+from latteflow.models.methods.method import Method
+from latteflow.models.methods.registry import METHODS
+from latteflow.models.towers import clip
+from latteflow.storage.errors import DataError
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.features import read_features
+from latteflow.tasks.core.stage import StageResult, open_store
+from latteflow.tasks.describe.pair import read_class_pairs, read_pairs
+from latteflow.tasks.describe.screen import read_screened, read_text_features, usable
+from latteflow.tasks.tune.models import text_reader, tuned_from
+from latteflow.tasks.tune.pixels import PixelReader
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from models.methods.adaptation import TuneData
+    from latteflow.models.methods.adaptation import TuneData
 
 log = logging.getLogger("latteflow.tasks")
 TextFeatures = Callable[[Sequence[str]], np.ndarray]
@@ -77,7 +77,7 @@ class Inputs:
 
     def trains_towers(self, method: Method) -> bool:
         """Whether the method is to train the CLIP's own towers."""
-        from models.towers.embedded import EmbeddedClip
+        from latteflow.models.towers.embedded import EmbeddedClip
 
         return method.trains_towers(self.domain.sections, isinstance(self.clip.model, EmbeddedClip))
 
@@ -86,7 +86,7 @@ class Inputs:
         """The images, and features of the classes' sentences."""
         import torch
 
-        from models.methods.adaptation import TuneData
+        from latteflow.models.methods.adaptation import TuneData
 
         return TuneData(
             pseudo_labels=torch.from_numpy(self._found.zero_shot.copy()),
@@ -126,7 +126,7 @@ class Inputs:
         """The images with the texts that passed the screen, and the CLIP's own reading of them and of class names."""
         import torch
 
-        from models.methods.adaptation import CaptionData
+        from latteflow.models.methods.adaptation import CaptionData
 
         captions, groups = self._usable()
         names = self.domain.prompt_names
@@ -160,7 +160,7 @@ class Inputs:
         """The images with texts about pairs of them, as features or as tokens."""
         import torch
 
-        from models.methods.adaptation import PairData
+        from latteflow.models.methods.adaptation import PairData
 
         assert self._paired is not None
 

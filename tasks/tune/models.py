@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import polars as pl
 
-from models.methods.registry import METHODS
-from models.towers import clip
-from storage.artifacts import Artifact
-from storage.errors import DataError
-from storage.shards import read_index, read_records
-from storage.tables import read_safetensors
-from tasks.core.decode import pixel_batches
-from tasks.core.domain import Domain
-from tasks.core.features import Features, centred
-from tasks.core.stage import StageResult, open_store
+from latteflow.models.methods.registry import METHODS
+from latteflow.models.towers import clip
+from latteflow.storage.artifacts import Artifact
+from latteflow.storage.errors import DataError
+from latteflow.storage.shards import read_index, read_records
+from latteflow.storage.tables import read_safetensors
+from latteflow.tasks.core.decode import pixel_batches
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.features import Features, centred
+from latteflow.tasks.core.stage import StageResult, open_store
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def tuned_features(domain: Domain, tuned: Tuned, images: Artifact, found: Featur
     Args:
         images: the shards that ``found`` was made of; read only where the image tower itself was trained.
     """
-    from models.towers.blocks import IMAGE_TOWERS
+    from latteflow.models.towers.blocks import IMAGE_TOWERS
 
     embeds = found.embeds
     if any(name.startswith(IMAGE_TOWERS) for name in tuned.towers):
@@ -145,7 +145,7 @@ def text_reader(domain: Domain, tuned: Tuned) -> clip.Clip:
     """The domain's CLIP with the text tower of the adapted model, text map and all."""
     import torch
 
-    from models.ship.export import fold
+    from latteflow.models.ship.export import fold
 
     found = tuned_clip(domain, tuned)
     if tuned.text_map is None:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from storage.artifacts import Artifact
-from storage.shards import read_index, read_records
-from tasks.core.decode import opened
+from latteflow.storage.artifacts import Artifact
+from latteflow.storage.shards import read_index, read_records
+from latteflow.tasks.core.decode import opened
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ class PixelReader:
         """Image numbers ``(b,)`` -> pixels ``(b, 3, h, w)``: views that the seeds ``(b,)`` decide, or plain."""
         import torch
 
-        from models.methods.augment import augment
+        from latteflow.models.methods.augment import augment
 
         images = self._pool.map(lambda row: opened(self._records[row]), rows.tolist())
         views = images if seeds is None else self._pool.map(augment, images, seeds.tolist())

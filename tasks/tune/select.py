@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from storage.artifacts import Artifact, ArtifactWriter
-from tasks.core.domain import Domain
-from tasks.core.features import Features, centred, read_features
-from tasks.core.stage import StageResult, open_store, run_stage
-from tasks.tune.models import read_tuned, tuned_features
+from latteflow.storage.artifacts import Artifact, ArtifactWriter
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.features import Features, centred, read_features
+from latteflow.tasks.core.stage import StageResult, open_store, run_stage
+from latteflow.tasks.tune.models import read_tuned, tuned_features
 
 VERSION = 4
 MOST_IMAGES = 20_000
@@ -111,7 +111,7 @@ class Views:
         """See :func:`models.judge.shift.centre_share`; of these images, whatever `clip.centre` says."""
         import torch
 
-        from models.judge.shift import centre_share
+        from latteflow.models.judge.shift import centre_share
 
         found = self._found
         return centre_share(torch.from_numpy(found.embeds), torch.from_numpy(found.class_features), scale)
@@ -131,7 +131,7 @@ class Views:
 def _selected(domain: Domain, images: Artifact, embedded: Artifact, models: Artifact) -> Selection:
     import torch
 
-    from models.judge.selection import Evidence, duel, estimates, judge, neighbours
+    from latteflow.models.judge.selection import Evidence, duel, estimates, judge, neighbours
 
     views = Views(domain, images, embedded)
     space, own = torch.from_numpy(views.space), torch.from_numpy(views.zero_shot())

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from models.errors import ModelError
-from storage.errors import DataError, NotFound
-from storage.objects import ObjectStore
+from latteflow.models.errors import ModelError
+from latteflow.storage.errors import DataError, NotFound
+from latteflow.storage.objects import ObjectStore
 
 PROGRESS_S = 10.0
 Files = Mapping[str, bytes]

@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.methods.latteclip import LatteClipSettings
-from models.methods.method import Method
-from models.methods.registry import METHODS
-from models.settings import NOT_OF_THE_MODEL
-from models.towers import clip
-from storage.artifacts import ArtifactWriter, Part
-from storage.fingerprint import fingerprint
-from storage.tables import safetensors
-from tasks.core.domain import Domain
-from tasks.core.stage import StageResult, open_store, run_stage
-from tasks.tune.inputs import Inputs, Stages
-from tasks.tune.models import part_name
-from tasks.tune.training import Files, Progress, StoredCheckpoint, checkpoint, in_processes
+from latteflow.models.methods.latteclip import LatteClipSettings
+from latteflow.models.methods.method import Method
+from latteflow.models.methods.registry import METHODS
+from latteflow.models.settings import NOT_OF_THE_MODEL
+from latteflow.models.towers import clip
+from latteflow.storage.artifacts import ArtifactWriter, Part
+from latteflow.storage.fingerprint import fingerprint
+from latteflow.storage.tables import safetensors
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import StageResult, open_store, run_stage
+from latteflow.tasks.tune.inputs import Inputs, Stages
+from latteflow.tasks.tune.models import part_name
+from latteflow.tasks.tune.training import Files, Progress, StoredCheckpoint, checkpoint, in_processes
 
 VERSION = 1
 log = logging.getLogger("latteflow.tasks")
@@ -166,7 +166,7 @@ def _train(inputs: Inputs, planned: Planned, kept: StoredCheckpoint) -> Files:
     """Adapt, or go on with it: the files of the part."""
     import torch
 
-    from models.methods.method import Given
+    from latteflow.models.methods.method import Given
 
     domain, method, model = inputs.domain, METHODS[planned.method], inputs.clip
     folder = Path(domain.output) / domain.name / "tensorboard"

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from tasks.report.compare import Changed, Comparison, Run, page_of
-from tasks.report.html import picture_url
-from tasks.report.page import Change
+from latteflow.tasks.report.compare import Changed, Comparison, Run, page_of
+from latteflow.tasks.report.html import picture_url
+from latteflow.tasks.report.page import Change
 from tests.tasks.report.test_page import ATTRIBUTE, SCRIPT, picture
 
 HARM = f"{SCRIPT}</script></style>{ATTRIBUTE} \u202egpj.exe\u200b"

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tasks.report.page import html, render
-from tasks.report.preview import Answered, Row
-from tasks.report.rank import Place, Ranked
+from latteflow.tasks.report.page import html, render
+from latteflow.tasks.report.preview import Answered, Row
+from latteflow.tasks.report.rank import Place, Ranked
 
 spec = importlib.util.spec_from_file_location(
     "report_data", Path(__file__).parents[1] / "tasks" / "report" / "test_page.py"

@@ -24,9 +24,9 @@ import pytest
 import torch
 
 from conftest import draw
-from models.settings import ClipSettings
-from models.ship.export import export
-from models.towers import clip
+from latteflow.models.settings import ClipSettings
+from latteflow.models.ship.export import export
+from latteflow.models.towers import clip
 
 pytest.importorskip("python_multipart", reason="the extra `serve` is not installed")
 CHROMIUM = next(
@@ -37,7 +37,7 @@ CLASSES = ["red", HARM, "blue"]
 SERVER = """
 import sys
 from pathlib import Path
-from flows.serve import Limits, serve
+from latteflow.flows.serve import Limits, serve
 limits = Limits(max_bytes=1 << 20, request_pixels=60_000_000, requests=16, half_sent=64, seconds=5.0)
 serve(Path(sys.argv[1]), "127.0.0.1", 0, limits, lambda url: print(url, flush=True), ["photos.example.org"])
 """
@@ -378,7 +378,7 @@ def test_many_at_once_are_answered_or_asked_to_come_back(url: str) -> None:
 
 def test_an_address_that_is_taken(url: str, tiny_clip: Path, tmp_path: Path) -> None:
     export_tiny(tiny_clip, tmp_path / "model")
-    command = ["-c", "from flows.cli import entry; entry()", "serve", str(tmp_path / "model"), "--port"]
+    command = ["-c", "from latteflow.flows.cli import entry; entry()", "serve", str(tmp_path / "model"), "--port"]
     done = subprocess.run([sys.executable, *command, str(address(url)[1])], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "choose another --port" in done.stderr
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from domains.paper import NAMES, PRESETS, SplitError, main, read_aircraft, read_coop, write
-from models.texts.prompts import load
-from tasks.core.domain import Domain
+from latteflow.domains.paper import NAMES, PRESETS, SplitError, main, read_aircraft, read_coop, write
+from latteflow.models.texts.prompts import load
+from latteflow.tasks.core.domain import Domain
 
 ROWS = {
     "train": [["forest/1.jpg", 1, "Forest"], ["crop/2.jpg", 0, "Annual_Crop"]],

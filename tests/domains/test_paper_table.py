@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks.paper import commands, markdown
 from conftest import draw_folder
-from domains import paper
+from latteflow.domains import paper
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = {
@@ -102,7 +102,10 @@ def test_what_is_missing_is_said_in_one_line(tmp_path: Path, tiny_clip: Path) ->
 
 
 def test_one_program_at_a_time_has_the_gpu() -> None:
-    ours, theirs = [sys.executable, "-m", "flows.cli", "run", "file"], ["vllm", "-m", "flows.cli", "run", "file"]
+    ours, theirs = (
+        [sys.executable, "-m", "latteflow.flows.cli", "run", "file"],
+        ["vllm", "-m", "latteflow.flows.cli", "run", "file"],
+    )
     assert list(commands(Path("file"), Path("vllm"), writes=False)) == [ours]
     assert list(commands(Path("file"), Path("vllm"), writes=True)) == [
         [*ours, "--only", "shard"],

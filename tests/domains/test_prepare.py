@@ -17,10 +17,10 @@ import pytest
 import yaml
 from PIL import Image, PngImagePlugin
 
-from domains import clipart, emoji, fashion
-from domains.picture import Picture, grey_png, small_png, split_of, unique
-from domains.prepare import DOMAINS, RECORD, main, prepare
-from domains.sources import SourceError, deb_folder, npm_folder
+from latteflow.domains import clipart, emoji, fashion
+from latteflow.domains.picture import Picture, grey_png, small_png, split_of, unique
+from latteflow.domains.prepare import DOMAINS, RECORD, main, prepare
+from latteflow.domains.sources import SourceError, deb_folder, npm_folder
 
 # The demo's PNG files are not compressed, so they are the same on every machine; stages and caches may rely on it.
 DEMO_SHA256 = "030ff30254c8"

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from benchmarks.gptscore import gptscores
-from models.settings import VllmSettings
-from models.texts.describers.vllm import open_vllm
+from latteflow.models.settings import VllmSettings
+from latteflow.models.texts.describers.vllm import open_vllm
 
 pytest.importorskip("vllm")
 

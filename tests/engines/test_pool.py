@@ -16,12 +16,12 @@ import pytest
 from engines.tiny_vlm import ON_CPU, ROOT, free_port, serve, vllm_python
 
 from conftest import draw_folder
-from flows.pipeline import run_plainly
-from models.texts.describers import EngineStopped
-from storage.captions import CaptionStore
-from storage.tables import read_parquet
-from tasks.core.domain import Domain
-from tasks.core.stage import open_store
+from latteflow.flows.pipeline import run_plainly
+from latteflow.models.texts.describers import EngineStopped
+from latteflow.storage.captions import CaptionStore
+from latteflow.storage.tables import read_parquet
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import open_store
 
 COUNT = 144
 pytestmark = pytest.mark.slow
@@ -47,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def worker(domain: Path, stage: str, **environment: str) -> subprocess.Popen[str]:
-    command = [vllm_python(), "-m", "flows.cli", "run", str(domain), "--only", stage]
+    command = [vllm_python(), "-m", "latteflow.flows.cli", "run", str(domain), "--only", stage]
     heard = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, env={**os.environ, **ON_CPU, **environment}, cwd=ROOT, **heard)
 

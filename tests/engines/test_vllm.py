@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from models.errors import ModelError
-from models.settings import VllmSettings
-from models.texts.describers import Item, Prompt, Text
-from models.texts.describers.prompted import Prompted
+from latteflow.models.errors import ModelError
+from latteflow.models.settings import VllmSettings
+from latteflow.models.texts.describers import Item, Prompt, Text
+from latteflow.models.texts.describers.prompted import Prompted
 
 pytest.importorskip("vllm")
 
@@ -36,7 +36,7 @@ def settings(tiny_vlm: Path) -> VllmSettings:
 
 @pytest.fixture(scope="module")
 def engine(settings: VllmSettings) -> Any:
-    from models.texts.describers.vllm import open_vllm
+    from latteflow.models.texts.describers.vllm import open_vllm
 
     return open_vllm(settings)
 
@@ -79,7 +79,7 @@ def test_one_bad_prompt_is_one_row(engine: Any) -> None:
 
 
 def test_no_more_than_a_few_images_are_decoded_ahead(engine: Any) -> None:
-    from models.texts.describers.vllm import AHEAD
+    from latteflow.models.texts.describers.vllm import AHEAD
 
     decoded, lock, most = 0, threading.Lock(), 0
 
@@ -104,7 +104,7 @@ def test_a_reader_that_goes_away_leaves_the_engine_fit(engine: Any) -> None:
 
 
 def test_other_questions_start_no_other_engine(engine: Any, settings: VllmSettings) -> None:
-    from models.texts.describers.vllm import open_vllm
+    from latteflow.models.texts.describers.vllm import open_vllm
 
     assert open_vllm(settings.model_copy(update={"prompts": "base", "longest_px": 64})) is engine
 
@@ -117,7 +117,7 @@ def test_several_images_and_none(engine: Any) -> None:
 
 def test_a_plan_reckons_with_as_many_tokens_as_the_engine_counts(engine: Any, settings: VllmSettings) -> None:
     """Of the families that need torchvision, which is not here, `python -m benchmarks.tokens` shows it."""
-    from models.texts.describers.tokens import prompt_tokens
+    from latteflow.models.texts.describers.tokens import prompt_tokens
 
     shown: list[list[tuple[int, int]]] = [[], [(64, 48)], [(300, 500)], [(40, 32)] * 4]
     asked = [Prompt("Describe.", lambda sizes=sizes: [Image.new("RGB", size) for size in sizes], 0) for sizes in shown]
@@ -136,7 +136,7 @@ def test_slow_images_do_not_stop_the_engine(engine: Any) -> None:
 
 
 def test_structured_answers_are_json_and_are_taken_out(settings: VllmSettings) -> None:
-    from models.texts.describers.vllm import open_vllm
+    from latteflow.models.texts.describers.vllm import open_vllm
 
     structured = open_vllm(settings.model_copy(update={"structured": True, "max_tokens": 60}))
     items = [Item((), lambda: None, lambda n=n: picture(n), "Describe.", n) for n in range(6)]
@@ -150,7 +150,7 @@ def test_structured_answers_are_json_and_are_taken_out(settings: VllmSettings) -
 def test_a_base_model_goes_on_with_the_question_to_the_end_of_the_line(
     settings: VllmSettings, tiny_vlm: Path, tmp_path: Path
 ) -> None:
-    from models.texts.describers.vllm import open_vllm
+    from latteflow.models.texts.describers.vllm import open_vllm
 
     folder = shutil.copytree(tiny_vlm, tmp_path / "base", ignore=shutil.ignore_patterns("chat_template.jinja"))
     base = open_vllm(settings.model_copy(update={"model": str(folder), "temperature": 1.0, "max_tokens": 200}))
@@ -164,7 +164,7 @@ def test_a_base_model_goes_on_with_the_question_to_the_end_of_the_line(
 
 @pytest.mark.parametrize("model", ["/no/such/model", "no-such-organization/no-such-model"])
 def test_a_model_that_is_not_there_is_one_clear_error(settings: VllmSettings, model: str) -> None:
-    from models.texts.describers.vllm import open_vllm
+    from latteflow.models.texts.describers.vllm import open_vllm
 
     with pytest.raises(ModelError, match=f"vLLM cannot start with model '{model}'.*Check the name or path"):
         open_vllm(settings.model_copy(update={"model": model}))

@@ -15,7 +15,7 @@ from faults.proxy import FaultProxy
 from faults.seaweed import BUCKET, Seaweed
 
 from conftest import draw_folder
-from storage.objects import ObjectStore
+from latteflow.storage.objects import ObjectStore
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

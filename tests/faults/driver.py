@@ -34,15 +34,15 @@ from typing import Any
 
 import polars as pl
 
-import storage.objects
-from storage.artifacts import ArtifactRef, ArtifactStore, ArtifactWriter
-from storage.captions import CAPTION_SCHEMA, CaptionStore, caption_key, describer_id
-from storage.objects import ObjectStore
-from storage.shards import read_index, read_records
-from storage.tables import parquet, read_parquet
-from tasks.core.domain import Domain
-from tasks.core.stage import anew, open_store, rules, run_stage
-from tasks.ingest.shard import shard
+import latteflow.storage.objects
+from latteflow.storage.artifacts import ArtifactRef, ArtifactStore, ArtifactWriter
+from latteflow.storage.captions import CAPTION_SCHEMA, CaptionStore, caption_key, describer_id
+from latteflow.storage.objects import ObjectStore
+from latteflow.storage.shards import read_index, read_records
+from latteflow.storage.tables import parquet, read_parquet
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import anew, open_store, rules, run_stage
+from latteflow.tasks.ingest.shard import shard
 
 MOMENTS = ("before", "half", "written", "linked", "after")
 """Before a commit; with half the temporary file written; with all of it; with the object in place and the temporary
@@ -91,7 +91,7 @@ def describe(store: ArtifactStore, domain: Domain, images: ArtifactRef) -> None:
 
 def pipeline_work(domain: Domain) -> None:
     """All stages."""
-    from flows.pipeline import run_plainly
+    from latteflow.flows.pipeline import run_plainly
 
     run_plainly(domain)
 
@@ -138,7 +138,11 @@ def watch(journal: Journal, kill: Mapping[str, Any] | None) -> None:
     for name in ("put_if_absent", "put", "delete"):
         setattr(ObjectStore, name, counted(getattr(ObjectStore, name), name))
 
-    plain_temporary, plain_sync, plain_part = ObjectStore._temporary, storage.objects._sync_folder, ArtifactWriter.put
+    plain_temporary, plain_sync, plain_part = (
+        ObjectStore._temporary,
+        latteflow.storage.objects._sync_folder,
+        ArtifactWriter.put,
+    )
 
     @contextlib.contextmanager
     def temporary(self: ObjectStore, target: Path, data: bytes | Path) -> Iterator[Path]:
@@ -159,7 +163,7 @@ def watch(journal: Journal, kill: Mapping[str, Any] | None) -> None:
         return plain_part(self, name, inputs, *args, **named)
 
     ObjectStore._temporary = temporary  # type: ignore[method-assign]
-    storage.objects._sync_folder = sync
+    latteflow.storage.objects._sync_folder = sync
     ArtifactWriter.put = part  # type: ignore[method-assign]
 
 
@@ -219,7 +223,7 @@ def run(command: Mapping[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     late = (
-        ("flows.adapt", "models.towers.clip", "models.methods.latteclip.tuning")
+        ("latteflow.flows.adapt", "latteflow.models.towers.clip", "latteflow.models.methods.latteclip.tuning")
         if "pipeline" in sys.argv[1:]
         else ("s3fs",)
     )

@@ -16,11 +16,13 @@ import sys
 
 import atheris
 
-with atheris.instrument_imports(include=["storage.tars", "storage.names", "storage.columns"]):
-    from storage.columns import ImageColumn
-    from storage.errors import ColumnBroken, DataError
-    from storage.names import member_path, printable, raw
-    from storage.tars import BLOCK, Member, TarBroken, members
+with atheris.instrument_imports(
+    include=["latteflow.storage.tars", "latteflow.storage.names", "latteflow.storage.columns"]
+):
+    from latteflow.storage.columns import ImageColumn
+    from latteflow.storage.errors import ColumnBroken, DataError
+    from latteflow.storage.names import member_path, printable, raw
+    from latteflow.storage.tars import BLOCK, Member, TarBroken, members
 
 HEADER = 1 << 20
 """No part of a tar that is not image data is larger, or it is passed over."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from faults.seaweed import KEYS
 
-from storage.objects import ObjectStore
+from latteflow.storage.objects import ObjectStore
 
 
 @dataclass

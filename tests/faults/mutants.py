@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageCms
 
-import storage.images  # noqa: F401  # has Pillow know HEIC
+import latteflow.storage.images  # noqa: F401  # has Pillow know HEIC
 
 EXTREME = [bytes(4), b"\xff" * 4, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x80\0\0\0", b"\0\0\0\x80", b"\1\0\0\0"]
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from faults.clouds import CLOUDS, NO_GRPC, ROOT, Cloud
 
-from storage.errors import NotFound, StorageError
-from storage.objects import ObjectStore
-from tasks.core.domain import Domain
+from latteflow.storage.errors import NotFound, StorageError
+from latteflow.storage.objects import ObjectStore
+from latteflow.tasks.core.domain import Domain
 
 pytestmark = pytest.mark.slow
 
@@ -105,7 +105,7 @@ def test_a_run_that_is_killed_goes_on_and_ends_as_on_a_disk(cloud: Cloud, domain
 
     def started(path: Path) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", "run", str(path)], text=True, cwd=ROOT,
+            [sys.executable, "-m", "latteflow.flows.cli", "run", str(path)], text=True, cwd=ROOT,
             env={**os.environ, **cloud.environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 

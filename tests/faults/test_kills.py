@@ -10,13 +10,13 @@ from faults.driver import MOMENTS, read_texts
 from faults.harness import Clean, Driver, Tally, commits, difference, environment, repeated_parts, tree
 from faults.seaweed import Seaweed, options
 
-from storage.artifacts import Artifact, ArtifactStore
-from storage.captions import CaptionStore
-from storage.inventory import Inventory
-from storage.objects import ObjectStore
-from storage.tables import parquet, read_parquet
-from storage.upkeep import garbage
-from tasks.core.domain import Domain
+from latteflow.storage.artifacts import Artifact, ArtifactStore
+from latteflow.storage.captions import CaptionStore
+from latteflow.storage.inventory import Inventory
+from latteflow.storage.objects import ObjectStore
+from latteflow.storage.tables import parquet, read_parquet
+from latteflow.storage.upkeep import garbage
+from latteflow.tasks.core.domain import Domain
 
 pytestmark = pytest.mark.slow
 KILLED = -9

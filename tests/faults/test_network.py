@@ -13,10 +13,10 @@ from faults.harness import Clean, Driver, Tally, difference, environment, tree
 from faults.proxy import STALL_SECONDS, FaultProxy, first, randomly
 from faults.seaweed import BUCKET, Seaweed, options
 
-import storage.objects
-from storage.artifacts import ArtifactStore
-from storage.errors import Damaged, NotFound, StorageError
-from storage.objects import ObjectStore
+import latteflow.storage.objects
+from latteflow.storage.artifacts import ArtifactStore
+from latteflow.storage.errors import Damaged, NotFound, StorageError
+from latteflow.storage.objects import ObjectStore
 
 pytestmark = pytest.mark.slow
 STORM = {
@@ -132,8 +132,8 @@ def test_of_many_writers_one_creates(prefix: str, proxy: FaultProxy, tally: Tall
 def test_large_objects_are_created_in_parts(
     store: ObjectStore, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(storage.objects, "_ONE_REQUEST", 6 << 20)
-    monkeypatch.setattr(storage.objects, "_CHUNK", 5 << 20)
+    monkeypatch.setattr(latteflow.storage.objects, "_ONE_REQUEST", 6 << 20)
+    monkeypatch.setattr(latteflow.storage.objects, "_CHUNK", 5 << 20)
     body = random.Random(0).randbytes(12 << 20)
     (tmp_path / "large").write_bytes(body)
     proxy.script = first(["500", "drop", "cut"], method="PUT", path="partNumber")

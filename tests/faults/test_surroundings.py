@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from faults.harness import Clean, Driver, Tally, difference, repeated_parts, tree
 
-from storage.objects import ObjectStore
+from latteflow.storage.objects import ObjectStore
 
 pytestmark = pytest.mark.slow
 

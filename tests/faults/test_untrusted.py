@@ -22,17 +22,17 @@ from faults.harness import WORDS, Tally
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.towers.images import to_rgb
-from storage.artifacts import Artifact, ArtifactStore
-from storage.errors import DataError
-from storage.images import ImageInfo, ImageLimits, ImageRejected, RejectReason, inspect, open_image
-from storage.inspectors import Inspectors
-from storage.listing import StatCache
-from storage.names import printable, raw
-from storage.objects import ObjectStore
-from storage.shards import Packing, read_index, read_quarantine, write_shards
-from storage.sources import Source
-from storage.tars import BLOCK, Member, TarBroken, members
+from latteflow.models.towers.images import to_rgb
+from latteflow.storage.artifacts import Artifact, ArtifactStore
+from latteflow.storage.errors import DataError
+from latteflow.storage.images import ImageInfo, ImageLimits, ImageRejected, RejectReason, inspect, open_image
+from latteflow.storage.inspectors import Inspectors
+from latteflow.storage.listing import StatCache
+from latteflow.storage.names import printable, raw
+from latteflow.storage.objects import ObjectStore
+from latteflow.storage.shards import Packing, read_index, read_quarantine, write_shards
+from latteflow.storage.sources import Source
+from latteflow.storage.tars import BLOCK, Member, TarBroken, members
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 WORDS["mutants"] = "damaged and hostile images, archives and tables"
@@ -118,7 +118,7 @@ def test_bombs_are_bounded(name: str, survived: Counter[str]) -> None:
 def test_only_the_image_that_breaks_the_decoder_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     good = mutants.images()["png"]
     program = (
-        "import os, sys, json, signal, storage.inspectors as i\n"
+        "import os, sys, json, signal, latteflow.storage.inspectors as i\n"
         "plain = i.inspect\n"
         "def fragile(data, limits):\n"
         "    if data.endswith(b'CRASH'): os.kill(os.getpid(), signal.SIGSEGV)\n"
@@ -150,7 +150,7 @@ def test_a_process_that_somebody_killed_costs_nothing() -> None:
 
 def test_inspecting_processes_may_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = (
-        "import sys, json, storage.inspectors as i\n"
+        "import sys, json, latteflow.storage.inspectors as i\n"
         f"def writing(data, limits):\n    open({str(tmp_path / 'written')!r}, 'wb').write(data)\n"
         "i.inspect = writing\n"
         "i._serve(i.ImageLimits(**json.loads(sys.argv[1])), float(sys.argv[2]))\n"

@@ -8,8 +8,8 @@ from faults.driver import read_texts
 from faults.harness import Clean, Driver, Tally, commits, difference, environment, tree
 from faults.seaweed import Seaweed, options
 
-from storage.artifacts import ArtifactStore
-from storage.objects import ObjectStore
+from latteflow.storage.artifacts import ArtifactStore
+from latteflow.storage.objects import ObjectStore
 
 pytestmark = pytest.mark.slow
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from conftest import COLOURS, call, draw, draw_folder
-from flows.pipeline import repaired, run_plainly
-from models.judge.metrics import seen_note
-from models.judge.shift import centre_share
-from storage.errors import DataError
-from storage.tables import read_parquet
-from tasks.core.domain import Domain
-from tasks.core.features import read_features
-from tasks.core.stage import StageResult, open_store
-from tasks.tune.models import read_tuned
+from latteflow.flows.pipeline import repaired, run_plainly
+from latteflow.models.judge.metrics import seen_note
+from latteflow.models.judge.shift import centre_share
+from latteflow.storage.errors import DataError
+from latteflow.storage.tables import read_parquet
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.features import read_features
+from latteflow.tasks.core.stage import StageResult, open_store
+from latteflow.tasks.tune.models import read_tuned
 
 
 def ran(results: list[StageResult]) -> set[str]:

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from conftest import call, draw, draw_folder
-from flows.pipeline import STAGES
-from storage.captions import CaptionStore
-from storage.errors import StorageError
-from tasks.core.domain import Domain
-from tasks.core.stage import open_store
-from tasks.describe.texts import Question, Texts
+from latteflow.flows.pipeline import STAGES
+from latteflow.storage.captions import CaptionStore
+from latteflow.storage.errors import StorageError
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import open_store
+from latteflow.tasks.describe.texts import Question, Texts
 
 HOSTILE = "[red]x[/red]\x1b[31m\u202e\n.png"
 LABELS = [
@@ -125,7 +125,8 @@ def test_a_second_run_is_cached_and_says_the_same(latteflow: Latteflow) -> None:
 def test_help_and_mistakes_wait_for_no_library(folder: Path, arguments: list[str], said: str, without: str) -> None:
     (folder / "bad.yaml").write_text("sorce: train\n")
     (folder / "model").mkdir()
-    code = "import atexit, sys; atexit.register(lambda: print(*sys.modules)); from flows.cli import entry; entry()"
+    code = "import atexit, sys; atexit.register(lambda: print(*sys.modules)); "
+    code += "from latteflow.flows.cli import entry; entry()"
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
     assert said in done.stdout + done.stderr
     assert not set(without.split()) & set(done.stdout.splitlines()[-1].split())
@@ -133,12 +134,12 @@ def test_help_and_mistakes_wait_for_no_library(folder: Path, arguments: list[str
 
 @pytest.mark.parametrize("command", ["run", "plan"])
 def test_a_cached_command_loads_neither_torch_nor_prefect(folder: Path, command: str) -> None:
-    code = "import sys; from flows.cli import app; app(standalone_mode=False); print(sorted(sys.modules))"
+    code = "import sys; from latteflow.flows.cli import app; app(standalone_mode=False); print(sorted(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code, command, "domain.yaml"], capture_output=True, text=True, check=True, timeout=120
     )
     loaded = done.stdout.splitlines()[-1]
-    assert "'flows.cli'" in loaded
+    assert "'latteflow.flows.cli'" in loaded
     for heavy in ("torch", "prefect", "open_clip", "transformers", "altair"):
         assert f"'{heavy}'" not in loaded
 
@@ -572,7 +573,10 @@ def test_replay_is_cached_until_the_limits_change(latteflow: Latteflow, folder: 
 
 def test_the_installed_program_ends_with_the_exit_code(folder: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "run", "nothing.yaml"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "latteflow.flows.cli", "run", "nothing.yaml"],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 1
     assert done.stderr.startswith("error: domain file nothing.yaml cannot be read") and "Traceback" not in done.stderr

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from conftest import call
-from flows.pipeline import run_plainly
-from models.methods.latteclip import LatteClipSettings
-from storage.tables import read_parquet
-from tasks.core.domain import Domain
-from tasks.core.stage import open_store
-from tasks.ship.export import export_tuned
+from latteflow.flows.pipeline import run_plainly
+from latteflow.models.methods.latteclip import LatteClipSettings
+from latteflow.storage.tables import read_parquet
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import open_store
+from latteflow.tasks.ship.export import export_tuned
 
 PLAIN_OPEN_CLIP = """
 import json, sys
@@ -75,7 +75,7 @@ def test_open_clip_alone_gives_our_predictions(domain: Domain, tmp_path: Path, t
 
 
 def test_training_towers_changes_them_and_nothing_frozen(domain: Domain) -> None:
-    from tasks.tune.models import read_tuned
+    from latteflow.tasks.tune.models import read_tuned
 
     settings = LatteClipSettings(train="last_blocks", n_blocks=1, epochs=2, batch_size=8, lr=1e-3)
     domain = domain.model_copy(update={"latteclip": settings, "seeds": [0]})

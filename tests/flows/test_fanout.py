@@ -12,16 +12,16 @@ from prefect.testing.utilities import prefect_test_harness
 
 from chatserver import ChatServer, answer, error
 from conftest import Domain
-from flows import fanout
-from flows.adapt import adapt
-from flows.describe import describe as describe_flow
-from flows.fanout import WorkersFailed, cancel_workers, ranges
-from flows.parameters import domain_of
-from flows.pipeline import run_plainly
-from storage.artifacts import ArtifactRef
-from storage.captions import CaptionStore
-from tasks.core.errors import ConfigError
-from tasks.core.stage import open_store
+from latteflow.flows import fanout
+from latteflow.flows.adapt import adapt
+from latteflow.flows.describe import describe as describe_flow
+from latteflow.flows.fanout import WorkersFailed, cancel_workers, ranges
+from latteflow.flows.parameters import domain_of
+from latteflow.flows.pipeline import run_plainly
+from latteflow.storage.artifacts import ArtifactRef
+from latteflow.storage.captions import CaptionStore
+from latteflow.tasks.core.errors import ConfigError
+from latteflow.tasks.core.stage import open_store
 
 
 @pytest.mark.parametrize(

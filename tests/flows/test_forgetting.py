@@ -10,16 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from flows.pipeline import graph, run_plainly
-from storage.shards import read_index
-from tasks.core.domain import Domain
-from tasks.core.errors import ConfigError
-from tasks.core.features import read_features
-from tasks.core.stage import open_store
-from tasks.report import forgetting
-from tasks.report.forgetting import general_answers
-from tasks.ship.export import export_tuned
-from tasks.tune.models import read_tuned
+from latteflow.flows.pipeline import graph, run_plainly
+from latteflow.storage.shards import read_index
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.errors import ConfigError
+from latteflow.tasks.core.features import read_features
+from latteflow.tasks.core.stage import open_store
+from latteflow.tasks.report import forgetting
+from latteflow.tasks.report.forgetting import general_answers
+from latteflow.tasks.ship.export import export_tuned
+from latteflow.tasks.tune.models import read_tuned
 from tests.conftest import draw_folder
 
 pytestmark = pytest.mark.slow

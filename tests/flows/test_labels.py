@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from flows.pipeline import run_plainly
-from storage.errors import DataError
-from tasks.core.domain import Domain
+from latteflow.flows.pipeline import run_plainly
+from latteflow.storage.errors import DataError
+from latteflow.tasks.core.domain import Domain
 
 pytestmark = pytest.mark.slow
 OPENS_LABELS = {"evaluate", "report"}

@@ -11,7 +11,7 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools.validation import ValidationError, validate
 from ruamel.yaml import YAML
 
-from flows.adapt import adapt
+from latteflow.flows.adapt import adapt
 
 GIVEN = {"name": "birds", "source": "/birds", "classes": ["robin", "wren"]}
 GENERAL = {"source": "/g", "labels": "/g.csv", "classes": ["car", "bus"]}

@@ -11,7 +11,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from tasks.core.domain import Domain
+from latteflow.tasks.core.domain import Domain
 
 ROOT, PLUGIN = Path(__file__).parents[2], Path(__file__).parent / "plugin"
 pytestmark = pytest.mark.slow
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 def latteflow(*words: object, packages: Path = PLUGIN) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(map(str, (packages, ROOT)))
     return subprocess.run(
-        [sys.executable, "-m", "flows.cli", *map(str, words)],
+        [sys.executable, "-m", "latteflow.flows.cli", *map(str, words)],
         env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 

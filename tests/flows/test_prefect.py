@@ -11,13 +11,13 @@ from prefect.client.orchestration import get_client
 from prefect.testing.utilities import prefect_test_harness
 
 from conftest import Domain
-from flows.adapt import adapt
-from flows.describe import describe
-from flows.pipeline import run_plainly
-from models.errors import ModelError
-from models.settings import OpenAISettings
-from tasks.core.domain import ShardSettings
-from tasks.describe.texts import _key
+from latteflow.flows.adapt import adapt
+from latteflow.flows.describe import describe
+from latteflow.flows.pipeline import run_plainly
+from latteflow.models.errors import ModelError
+from latteflow.models.settings import OpenAISettings
+from latteflow.tasks.core.domain import ShardSettings
+from latteflow.tasks.describe.texts import _key
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_ranges_of_shards_are_described_by_flows_of_their_own(
     found = [describe(domain, first, first + 2) for first in (0, 2)]
     assert [each["image"] for each in found] == [each["group"] for each in found] == [20, 4]
     monkeypatch.setattr(
-        "tasks.describe.texts.open_describer", lambda *_, **__: pytest.fail("a text was asked for again")
+        "latteflow.tasks.describe.texts.open_describer", lambda *_, **__: pytest.fail("a text was asked for again")
     )
     assert {result.label: result.counts for result in run_plainly(domain)}["describe"]["texts"] == 24
 

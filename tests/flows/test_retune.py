@@ -11,19 +11,19 @@ import pytest
 from PIL import Image
 from prefect.testing.utilities import prefect_test_harness
 
-import storage.lease
+import latteflow.storage.lease
 from conftest import draw_folder
-from flows.pipeline import run_plainly
-from flows.retune import Night, retune
-from models.judge import selection
-from storage.artifacts import Artifact
-from storage.lease import lease
-from storage.shards import read_index
-from tasks.core.domain import Domain
-from tasks.core.stage import StageResult, open_store
-from tasks.report.history import History
-from tasks.ship.promote import champions, promote, read_champion, rollback
-from tasks.tune.select import Views
+from latteflow.flows.pipeline import run_plainly
+from latteflow.flows.retune import Night, retune
+from latteflow.models.judge import selection
+from latteflow.storage.artifacts import Artifact
+from latteflow.storage.lease import lease
+from latteflow.storage.shards import read_index
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import StageResult, open_store
+from latteflow.tasks.report.history import History
+from latteflow.tasks.ship.promote import champions, promote, read_champion, rollback
+from latteflow.tasks.tune.select import Views
 
 pytestmark = pytest.mark.slow
 
@@ -102,7 +102,7 @@ def test_three_nights(server: None, nightly: Domain, tmp_path: Path) -> None:
 def test_a_night_leaves_a_run_alone_and_does_not_pile_up(
     server: None, nightly: Domain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage.lease, "BEAT_S", 0.1)
+    monkeypatch.setattr(latteflow.storage.lease, "BEAT_S", 0.1)
     with lease(open_store(nightly).objects, "night_shapes/lock", wait=False):
         state = retune(nightly, return_state=True)
     assert state.name == "Skipped" and "is at work on this" in state.message

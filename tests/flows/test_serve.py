@@ -8,9 +8,9 @@ import torch
 
 pytest.importorskip("python_multipart", reason="the extra `serve` is not installed")
 
-from flows.peers import OwnNames, Waiting
-from flows.serve import BATCH, Batcher
-from storage.errors import DataError
+from latteflow.flows.peers import OwnNames, Waiting
+from latteflow.flows.serve import BATCH, Batcher
+from latteflow.storage.errors import DataError
 
 
 def pixels(value: float) -> torch.Tensor:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from flows.pipeline import run_plainly
-from tasks.core.domain import Domain
+from latteflow.flows.pipeline import run_plainly
+from latteflow.tasks.core.domain import Domain
 
 pytestmark = pytest.mark.slow
 

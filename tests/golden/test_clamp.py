@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gptscore import score
-from models.methods.clamp.concepts import concept_counts
-from models.methods.clamp.losses import contrastive, distillation
-from models.methods.clamp.masks import positions, read_only_mask
-from models.methods.clamp.pooling import AttentionPool, attend
-from models.schedule import warmup_cosine
-from models.vectors import unit
+from latteflow.models.methods.clamp.concepts import concept_counts
+from latteflow.models.methods.clamp.losses import contrastive, distillation
+from latteflow.models.methods.clamp.masks import positions, read_only_mask
+from latteflow.models.methods.clamp.pooling import AttentionPool, attend
+from latteflow.models.schedule import warmup_cosine
+from latteflow.models.vectors import unit
 
 F64 = torch.float64
 

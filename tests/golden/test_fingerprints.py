@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from flows.pipeline import graph
-from models.settings import SidecarSettings, VllmSettings
-from storage.artifacts import ArtifactRef
-from storage.fingerprint import fingerprint
-from tasks.core.domain import Domain
-from tasks.core.stage import NotMade, StageResult, rules
+from latteflow.flows.pipeline import graph
+from latteflow.models.settings import SidecarSettings, VllmSettings
+from latteflow.storage.artifacts import ArtifactRef
+from latteflow.storage.fingerprint import fingerprint
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import NotMade, StageResult, rules
 
 ROOT = Path(__file__).parents[2]
 TABLE = Path(__file__).with_suffix(".json")

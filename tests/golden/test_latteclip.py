@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from models.methods.latteclip import LatteClipSettings
-from models.methods.latteclip.tuning import (
+from latteflow.models.methods.latteclip import LatteClipSettings
+from latteflow.models.methods.latteclip.tuning import (
     Step,
     classify,
     latte_step,
@@ -26,9 +26,9 @@ from models.methods.latteclip.tuning import (
     unit,
     update_prototypes,
 )
-from models.methods.losses import clip_loss
-from models.schedule import steps_per_epoch, warmup_cosine
-from models.texts.collage import collage, layout
+from latteflow.models.methods.losses import clip_loss
+from latteflow.models.schedule import steps_per_epoch, warmup_cosine
+from latteflow.models.texts.collage import collage, layout
 
 F64 = torch.float64
 PROTOTYPES = [[1, 0, 0, 0], [0.6, 0.8, 0, 0], [0, 0, 1, 0]]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from models.methods.adaptation import PairData
-from models.methods.losses import clip_loss
-from models.methods.pc_clip import PcClipSettings
-from models.methods.pc_clip.comparative import (
+from latteflow.models.methods.adaptation import PairData
+from latteflow.models.methods.losses import clip_loss
+from latteflow.models.methods.pc_clip import PcClipSettings
+from latteflow.models.methods.pc_clip.comparative import (
     compare_prompts,
     confused_pairs,
     difference_accuracy,
@@ -23,9 +23,9 @@ from models.methods.pc_clip.comparative import (
     soft_confusion,
     unit,
 )
-from models.methods.pc_clip.pairs import unrank
-from models.methods.pc_clip.tuning import DRIFT, PcClip, difference, drift_matched_lr, pair_loss
-from models.texts.differences import read_difference
+from latteflow.models.methods.pc_clip.pairs import unrank
+from latteflow.models.methods.pc_clip.tuning import DRIFT, PcClip, difference, drift_matched_lr, pair_loss
+from latteflow.models.texts.differences import read_difference
 
 # G1: images are not normalized, nor are texts.
 FIRST = torch.tensor([[3.0, 0, 4, 0], [0, 2, 0, 0], [1, 1, 1, 1]], dtype=torch.float64)

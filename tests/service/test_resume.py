@@ -11,9 +11,9 @@ from service.test_service import digests, write_domain
 
 from chatserver import Ask, ChatServer, Reply, answer
 from conftest import draw_folder
-from flows.pipeline import STAGES, run_plainly
-from tasks.core.domain import Domain
-from tasks.core.stage import open_store
+from latteflow.flows.pipeline import STAGES, run_plainly
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import open_store
 
 pytestmark = pytest.mark.slow
 

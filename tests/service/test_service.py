@@ -9,10 +9,10 @@ from service.harness import Service, kill, until
 
 from chatserver import Ask, ChatServer, Reply, answer
 from conftest import draw_folder
-from flows.pipeline import run_plainly
-from storage.captions import CaptionStore
-from tasks.core.domain import Domain
-from tasks.core.stage import open_store
+from latteflow.flows.pipeline import run_plainly
+from latteflow.storage.captions import CaptionStore
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import open_store
 
 pytestmark = pytest.mark.slow
 COUNT = 96

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from storage.anew import AnewWriter
-from storage.artifacts import Artifact, ArtifactStore, ArtifactWriter
-from storage.errors import NotFound
-from storage.objects import ObjectStore
+from latteflow.storage.anew import AnewWriter
+from latteflow.storage.artifacts import Artifact, ArtifactStore, ArtifactWriter
+from latteflow.storage.errors import NotFound
+from latteflow.storage.objects import ObjectStore
 
 INPUTS = {"x": 1}
 

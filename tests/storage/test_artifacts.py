@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from storage.artifacts import Artifact, ArtifactStore
-from storage.errors import Damaged, NotFound, StorageError
-from storage.objects import ObjectStore
+from latteflow.storage.artifacts import Artifact, ArtifactStore
+from latteflow.storage.errors import Damaged, NotFound, StorageError
+from latteflow.storage.objects import ObjectStore
 
 INPUTS = {"x": 1}
 

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.artifacts import ArtifactStore
-from storage.captions import CAPTION_SCHEMA, CaptionStore, caption_key, describer_id
-from storage.errors import StorageError
-from storage.fingerprint import sha256
-from storage.objects import ObjectStore
-from storage.tables import parquet, read_parquet
+from latteflow.storage.artifacts import ArtifactStore
+from latteflow.storage.captions import CAPTION_SCHEMA, CaptionStore, caption_key, describer_id
+from latteflow.storage.errors import StorageError
+from latteflow.storage.fingerprint import sha256
+from latteflow.storage.objects import ObjectStore
+from latteflow.storage.tables import parquet, read_parquet
 
 WHO = describer_id({"kind": "image", "model": "m", "revision": "1"})
 

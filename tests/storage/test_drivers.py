@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import fsspec
 import pytest
 
-from storage.drivers import Kind, open_fs, said, sort, told
-from storage.errors import DataError, NotFound, StorageError
-from storage.objects import ObjectStore
-from storage.roots import Root
-from tasks.core.tables import digest_of_table, read_by_path
+from latteflow.storage.drivers import Kind, open_fs, said, sort, told
+from latteflow.storage.errors import DataError, NotFound, StorageError
+from latteflow.storage.objects import ObjectStore
+from latteflow.storage.roots import Root
+from latteflow.tasks.core.tables import digest_of_table, read_by_path
 
 KEY = "a2V5"  # base64, as Azure wants it
 

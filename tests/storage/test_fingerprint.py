@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.fingerprint import canonical_json, difference, fingerprint
+from latteflow.storage.fingerprint import canonical_json, difference, fingerprint
 
 values = st.recursive(
     st.none()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from storage.errors import DataError, StorageError
-from storage.folders import carry, whole_folder
+from latteflow.storage.errors import DataError, StorageError
+from latteflow.storage.folders import carry, whole_folder
 
 
 def write(folder: Path, content: str) -> None:
@@ -99,7 +99,8 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     write(folder, "first")
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom storage.folders import whole_folder\nrename = Path.rename\n"
+        "import os, sys\nfrom pathlib import Path\nfrom latteflow.storage.folders import whole_folder\n"
+        "rename = Path.rename\n"
         "def killed(self, target):\n    rename(self, target)\n    os.kill(os.getpid(), 9)\n"
         "Path.rename = killed\nwith whole_folder(Path(sys.argv[1])) as new:\n    (new / 'a.txt').write_text('second')\n"
     )

@@ -11,14 +11,14 @@ import pytest
 import webdataset
 from PIL import Image
 
-from storage.artifacts import Artifact, ArtifactStore
-from storage.errors import DataError
-from storage.images import ImageLimits
-from storage.listing import StatCache
-from storage.objects import ObjectStore
-from storage.shards import Packing, read_index, read_quarantine, read_records, write_shards
-from storage.sources import Source
-from storage.tables import parquet
+from latteflow.storage.artifacts import Artifact, ArtifactStore
+from latteflow.storage.errors import DataError
+from latteflow.storage.images import ImageLimits
+from latteflow.storage.listing import StatCache
+from latteflow.storage.objects import ObjectStore
+from latteflow.storage.shards import Packing, read_index, read_quarantine, read_records, write_shards
+from latteflow.storage.sources import Source
+from latteflow.storage.tables import parquet
 
 
 def picture(seed: int, form: str) -> bytes:

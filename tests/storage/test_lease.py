@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-import storage.lease
-from storage.errors import StorageError
-from storage.lease import Busy, lease
-from storage.objects import ObjectStore
-from storage.register import Register
+import latteflow.storage.lease
+from latteflow.storage.errors import StorageError
+from latteflow.storage.lease import Busy, lease
+from latteflow.storage.objects import ObjectStore
+from latteflow.storage.register import Register
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_a_lease_is_for_one_at_a_time(objects: ObjectStore) -> None:
 
 
 def test_a_living_holder_is_not_taken_over(objects: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage.lease, "BEAT_S", 0.05)
+    monkeypatch.setattr(latteflow.storage.lease, "BEAT_S", 0.05)
     busy = pytest.raises(Busy, match=rf"process {os.getpid()} on .* is at work")
     with lease(objects, "d/lock", wait=False), busy, lease(objects, "d/lock", wait=False, dead_s=1):
         pass
@@ -86,7 +86,7 @@ def test_a_dead_holder_is_taken_over(
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     if not here:  # as seen from another machine
-        monkeypatch.setattr(storage.lease.socket, "gethostname", lambda: "elsewhere")
+        monkeypatch.setattr(latteflow.storage.lease.socket, "gethostname", lambda: "elsewhere")
     begin = time.monotonic()
     with lease(objects, "d/lock", wait=False, dead_s=1):
         took = time.monotonic() - begin

@@ -13,9 +13,9 @@ from botocore.exceptions import ClientError, EndpointConnectionError, NoCredenti
 from fsspec.spec import AbstractFileSystem
 from s3fs.errors import translate_boto_error
 
-from storage.drivers import passing
-from storage.errors import NotFound, StorageError
-from storage.objects import ObjectStore
+from latteflow.storage.drivers import passing
+from latteflow.storage.errors import NotFound, StorageError
+from latteflow.storage.objects import ObjectStore
 
 
 @pytest.fixture(params=["folder", "memory"])

@@ -15,15 +15,15 @@ import pytest
 import webdataset
 from PIL import Image, ImageCms
 
-from models.towers.images import to_rgb
-from storage import shards
-from storage.artifacts import Artifact, ArtifactStore, ArtifactWriter
-from storage.errors import DataError
-from storage.fingerprint import canonical_json
-from storage.images import ImageLimits, ImageRejected, inspect, open_image
-from storage.listing import StatCache
-from storage.objects import ObjectStore
-from storage.shards import (
+from latteflow.models.towers.images import to_rgb
+from latteflow.storage import shards
+from latteflow.storage.artifacts import Artifact, ArtifactStore, ArtifactWriter
+from latteflow.storage.errors import DataError
+from latteflow.storage.fingerprint import canonical_json
+from latteflow.storage.images import ImageLimits, ImageRejected, inspect, open_image
+from latteflow.storage.listing import StatCache
+from latteflow.storage.objects import ObjectStore
+from latteflow.storage.shards import (
     Packing,
     newest,
     overlap,
@@ -33,8 +33,8 @@ from storage.shards import (
     retry_quarantined,
     write_shards,
 )
-from storage.sources import Entry, Source
-from storage.tables import read_parquet
+from latteflow.storage.sources import Entry, Source
+from latteflow.storage.tables import read_parquet
 
 
 def picture(seed: int, size: tuple[int, int] = (8, 6), mode: str = "RGB", kind: str = "PNG") -> bytes:

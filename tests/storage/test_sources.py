@@ -17,16 +17,16 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
-from storage import roots, sources
-from storage.artifacts import ArtifactStore
-from storage.columns import ImageColumn
-from storage.errors import DataError, StorageError
-from storage.images import HEIC_SUFFIXES, SUFFIXES, ImageInfo, ImageLimits, ImageRejected
-from storage.inspectors import Inspectors
-from storage.listing import StatCache
-from storage.objects import ObjectStore
-from storage.shards import Packing, read_index, read_quarantine, write_shards
-from storage.sources import Entry, Source
+from latteflow.storage import roots, sources
+from latteflow.storage.artifacts import ArtifactStore
+from latteflow.storage.columns import ImageColumn
+from latteflow.storage.errors import DataError, StorageError
+from latteflow.storage.images import HEIC_SUFFIXES, SUFFIXES, ImageInfo, ImageLimits, ImageRejected
+from latteflow.storage.inspectors import Inspectors
+from latteflow.storage.listing import StatCache
+from latteflow.storage.objects import ObjectStore
+from latteflow.storage.shards import Packing, read_index, read_quarantine, write_shards
+from latteflow.storage.sources import Entry, Source
 
 
 def picture(seed: int) -> bytes:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from storage.artifacts import Artifact, ArtifactStore, ArtifactWriter
-from storage.captions import CaptionStore
-from storage.inventory import Inventory
-from storage.objects import ObjectStore, Stored
-from storage.upkeep import Loose, garbage, leftovers, verify
+from latteflow.storage.artifacts import Artifact, ArtifactStore, ArtifactWriter
+from latteflow.storage.captions import CaptionStore
+from latteflow.storage.inventory import Inventory
+from latteflow.storage.objects import ObjectStore, Stored
+from latteflow.storage.upkeep import Loose, garbage, leftovers, verify
 
 DAY = 86400.0
 HALF = f".tmp-{'0' * 32}"
@@ -180,7 +180,7 @@ def test_verify_tells_how_far_it_is(store: ArtifactStore) -> None:
 
 
 def test_captions_are_no_domain(store: ArtifactStore) -> None:
-    from storage.inventory import domains
+    from latteflow.storage.inventory import domains
 
     chain(store, 1)
     store.objects.put("captions/x/y.parquet", b"")

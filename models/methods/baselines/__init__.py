@@ -4,35 +4,35 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from models.methods.latteclip import OF_TEXTS, LatteClipSettings, made_from, trains_towers
-from models.methods.method import Given, Method, Section
+from latteflow.models.methods.latteclip import OF_TEXTS, LatteClipSettings, made_from, trains_towers
+from latteflow.models.methods.method import Given, Method, Section
 
 if TYPE_CHECKING:
-    from models.methods.adaptation import Adapted
+    from latteflow.models.methods.adaptation import Adapted
 
 _SECTIONS = {"latteclip": Section(LatteClipSettings, unread=OF_TEXTS)}
 
 
 def _flyp(given: Given) -> Adapted:
-    from models.methods.baselines.tuning import flyp
+    from latteflow.models.methods.baselines.tuning import flyp
 
     return flyp(given.of(LatteClipSettings), given.data, given.training, clip=given.clip, **given.options)
 
 
 def _wise_ft(given: Given) -> Adapted:
-    from models.methods.baselines.tuning import wise_ft
+    from latteflow.models.methods.baselines.tuning import wise_ft
 
     return wise_ft(given.of(LatteClipSettings), given.data, given.training, clip=given.clip, **given.options)
 
 
 def _self_training(given: Given) -> Adapted:
-    from models.methods.baselines.tuning import self_training
+    from latteflow.models.methods.baselines.tuning import self_training
 
     return self_training(given.of(LatteClipSettings), given.data, given.training, **given.options)
 
 
 def _class_descriptions(given: Given) -> Adapted:
-    from models.methods.adaptation import Adapted
+    from latteflow.models.methods.adaptation import Adapted
 
     return Adapted(prototypes=given.data.class_features, scale=given.scale)
 

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.methods.adaptation import Adapted, TuneData
-from models.methods.latteclip import OF_TEXTS, LatteClipSettings
-from models.methods.latteclip.tuning import batches, tune
-from models.methods.training import Batch, Trainable, train
-from models.schedule import warmup_cosine
-from models.settings import TrainingSettings
-from models.vectors import unit
+from latteflow.models.methods.adaptation import Adapted, TuneData
+from latteflow.models.methods.latteclip import OF_TEXTS, LatteClipSettings
+from latteflow.models.methods.latteclip.tuning import batches, tune
+from latteflow.models.methods.training import Batch, Trainable, train
+from latteflow.models.schedule import warmup_cosine
+from latteflow.models.settings import TrainingSettings
+from latteflow.models.vectors import unit
 
 
 def flyp(cfg: LatteClipSettings, data: TuneData, training: TrainingSettings | None = None, **options: Any) -> Adapted:

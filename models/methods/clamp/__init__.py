@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from models.methods.method import Adapter, Given, Method, Section, Sections
-from models.settings import Settings
+from latteflow.models.methods.method import Adapter, Given, Method, Section, Sections
+from latteflow.models.settings import Settings
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from models.methods.adaptation import Adapted
+    from latteflow.models.methods.adaptation import Adapted
 
 VERSION = 2
 """Of what a tower is given; raised when it changes."""
@@ -85,7 +85,7 @@ class ClampSettings(Settings):
 
 
 def _made_from(sections: Sections) -> Mapping[str, Any]:
-    from models.methods.clamp import lm
+    from latteflow.models.methods.clamp import lm
 
     return {"language_model": lm.identity(sections.of(ClampSettings)), "version": VERSION}
 
@@ -100,13 +100,13 @@ def _mistake(sections: Sections) -> str:
 
 
 def _adapt(given: Given) -> Adapted:
-    from models.methods.clamp.tuning import tune_clamp
+    from latteflow.models.methods.clamp.tuning import tune_clamp
 
     return tune_clamp(given.of(ClampSettings), given)
 
 
 def _read(adapter: bytes, sections: Sections) -> Callable[[Sequence[str]], np.ndarray]:
-    from models.methods.clamp.adapter import unpack
+    from latteflow.models.methods.clamp.adapter import unpack
 
     tower = unpack(adapter, sections.of(ClampSettings).lm)
     return lambda texts: tower.text_features(texts).cpu().numpy()

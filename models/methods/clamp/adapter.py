@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from models.errors import ModelError
-from models.methods.clamp import ClampSettings, lm
-from models.methods.clamp.tower import ClampTower
+from latteflow.models.errors import ModelError
+from latteflow.models.methods.clamp import ClampSettings, lm
+from latteflow.models.methods.clamp.tower import ClampTower
 
 SCHEMA = 1
 _OF_THE_TOWER = {

@@ -15,10 +15,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.digests import digest_of_file
-from models.errors import ModelError
-from models.methods.clamp import ClampSettings
-from models.towers.clip import cache_folder
+from latteflow.models.digests import digest_of_file
+from latteflow.models.errors import ModelError
+from latteflow.models.methods.clamp import ClampSettings
+from latteflow.models.towers.clip import cache_folder
 
 if TYPE_CHECKING:
     import torch

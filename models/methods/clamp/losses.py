@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.vectors import at_least_float32
+from latteflow.models.vectors import at_least_float32
 
 Reduction = Literal["mean", "sum"]
 """mean: of the batch and of the two directions, so that the loss does not grow with the batch. sum: as in the paper."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.errors import ModelError
+from latteflow.models.errors import ModelError
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:

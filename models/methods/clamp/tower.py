@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.errors import ModelError
-from models.methods.clamp import ClampSettings
-from models.methods.clamp.masks import positions, read_only_mask
-from models.methods.clamp.pooling import AttentionPool
-from models.methods.clamp.wrapper import Tokens, Wrapper
-from models.vectors import unit
+from latteflow.models.errors import ModelError
+from latteflow.models.methods.clamp import ClampSettings
+from latteflow.models.methods.clamp.masks import positions, read_only_mask
+from latteflow.models.methods.clamp.pooling import AttentionPool
+from latteflow.models.methods.clamp.wrapper import Tokens, Wrapper
+from latteflow.models.vectors import unit
 
 FIRST_SCALE, MAX_SCALE = 1 / 0.07, 100.0
 _ATTENTION_KINDS = {"full_attention", "sliding_attention"}

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.methods.clamp.losses import contrastive, distillation
-from models.methods.clamp.tower import MAX_SCALE, ClampTower, States
-from models.methods.training import Batch, Trainable
-from models.schedule import warmup_cosine
+from latteflow.models.methods.clamp.losses import contrastive, distillation
+from latteflow.models.methods.clamp.tower import MAX_SCALE, ClampTower, States
+from latteflow.models.methods.training import Batch, Trainable
+from latteflow.models.schedule import warmup_cosine
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 
-from models.methods.adaptation import Adapted
-from models.methods.clamp import ClampSettings, lm
-from models.methods.clamp.adapter import pack
-from models.methods.clamp.tower import ClampTower
-from models.methods.clamp.training import Clamp, ClampData
-from models.methods.method import Given
-from models.methods.training import train
+from latteflow.models.methods.adaptation import Adapted
+from latteflow.models.methods.clamp import ClampSettings, lm
+from latteflow.models.methods.clamp.adapter import pack
+from latteflow.models.methods.clamp.tower import ClampTower
+from latteflow.models.methods.clamp.training import Clamp, ClampData
+from latteflow.models.methods.method import Given
+from latteflow.models.methods.training import train
 
 log = logging.getLogger("latteflow.models")
 

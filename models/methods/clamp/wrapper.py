@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.errors import ModelError
+from latteflow.models.errors import ModelError
 
 WRAPPERS = {
     "attributes": "USER: A photo of a {}. A {} has the following visual attributes.\nASSISTANT: 1.",

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from models.methods.method import LAST_BLOCKS, Given, Method, Section, Sections
-from models.schedule import steps_per_epoch
-from models.settings import Settings
+from latteflow.models.methods.method import LAST_BLOCKS, Given, Method, Section, Sections
+from latteflow.models.schedule import steps_per_epoch
+from latteflow.models.settings import Settings
 
 if TYPE_CHECKING:
-    from models.methods.adaptation import Adapted
+    from latteflow.models.methods.adaptation import Adapted
 
 DEFAULT_STEPS = 640
 OF_TEXTS = {
@@ -127,7 +127,7 @@ def made_from(sections: Sections) -> Mapping[str, Any]:
 
 
 def _adapt(given: Given) -> Adapted:
-    from models.methods.latteclip.tuning import tune
+    from latteflow.models.methods.latteclip.tuning import tune
 
     return tune(given.of(LatteClipSettings), given.data, given.training, clip=given.clip, **given.options)
 

@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.methods.adaptation import Adapted, TuneData
-from models.methods.latteclip import LatteClipSettings
-from models.methods.losses import clip_loss
-from models.methods.training import Batch, Checkpoint, Stats, Trainable, train
-from models.schedule import warmup_cosine
-from models.settings import TrainingSettings
-from models.towers.blocks import IMAGE_TAILS, IMAGE_TOWERS, NO_TOWERS, TEXT_TAILS, TextReader, last_blocks
-from models.vectors import at_least_float32, unit
+from latteflow.models.methods.adaptation import Adapted, TuneData
+from latteflow.models.methods.latteclip import LatteClipSettings
+from latteflow.models.methods.losses import clip_loss
+from latteflow.models.methods.training import Batch, Checkpoint, Stats, Trainable, train
+from latteflow.models.schedule import warmup_cosine
+from latteflow.models.settings import TrainingSettings
+from latteflow.models.towers.blocks import IMAGE_TAILS, IMAGE_TOWERS, NO_TOWERS, TEXT_TAILS, TextReader, last_blocks
+from latteflow.models.vectors import at_least_float32, unit
 
 MARGIN_FLOOR = 1e-6
 MAX_LOG_SCALE = math.log(100)

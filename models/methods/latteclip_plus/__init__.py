@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from models.methods.latteclip import LatteClipSettings
-from models.methods.method import Given, Method, Section
-from models.methods.transduction import TransductionSettings
+from latteflow.models.methods.latteclip import LatteClipSettings
+from latteflow.models.methods.method import Given, Method, Section
+from latteflow.models.methods.transduction import TransductionSettings
 
 if TYPE_CHECKING:
-    from models.methods.adaptation import Adapted
+    from latteflow.models.methods.adaptation import Adapted
 
 
 def _adapt(given: Given) -> Adapted:
-    from models.methods.latteclip_plus.tuning import tune_plus
+    from latteflow.models.methods.latteclip_plus.tuning import tune_plus
 
     settings = given.of(LatteClipSettings), given.of(TransductionSettings)
     return tune_plus(*settings, given.data, given.training, **given.options)

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from models.methods.adaptation import Adapted, TuneData
-from models.methods.latteclip import LatteClipSettings
-from models.methods.latteclip.tuning import tune
-from models.methods.transduction import TransductionSettings
-from models.methods.transduction.tuning import transduce
-from models.settings import TrainingSettings
-from models.vectors import unit
+from latteflow.models.methods.adaptation import Adapted, TuneData
+from latteflow.models.methods.latteclip import LatteClipSettings
+from latteflow.models.methods.latteclip.tuning import tune
+from latteflow.models.methods.transduction import TransductionSettings
+from latteflow.models.methods.transduction.tuning import transduce
+from latteflow.models.settings import TrainingSettings
+from latteflow.models.vectors import unit
 
 
 def tune_plus(

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from models.methods.method import LAST_BLOCKS, Given, Method, Section, Sections
-from models.settings import Settings
+from latteflow.models.methods.method import LAST_BLOCKS, Given, Method, Section, Sections
+from latteflow.models.settings import Settings
 
 if TYPE_CHECKING:
-    from models.methods.adaptation import Adapted
+    from latteflow.models.methods.adaptation import Adapted
 
 
 class PcClipSettings(Settings):
@@ -49,7 +49,7 @@ def _made_from(sections: Sections) -> Mapping[str, Any]:
 
 
 def _adapt(given: Given) -> Adapted:
-    from models.methods.pc_clip.tuning import tune_pairs
+    from latteflow.models.methods.pc_clip.tuning import tune_pairs
 
     return tune_pairs(given.of(PcClipSettings), given.data, given.training, clip=given.clip, **given.options)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from models.settings import PairPolicy
+from latteflow.models.settings import PairPolicy
 
 Ints = NDArray[np.int64]
 

@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.methods.adaptation import Adapted, PairData, TuneData
-from models.methods.losses import clip_loss
-from models.methods.pc_clip import PcClipSettings
-from models.methods.pc_clip.comparative import compare_prompts
-from models.methods.training import Batch, Stats, Trainable, train
-from models.settings import TrainingSettings
-from models.towers.blocks import TextReader, text_blocks
-from models.vectors import at_least_float32, unit
+from latteflow.models.methods.adaptation import Adapted, PairData, TuneData
+from latteflow.models.methods.losses import clip_loss
+from latteflow.models.methods.pc_clip import PcClipSettings
+from latteflow.models.methods.pc_clip.comparative import compare_prompts
+from latteflow.models.methods.training import Batch, Stats, Trainable, train
+from latteflow.models.settings import TrainingSettings
+from latteflow.models.towers.blocks import TextReader, text_blocks
+from latteflow.models.vectors import at_least_float32, unit
 
 SHORTEST_DIFFERENCE = 1e-4
 """Below it two images are the same, and the direction of their difference is noise (4.5)."""

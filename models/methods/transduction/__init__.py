@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from models.methods.method import Given, Method, Section
-from models.settings import Settings
+from latteflow.models.methods.method import Given, Method, Section
+from latteflow.models.settings import Settings
 
 if TYPE_CHECKING:
-    from models.methods.adaptation import Adapted
+    from latteflow.models.methods.adaptation import Adapted
 
 
 class TransductionSettings(Settings):
@@ -31,8 +31,8 @@ class TransductionSettings(Settings):
 
 
 def _adapt(given: Given) -> Adapted:
-    from models.methods.adaptation import Adapted
-    from models.methods.transduction.tuning import transduce
+    from latteflow.models.methods.adaptation import Adapted
+    from latteflow.models.methods.transduction.tuning import transduce
 
     data = given.data
     found = transduce(given.of(TransductionSettings), data.image_features, data.class_features, given.scale)

@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.methods.transduction import TransductionSettings
-from models.vectors import at_least_float32
+from latteflow.models.methods.transduction import TransductionSettings
+from latteflow.models.vectors import at_least_float32
 
 ROUNDS = 30
 """Of 2.; what is then left to travel is `spread ** ROUNDS`, nothing by default."""

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from models.errors import ModelError
-from models.settings import Settings
+from latteflow.models.errors import ModelError
+from latteflow.models.settings import Settings
 
 _UNSEEN = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 

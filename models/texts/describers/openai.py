@@ -14,10 +14,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from models.errors import ModelError
-from models.settings import OpenAISettings
-from models.texts.describers import EngineStopped, Prompt, Text, tidy
-from models.texts.describers.prompted import ANSWER
+from latteflow.models.errors import ModelError
+from latteflow.models.settings import OpenAISettings
+from latteflow.models.texts.describers import EngineStopped, Prompt, Text, tidy
+from latteflow.models.texts.describers.prompted import ANSWER
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from models.texts.collage import collage
-from models.texts.describers import Engine, EngineStopped, Item, Kind, Prompt, Text, tidy
-from models.towers.images import smaller, to_rgb
+from latteflow.models.texts.collage import collage
+from latteflow.models.texts.describers import Engine, EngineStopped, Item, Kind, Prompt, Text, tidy
+from latteflow.models.towers.images import smaller, to_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Union, get_args
 
 from pydantic import Discriminator, Tag
 
-from models.errors import ModelError
-from models.plugins import found
-from models.settings import OpenAISettings, Settings, SidecarSettings, TagsSettings, VllmSettings, kind_of
-from models.texts.describers import Writer
+from latteflow.models.errors import ModelError
+from latteflow.models.plugins import found
+from latteflow.models.settings import OpenAISettings, Settings, SidecarSettings, TagsSettings, VllmSettings, kind_of
+from latteflow.models.texts.describers import Writer
 
 GROUP = "latteflow.describers"
 

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from models.texts.describers import Item, Kind, Text
+from latteflow.models.texts.describers import Item, Kind, Text
 
 _WORD = re.compile(r"[^\W\d_]{2,}")
 

@@ -15,8 +15,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from models.data.wordnet import Synset, synsets
-from models.texts.describers import Item, Kind, Text
+from latteflow.models.data.wordnet import Synset, synsets
+from latteflow.models.texts.describers import Item, Kind, Text
 
 Floats = NDArray[np.floating]
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from models.settings import LanguageModelSettings
+from latteflow.models.settings import LanguageModelSettings
 
 log = logging.getLogger("latteflow.models")
 Shown = tuple[str, Sequence[tuple[int, int]]]

@@ -15,10 +15,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from models.errors import ModelError
-from models.settings import VllmSettings
-from models.texts.describers import EngineStopped, Prompt, Text
-from models.texts.describers.prompted import ANSWER
+from latteflow.models.errors import ModelError
+from latteflow.models.settings import VllmSettings
+from latteflow.models.texts.describers import EngineStopped, Prompt, Text
+from latteflow.models.texts.describers.prompted import ANSWER
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess

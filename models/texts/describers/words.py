@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from models.texts.describers import Item, Kind, Text
+from latteflow.models.texts.describers import Item, Kind, Text
 
 REVISION = "1"
 """Raised whenever the texts change."""

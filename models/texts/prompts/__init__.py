@@ -10,8 +10,8 @@ from pydantic import BeforeValidator, Field, StringConstraints, ValidationError,
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from models.errors import ModelError
-from models.settings import Settings, one_or_many
+from latteflow.models.errors import ModelError
+from latteflow.models.settings import Settings, one_or_many
 
 _VARIABLE = re.compile(r"\{(\w*)\}")
 _KNOWN = {

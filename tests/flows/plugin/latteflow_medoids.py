@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from pydantic import Field
 
-from models.methods.method import Given, Method, Section
-from models.settings import Settings
-from models.texts.describers import Item, Kind, Text, Writer
+from latteflow.models.methods.method import Given, Method, Section
+from latteflow.models.settings import Settings
+from latteflow.models.texts.describers import Item, Kind, Text, Writer
 
 if TYPE_CHECKING:
-    from models.methods.adaptation import Adapted
+    from latteflow.models.methods.adaptation import Adapted
 
 
 class MedoidSettings(Settings):
@@ -25,8 +25,8 @@ class MedoidSettings(Settings):
 
 def adapt(given: Given) -> Adapted:
     """The classifier is the mean of each class's text and the images that are most like it."""
-    from models.methods.adaptation import Adapted
-    from models.vectors import unit
+    from latteflow.models.methods.adaptation import Adapted
+    from latteflow.models.vectors import unit
 
     features, texts = given.data.image_features, given.data.class_features
     best = (texts @ features.T).topk(min(given.of(MedoidSettings).images, len(features))).indices

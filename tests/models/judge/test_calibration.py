@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from models.judge import metrics
-from models.judge.calibration import expected_accuracy, neighbours_say, temperature
-from models.methods.transduction import TransductionSettings
-from models.methods.transduction.tuning import transduce
+from latteflow.models.judge import metrics
+from latteflow.models.judge.calibration import expected_accuracy, neighbours_say, temperature
+from latteflow.models.methods.transduction import TransductionSettings
+from latteflow.models.methods.transduction.tuning import transduce
 
 
 def unit(rows: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from models.judge.flat import apart, flat
+from latteflow.models.judge.flat import apart, flat
 
 
 def unit(rows: np.ndarray) -> np.ndarray:

@@ -7,8 +7,8 @@ from scipy import stats
 from sklearn import metrics as sklearn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
-from models.judge import metrics
-from models.judge.few_labels import DRAWS, LABELS, few_labels, worth
+from latteflow.models.judge import metrics
+from latteflow.models.judge.few_labels import DRAWS, LABELS, few_labels, worth
 
 CLASSES = 7
 

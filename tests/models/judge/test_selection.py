@@ -8,9 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.judge.selection import BAR, NEIGHBOURS, SHARE, Duel, Evidence, duel, estimates, judge, kappa, neighbours
-from models.methods.transduction.tuning import nearest
-from models.vectors import unit
+from latteflow.models.judge.selection import (
+    BAR,
+    NEIGHBOURS,
+    SHARE,
+    Duel,
+    Evidence,
+    duel,
+    estimates,
+    judge,
+    kappa,
+    neighbours,
+)
+from latteflow.models.methods.transduction.tuning import nearest
+from latteflow.models.vectors import unit
 
 K = 5
 

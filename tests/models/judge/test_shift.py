@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.judge import shift
-from models.judge.shift import centre_share
-from models.vectors import unit
+from latteflow.models.judge import shift
+from latteflow.models.judge.shift import centre_share
+from latteflow.models.vectors import unit
 
 DIM, K, SCALE = 32, 8, 30.0
 

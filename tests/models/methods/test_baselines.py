@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.methods.adaptation import TuneData
-from models.methods.baselines.tuning import flyp, self_training, wise_ft
-from models.methods.latteclip import LatteClipSettings
-from models.methods.latteclip.tuning import classify
-from models.methods.losses import clip_loss
-from models.vectors import unit
+from latteflow.models.methods.adaptation import TuneData
+from latteflow.models.methods.baselines.tuning import flyp, self_training, wise_ft
+from latteflow.models.methods.latteclip import LatteClipSettings
+from latteflow.models.methods.latteclip.tuning import classify
+from latteflow.models.methods.losses import clip_loss
+from latteflow.models.vectors import unit
 
 pytestmark = pytest.mark.slow
 

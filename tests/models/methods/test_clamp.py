@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 import tinylm
-from models.errors import ModelError
-from models.methods.clamp import ClampSettings
-from models.methods.clamp.losses import contrastive, distillation
-from models.methods.clamp.masks import positions, read_only_mask
-from models.methods.clamp.tower import ClampTower
-from models.methods.clamp.wrapper import WRAPPERS, Tokens, Wrapper, normal
-from models.vectors import unit
+from latteflow.models.errors import ModelError
+from latteflow.models.methods.clamp import ClampSettings
+from latteflow.models.methods.clamp.losses import contrastive, distillation
+from latteflow.models.methods.clamp.masks import positions, read_only_mask
+from latteflow.models.methods.clamp.tower import ClampTower
+from latteflow.models.methods.clamp.wrapper import WRAPPERS, Tokens, Wrapper, normal
+from latteflow.models.vectors import unit
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gemma3"])
 MASKS = pytest.mark.parametrize("mask", ["bidirectional", "causal", "isolated"])

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import tinylm
-from models.errors import ModelError
-from models.methods.clamp import ClampSettings, lm
-from models.methods.clamp.tower import ClampTower
+from latteflow.models.errors import ModelError
+from latteflow.models.methods.clamp import ClampSettings, lm
+from latteflow.models.methods.clamp.tower import ClampTower
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 import tinylm
-from models.methods.clamp import ClampSettings
-from models.methods.clamp.tower import ClampTower
-from models.methods.clamp.training import Clamp, ClampData
-from models.methods.training import train
-from models.settings import TrainingSettings
-from models.vectors import unit
+from latteflow.models.methods.clamp import ClampSettings
+from latteflow.models.methods.clamp.tower import ClampTower
+from latteflow.models.methods.clamp.training import Clamp, ClampData
+from latteflow.models.methods.training import train
+from latteflow.models.settings import TrainingSettings
+from latteflow.models.vectors import unit
 
 N, DIM = 21, 16
 

@@ -13,14 +13,14 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from models.methods.adaptation import TuneData
-from models.methods.latteclip import LatteClipSettings
-from models.methods.latteclip.tuning import _group_sampler, classify, latte_step, tune, update_prototypes
-from models.methods.training import NonFiniteLossError
-from models.schedule import warmup_cosine
-from models.towers.blocks import ignores_padding, text_features
-from models.towers.embedded import EmbeddedClip
-from models.vectors import unit
+from latteflow.models.methods.adaptation import TuneData
+from latteflow.models.methods.latteclip import LatteClipSettings
+from latteflow.models.methods.latteclip.tuning import _group_sampler, classify, latte_step, tune, update_prototypes
+from latteflow.models.methods.training import NonFiniteLossError
+from latteflow.models.schedule import warmup_cosine
+from latteflow.models.towers.blocks import ignores_padding, text_features
+from latteflow.models.towers.embedded import EmbeddedClip
+from latteflow.models.vectors import unit
 
 TINY = {
     "embed_dim": 8,

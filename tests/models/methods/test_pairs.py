@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import models.methods.pc_clip.pairs
-from models.methods.pc_clip.pairs import MOST_IMAGES, draw_pairs, n_pairs, unrank
-from models.settings import PairPolicy
+import latteflow.models.methods.pc_clip.pairs
+from latteflow.models.methods.pc_clip.pairs import MOST_IMAGES, draw_pairs, n_pairs, unrank
+from latteflow.models.settings import PairPolicy
 
 
 def exact(k: int, n: int) -> tuple[int, int]:
@@ -83,8 +83,8 @@ def test_a_million_images() -> None:
 
 @pytest.mark.parametrize("listed", [0, 5_000_000])
 def test_draws_are_uniform(listed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models.methods.pc_clip.pairs, "_LISTED", listed)
-    monkeypatch.setattr(models.methods.pc_clip.pairs, "_BLOCK", 32)
+    monkeypatch.setattr(latteflow.models.methods.pc_clip.pairs, "_LISTED", listed)
+    monkeypatch.setattr(latteflow.models.methods.pc_clip.pairs, "_BLOCK", 32)
     counts = np.zeros((6, 6))
     for seed in range(3000):
         found = draw_pairs([0] * 6, range(6), 3, "uniform", seed)
@@ -95,7 +95,7 @@ def test_draws_are_uniform(listed: int, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("listed", [0, 5_000_000])
 def test_few_pairs_change_when_an_image_comes_or_goes(listed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models.methods.pc_clip.pairs, "_LISTED", listed)
+    monkeypatch.setattr(latteflow.models.methods.pc_clip.pairs, "_LISTED", listed)
 
     def drawn(groups: list[int]) -> set[tuple[int, int]]:
         found = draw_pairs(groups, range(len(groups)), 5000, "mixed", 1)

@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from models.methods.adaptation import PairData, TuneData
-from models.methods.pc_clip import PcClipSettings
-from models.methods.pc_clip.comparative import compare_prompts, difference_accuracy, difference_scores
-from models.methods.pc_clip.tuning import PcClip, difference, pair_loss, tune_pairs
-from models.methods.training import train
-from models.settings import ClipSettings
-from models.towers import clip as clips
-from models.vectors import unit
+from latteflow.models.methods.adaptation import PairData, TuneData
+from latteflow.models.methods.pc_clip import PcClipSettings
+from latteflow.models.methods.pc_clip.comparative import compare_prompts, difference_accuracy, difference_scores
+from latteflow.models.methods.pc_clip.tuning import PcClip, difference, pair_loss, tune_pairs
+from latteflow.models.methods.training import train
+from latteflow.models.settings import ClipSettings
+from latteflow.models.towers import clip as clips
+from latteflow.models.vectors import unit
 
 N_ATTRIBUTES, WIDTH = 12, 32
 

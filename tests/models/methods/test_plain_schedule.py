@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from benchmarks.step import SAVINGS, Texts, plain_schedule
-from models.methods.adaptation import Adapted, TuneData
-from models.methods.latteclip import LatteClipSettings
-from models.methods.latteclip.tuning import LatteClip, tune
-from models.settings import TrainingSettings
+from latteflow.models.methods.adaptation import Adapted, TuneData
+from latteflow.models.methods.latteclip import LatteClipSettings
+from latteflow.models.methods.latteclip.tuning import LatteClip, tune
+from latteflow.models.settings import TrainingSettings
 
 pytestmark = pytest.mark.slow
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models.methods.adaptation import TuneData
-from models.methods.latteclip import LatteClipSettings
-from models.methods.latteclip.tuning import classify, tune
-from models.methods.latteclip_plus.tuning import tune_plus
-from models.methods.transduction import TransductionSettings
-from models.methods.transduction.tuning import transduce
-from models.vectors import unit
+from latteflow.models.methods.adaptation import TuneData
+from latteflow.models.methods.latteclip import LatteClipSettings
+from latteflow.models.methods.latteclip.tuning import classify, tune
+from latteflow.models.methods.latteclip_plus.tuning import tune_plus
+from latteflow.models.methods.transduction import TransductionSettings
+from latteflow.models.methods.transduction.tuning import transduce
+from latteflow.models.vectors import unit
 
 pytestmark = pytest.mark.slow
 

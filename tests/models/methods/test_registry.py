@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.methods.adaptation import PairData, TuneData
-from models.methods.latteclip import LatteClipSettings
-from models.methods.latteclip.tuning import classify
-from models.methods.pc_clip import PcClipSettings
-from models.methods.registry import METHODS, adapt
-from models.methods.transduction import TransductionSettings
-from models.methods.transduction.tuning import transduce
-from models.vectors import unit
+from latteflow.models.methods.adaptation import PairData, TuneData
+from latteflow.models.methods.latteclip import LatteClipSettings
+from latteflow.models.methods.latteclip.tuning import classify
+from latteflow.models.methods.pc_clip import PcClipSettings
+from latteflow.models.methods.registry import METHODS, adapt
+from latteflow.models.methods.transduction import TransductionSettings
+from latteflow.models.methods.transduction.tuning import transduce
+from latteflow.models.vectors import unit
 
 ON_FEATURES = [method for method in METHODS if method != "clamp"]
 CFG, ANCHORED = LatteClipSettings(epochs=3, batch_size=8, lr=1e-3), TransductionSettings(anchor=5)

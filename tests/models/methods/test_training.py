@@ -14,13 +14,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from models.methods.adaptation import TuneData
-from models.methods.latteclip import LatteClipSettings
-from models.methods.latteclip.tuning import LatteClip
-from models.methods.losses import clip_loss
-from models.methods.training import Batch, NonFiniteLossError, Trainable, train
-from models.settings import TrainingSettings
-from models.vectors import unit
+from latteflow.models.methods.adaptation import TuneData
+from latteflow.models.methods.latteclip import LatteClipSettings
+from latteflow.models.methods.latteclip.tuning import LatteClip
+from latteflow.models.methods.losses import clip_loss
+from latteflow.models.methods.training import Batch, NonFiniteLossError, Trainable, train
+from latteflow.models.settings import TrainingSettings
+from latteflow.models.vectors import unit
 
 N, DIM = 20, 6
 

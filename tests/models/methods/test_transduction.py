@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.methods.transduction import TransductionSettings
-from models.methods.transduction import tuning as transduction
-from models.methods.transduction.tuning import nearest, propagate, transduce, whitening
+from latteflow.models.methods.transduction import TransductionSettings
+from latteflow.models.methods.transduction import tuning as transduction
+from latteflow.models.methods.transduction.tuning import nearest, propagate, transduce, whitening
 
 pytestmark = pytest.mark.slow
 

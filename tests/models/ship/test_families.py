@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from timm.models import register_model
 from transformers import RobertaConfig
 
-from models.errors import ModelError
-from models.settings import ClipSettings
-from models.ship.export import export
-from models.towers import clip
-from models.towers.blocks import IMAGE_TAILS, TEXT_TAILS, last_blocks
+from latteflow.models.errors import ModelError
+from latteflow.models.settings import ClipSettings
+from latteflow.models.ship.export import export
+from latteflow.models.towers import clip
+from latteflow.models.towers.blocks import IMAGE_TAILS, TEXT_TAILS, last_blocks
 
 DIM = 64
 NATIVE = {"layers": 1, "width": DIM, "head_width": 32, "image_size": 32, "patch_size": 16}

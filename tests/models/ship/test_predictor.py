@@ -16,10 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conftest import draw
-from models.errors import ModelError
-from models.settings import ClipSettings
-from models.ship.predictor import Head, Predictor, scores, unknown_below
-from models.towers import clip
+from latteflow.models.errors import ModelError
+from latteflow.models.settings import ClipSettings
+from latteflow.models.ship.predictor import Head, Predictor, scores, unknown_below
+from latteflow.models.towers import clip
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_a_link_to_a_file_is_a_file(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["latteflow.json", "classes.json", "open_clip_config.json"])
 @pytest.mark.parametrize("harm", ["deep", "large", "bytes"])
 def test_hostile_json_is_one_message(folder: Path, name: str, harm: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("models.towers.folder.MOST_JSON", 1 << 20)
+    monkeypatch.setattr("latteflow.models.towers.folder.MOST_JSON", 1 << 20)
     content = {"deep": b"[" * 200_000 + b"]" * 200_000, "large": b" " * (1 << 20) + b"[]", "bytes": b"\xff\xfe{"}
     (folder / name).write_bytes(content[harm])
     with pytest.raises(ModelError, match=name if harm == "large" else str(folder)):
@@ -210,7 +210,7 @@ def test_a_temperature_makes_it_less_sure_and_changes_no_answer(folder: Path) ->
 def test_onnx_says_the_same_of_any_number_of_images(folder: Path) -> None:
     pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")
-    from models.ship.to_onnx import noise, to_onnx
+    from latteflow.models.ship.to_onnx import noise, to_onnx
 
     model = Predictor.load(folder)
     assert to_onnx(model, folder) < 1e-5
@@ -227,7 +227,7 @@ def test_onnx_says_the_same_of_any_number_of_images(folder: Path) -> None:
 def test_transformers_reads_it_with_either_activation(folder: Path, quick: bool) -> None:
     from transformers import CLIPModel, CLIPTokenizer
 
-    from models.ship.to_transformers import to_transformers
+    from latteflow.models.ship.to_transformers import to_transformers
 
     edit("open_clip_config.json", lambda s: {**s, "model_cfg": {**s["model_cfg"], "quick_gelu": quick}})(folder)
     model = Predictor.load(folder)
@@ -244,7 +244,7 @@ def test_transformers_reads_it_with_either_activation(folder: Path, quick: bool)
 
 
 def test_what_transformers_has_no_place_for_is_refused(folder: Path) -> None:
-    from models.ship.to_transformers import to_transformers
+    from latteflow.models.ship.to_transformers import to_transformers
 
     model = Predictor.load(folder)
     model.clip.model.visual.ln_pre = torch.nn.Identity()

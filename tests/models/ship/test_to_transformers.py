@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from models.errors import ModelError
-from models.settings import ClipSettings
-from models.ship.predictor import Predictor
-from models.ship.to_transformers import check, to_transformers
+from latteflow.models.errors import ModelError
+from latteflow.models.settings import ClipSettings
+from latteflow.models.ship.predictor import Predictor
+from latteflow.models.ship.to_transformers import check, to_transformers
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,7 @@ def test_pictures_that_its_processor_cannot_prepare_are_refused(exported: Path, 
 
 
 def test_it_is_known_without_torch() -> None:
-    program = "import sys; from models.ship.to_transformers import check; from models.settings import ClipSettings; "
+    program = "import sys; from latteflow.models.ship.to_transformers import check; "
+    program += "from latteflow.models.settings import ClipSettings; "
     program += "check(ClipSettings(model='ViT-B-32')); print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "False"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.texts.differences import LEAST_CHARACTERS, RULES, read_difference
+from latteflow.models.texts.differences import LEAST_CHARACTERS, RULES, read_difference
 
 GOOD = "The first image shows a brown dog asleep on a sofa, while the second image shows two cats in a garden."
 

@@ -16,11 +16,11 @@ from PIL import Image
 from pydantic import ValidationError
 
 from chatserver import Ask, ChatServer, Reply, answer, echo, error
-from models.errors import ModelError
-from models.settings import OpenAISettings
-from models.texts.describers import EngineStopped, Prompt, Text
-from models.texts.describers import openai as module
-from models.texts.describers.openai import TRIES, OpenAIEngine
+from latteflow.models.errors import ModelError
+from latteflow.models.settings import OpenAISettings
+from latteflow.models.texts.describers import EngineStopped, Prompt, Text
+from latteflow.models.texts.describers import openai as module
+from latteflow.models.texts.describers.openai import TRIES, OpenAIEngine
 
 pytestmark = pytest.mark.slow
 

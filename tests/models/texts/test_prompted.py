@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from models.texts.describers import EngineStopped, Item, Prompt, Text, tidy
-from models.texts.describers import prompted as module
-from models.texts.describers.prompted import HOPELESS, Prompted
+from latteflow.models.texts.describers import EngineStopped, Item, Prompt, Text, tidy
+from latteflow.models.texts.describers import prompted as module
+from latteflow.models.texts.describers.prompted import HOPELESS, Prompted
 
 Answer = Callable[[int, Prompt], Text]
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.errors import ModelError
-from models.texts.prompts import fill, load, shipped
+from latteflow.models.errors import ModelError
+from latteflow.models.texts.prompts import fill, load, shipped
 
 # The strings of LatteCLIP's code, commit 4b7d879: extract_captions_llava_1_6.py:188-200 about one image,
 # extract_captions_llava_1_6_compare.py:365-381 about a group. Both end alike, and so do their beginnings.

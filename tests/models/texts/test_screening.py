@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.settings import ScreenSettings
-from models.texts.screening import (
+from latteflow.models.settings import ScreenSettings
+from latteflow.models.texts.screening import (
     FLAGS,
     FLOOR_WEIGHT,
     ClassNames,
@@ -401,6 +401,6 @@ def test_a_hundred_thousand_texts_take_seconds() -> None:
 
 
 def test_needs_no_torch() -> None:
-    code = "import sys, models.texts.screening; print('torch' in sys.modules)"
+    code = "import sys, latteflow.models.texts.screening; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -4,8 +4,8 @@ import json
 import numpy as np
 import pytest
 
-from models.data import wordnet
-from models.texts.describers.tags import TagVocabulary, describe_features, describe_groups, with_article
+from latteflow.models.data import wordnet
+from latteflow.models.texts.describers.tags import TagVocabulary, describe_features, describe_groups, with_article
 
 FRUIT = TagVocabulary(
     names=("pomegranate", "orange", "hammer", "hourglass"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.texts.describers import Item
-from models.texts.describers.words import Words, difference
-from models.texts.differences import LEAST_CHARACTERS
+from latteflow.models.texts.describers import Item
+from latteflow.models.texts.describers.words import Words, difference
+from latteflow.models.texts.differences import LEAST_CHARACTERS
 
 
 def test_each_side_is_told_what_the_other_lacks() -> None:

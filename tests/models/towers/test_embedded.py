@@ -11,10 +11,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.data import wordnet
-from models.towers import embedded
-from models.towers.clip import cache_folder
-from models.towers.embedded import CorruptModel, EmbeddedClip, MissingWeights, build_embedded, kernel_ridge, load, save
+from latteflow.models.data import wordnet
+from latteflow.models.towers import embedded
+from latteflow.models.towers.clip import cache_folder
+from latteflow.models.towers.embedded import (
+    CorruptModel,
+    EmbeddedClip,
+    MissingWeights,
+    build_embedded,
+    kernel_ridge,
+    load,
+    save,
+)
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from models.towers.images import in_range, to_rgb
-from storage.images import open_image
+from latteflow.models.towers.images import in_range, to_rgb
+from latteflow.storage.images import open_image
 
 
 def pixel(image: Image.Image) -> tuple[int, ...]:
@@ -275,9 +275,9 @@ def test_pillow_says_nothing_over_the_progress_of_a_run() -> None:
     program = """
 import io
 from PIL import Image
-from models.towers.images import to_rgb
-from storage.images import ImageLimits, inspect, open_image
-from tasks.report.slices import sharpness
+from latteflow.models.towers.images import to_rgb
+from latteflow.storage.images import ImageLimits, inspect, open_image
+from latteflow.tasks.report.slices import sharpness
 
 palette = Image.new("P", (9, 9))
 palette.putpalette(bytes(range(256)) * 3)

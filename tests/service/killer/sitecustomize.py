@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 if os.environ.get("KILL_IN"):
-    from storage.objects import ObjectStore
+    from latteflow.storage.objects import ObjectStore
 
     FILE, plain = Path(os.environ["KILL_IN"]), ObjectStore.put_if_absent
 

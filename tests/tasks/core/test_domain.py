@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.core.domain import Domain
-from tasks.core.errors import ConfigError
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.errors import ConfigError
 
 GOOD = """\
 name: birds

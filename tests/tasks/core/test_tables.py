@@ -5,8 +5,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from storage.errors import DataError
-from tasks.core.tables import read_by_path
+from latteflow.storage.errors import DataError
+from latteflow.tasks.core.tables import read_by_path
 
 PATHS = ["a.png", "b/ä.png", "c.png", "d.png"]
 EXPECTED = {"a.png": "red", "b/ä.png": "dark; blue, or so"}

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from chatserver import Ask, ChatServer, Reply, answer
-from flows.pipeline import run_plainly
-from models.texts.screening import describes_class
-from models.towers import clip
-from tasks.core.domain import Domain
-from tasks.core.errors import ConfigError
-from tasks.core.stage import open_store
-from tasks.tune.models import read_tuned
+from latteflow.flows.pipeline import run_plainly
+from latteflow.models.texts.screening import describes_class
+from latteflow.models.towers import clip
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.errors import ConfigError
+from latteflow.tasks.core.stage import open_store
+from latteflow.tasks.tune.models import read_tuned
 
 SAID = {
     "red": "its colour is that of ripe tomatoes and fire engines",

@@ -13,19 +13,19 @@ import pytest
 
 from chatserver import Ask, ChatServer, Reply, answer, error
 from conftest import draw
-from flows.pipeline import graph, run_plainly
-from flows.plan import plan
-from models.methods.registry import METHODS
-from models.texts.differences import RULES
-from storage.errors import DataError
-from storage.shards import read_index
-from tasks.core.domain import Domain
-from tasks.core.errors import ConfigError
-from tasks.core.stage import StageResult, open_store, statistic
-from tasks.describe.pair import read_class_pairs, read_pairs
-from tasks.report.evaluate import evaluate
-from tasks.ship.export import export_tuned
-from tasks.tune.models import read_history, read_tuned, text_reader
+from latteflow.flows.pipeline import graph, run_plainly
+from latteflow.flows.plan import plan
+from latteflow.models.methods.registry import METHODS
+from latteflow.models.texts.differences import RULES
+from latteflow.storage.errors import DataError
+from latteflow.storage.shards import read_index
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.errors import ConfigError
+from latteflow.tasks.core.stage import StageResult, open_store, statistic
+from latteflow.tasks.describe.pair import read_class_pairs, read_pairs
+from latteflow.tasks.report.evaluate import evaluate
+from latteflow.tasks.ship.export import export_tuned
+from latteflow.tasks.tune.models import read_history, read_tuned, text_reader
 
 pytestmark = pytest.mark.slow
 
@@ -232,9 +232,9 @@ def test_a_model_that_never_gives_a_usable_text(
 def test_a_hopeless_model_is_not_asked_about_everything(
     domain: Domain, tmp_path: Path, chat_server: ChatServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tasks.describe.pair.PART", 20)
-    monkeypatch.setattr("tasks.describe.pair.HOPELESS", 40)
-    monkeypatch.setattr("models.texts.describers.prompted.BATCH_S", 0.0)
+    monkeypatch.setattr("latteflow.tasks.describe.pair.PART", 20)
+    monkeypatch.setattr("latteflow.tasks.describe.pair.HOPELESS", 40)
+    monkeypatch.setattr("latteflow.models.texts.describers.prompted.BATCH_S", 0.0)
     asks: list[Ask] = []
 
     def script(ask: Ask) -> Reply:

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from flows.plan import plan
-from models.settings import VllmSettings
-from models.texts.describers.tokens import prompt_tokens
-from tasks.core.domain import Domain
+from latteflow.flows.plan import plan
+from latteflow.models.settings import VllmSettings
+from latteflow.models.texts.describers.tokens import prompt_tokens
+from latteflow.tasks.core.domain import Domain
 
 ASKED = "Describe what the picture shows."
 

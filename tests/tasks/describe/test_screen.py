@@ -10,19 +10,19 @@ import polars as pl
 import pytest
 
 from conftest import draw
-from flows.pipeline import run_plainly
-from storage.tables import parquet, read_parquet
-from tasks.core.domain import Domain
-from tasks.core.errors import ConfigError
-from tasks.core.features import read_features
-from tasks.core.stage import StageResult, open_store
-from tasks.describe import screen as stage
-from tasks.describe.describe import describe
-from tasks.describe.group import group
-from tasks.describe.screen import read_screened, screen, usable
-from tasks.ingest.embed import embed
-from tasks.ingest.shard import shard
-from tasks.report import report
+from latteflow.flows.pipeline import run_plainly
+from latteflow.storage.tables import parquet, read_parquet
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.errors import ConfigError
+from latteflow.tasks.core.features import read_features
+from latteflow.tasks.core.stage import StageResult, open_store
+from latteflow.tasks.describe import screen as stage
+from latteflow.tasks.describe.describe import describe
+from latteflow.tasks.describe.group import group
+from latteflow.tasks.describe.screen import read_screened, screen, usable
+from latteflow.tasks.ingest.embed import embed
+from latteflow.tasks.ingest.shard import shard
+from latteflow.tasks.report import report
 
 pytestmark = pytest.mark.slow
 
@@ -96,7 +96,7 @@ def test_every_text_keeps_its_row_and_gets_flags_and_a_weight(domain: Domain, tm
 
 
 def test_scores_are_cosines_with_the_members(domain: Domain) -> None:
-    from models.towers import clip
+    from latteflow.models.towers import clip
 
     stages = before(domain)
     result = screen(domain, *stages)
@@ -140,7 +140,7 @@ def test_a_killed_stage_takes_up_its_finished_part(domain: Domain, monkeypatch: 
 def test_too_long_is_what_the_clips_own_tokenizer_cuts(domain: Domain) -> None:
     import torch
 
-    from models.towers import clip
+    from latteflow.models.towers import clip
 
     texts = ["", "a " * 10, "a " * 37, "a " * 38, "a " * 60, "猫" * 30]  # 40 tokens, two of them begin and end
     assert clip.load(domain.clip).too_long(texts).tolist() == [False, False, False, True, True, True]
@@ -192,9 +192,9 @@ def test_of_several_texts_training_uses_the_heaviest_then_the_first(domain: Doma
 
 
 def test_dropped_texts_do_not_reach_training(domain: Domain, tmp_path: Path) -> None:
-    from models.methods.registry import METHODS
-    from models.towers import clip
-    from tasks.tune.inputs import Inputs, Stages
+    from latteflow.models.methods.registry import METHODS
+    from latteflow.models.towers import clip
+    from latteflow.tasks.tune.inputs import Inputs, Stages
 
     refusal = "I'm sorry, but I can't assist with that."
     with_texts(domain, tmp_path, {"001.png": refusal})

@@ -23,23 +23,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import tasks.describe.texts
+import latteflow.tasks.describe.texts
 from chatserver import Ask, ChatServer, Reply, answer, error
 from conftest import draw, draw_folder
-from flows.pipeline import run_plainly
-from models.errors import ModelError
-from models.texts.describers import EngineStopped, Item, Kind, Prompt, Text
-from storage.captions import CAPTION_SCHEMA, CaptionStore
-from storage.errors import Damaged
-from storage.objects import ObjectStore
-from storage.tables import read_parquet
-from tasks.core.domain import Domain
-from tasks.core.stage import StageResult, open_store, rules
-from tasks.describe.describe import describe
-from tasks.describe.group import group
-from tasks.describe.texts import Gallery, Question, Texts, describer_identity
-from tasks.ingest.embed import embed
-from tasks.ingest.shard import shard
+from latteflow.flows.pipeline import run_plainly
+from latteflow.models.errors import ModelError
+from latteflow.models.texts.describers import EngineStopped, Item, Kind, Prompt, Text
+from latteflow.storage.captions import CAPTION_SCHEMA, CaptionStore
+from latteflow.storage.errors import Damaged
+from latteflow.storage.objects import ObjectStore
+from latteflow.storage.tables import read_parquet
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import StageResult, open_store, rules
+from latteflow.tasks.describe.describe import describe
+from latteflow.tasks.describe.group import group
+from latteflow.tasks.describe.texts import Gallery, Question, Texts, describer_identity
+from latteflow.tasks.ingest.embed import embed
+from latteflow.tasks.ingest.shard import shard
 
 pytestmark = pytest.mark.slow
 
@@ -155,7 +155,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
         found.proven.append(proven)
         return found
 
-    monkeypatch.setattr(tasks.describe.texts, "open_describer", opened)
+    monkeypatch.setattr(latteflow.tasks.describe.texts, "open_describer", opened)
     return found
 
 
@@ -394,7 +394,7 @@ def test_each_caption_is_there_once_however_it_was_split_and_killed(
     kills = data.draw(st.lists(st.integers(0, 24), max_size=3))
     fake = Fake(batch=data.draw(st.integers(1, 7)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks.describe.texts, "open_describer", lambda *_, proven: fake)
+        patch.setattr(latteflow.tasks.describe.texts, "open_describer", lambda *_, proven: fake)
         for kill in kills:
             fake.stop_after = len(fake.asked) + kill
             texts = opened(made, domain, objects=objects)[1]
@@ -448,7 +448,7 @@ class Looks:
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> Looks:
     found = Looks()
-    monkeypatch.setattr(tasks.describe.texts, "_open_engine", lambda settings: found)
+    monkeypatch.setattr(latteflow.tasks.describe.texts, "_open_engine", lambda settings: found)
     return found
 
 
@@ -501,11 +501,11 @@ def test_a_group_is_shown_as_the_domain_says(made: Made, here: Path, looks: Look
 
 
 def key_of(monkeypatch: pytest.MonkeyPatch, domain: Domain) -> str | None:
-    from models.texts.describers import openai
+    from latteflow.models.texts.describers import openai
 
     got: list[str | None] = []
     monkeypatch.setattr(openai, "OpenAIEngine", lambda settings, key: got.append(key))
-    tasks.describe.texts._open_engine(domain.describer)  # type: ignore[arg-type]
+    latteflow.tasks.describe.texts._open_engine(domain.describer)  # type: ignore[arg-type]
     return got[0]
 
 
@@ -549,7 +549,7 @@ def test_the_whole_pipeline_asks_a_server_and_keeps_its_key_to_itself(
     server = ChatServer()
     server.script = script
     monkeypatch.setenv("MY_KEY", f"{KEY}\n")
-    monkeypatch.setattr("models.texts.describers.openai.LONGEST_WAIT_S", 0.02)
+    monkeypatch.setattr("latteflow.models.texts.describers.openai.LONGEST_WAIT_S", 0.02)
     here = {"url": server.url, "key_env": "MY_KEY", "concurrency": 3, "timeout_s": 20, "patience_s": 20}
     try:
         domain = load(tmp_path, **here)

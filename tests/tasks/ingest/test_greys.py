@@ -10,20 +10,20 @@ import polars as pl
 import pytest
 from PIL import Image, TiffImagePlugin
 
-from flows.pipeline import run_plainly
-from models.ship.predictor import Predictor
-from models.towers.images import in_range, to_rgb
-from storage.artifacts import Artifact
-from storage.images import ImageInfo, ImageLimits, inspect
-from storage.inspectors import Inspectors
-from storage.shards import Greys, read_index, read_records
-from tasks.core.decode import opened
-from tasks.core.domain import ConfigError, Domain
-from tasks.core.stage import NotMade, StageResult, open_store, rules
-from tasks.ingest.embed import embed
-from tasks.ingest.shard import shard
-from tasks.ship.export import export_zero_shot
-from tasks.ship.predict import Decoder
+from latteflow.flows.pipeline import run_plainly
+from latteflow.models.ship.predictor import Predictor
+from latteflow.models.towers.images import in_range, to_rgb
+from latteflow.storage.artifacts import Artifact
+from latteflow.storage.images import ImageInfo, ImageLimits, inspect
+from latteflow.storage.inspectors import Inspectors
+from latteflow.storage.shards import Greys, read_index, read_records
+from latteflow.tasks.core.decode import opened
+from latteflow.tasks.core.domain import ConfigError, Domain
+from latteflow.tasks.core.stage import NotMade, StageResult, open_store, rules
+from latteflow.tasks.ingest.embed import embed
+from latteflow.tasks.ingest.shard import shard
+from latteflow.tasks.ship.export import export_zero_shot
+from latteflow.tasks.ship.predict import Decoder
 
 RAMP = np.arange(4096, dtype=np.uint16).reshape(64, 64)
 

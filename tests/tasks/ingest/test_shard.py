@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from conftest import draw
-from storage.artifacts import Artifact
-from storage.errors import DataError
-from storage.shards import read_index, read_quarantine
-from tasks.core.domain import Domain
-from tasks.core.stage import StageResult, open_store
-from tasks.ingest import shard as stage
-from tasks.ingest.shard import replay, shard
+from latteflow.storage.artifacts import Artifact
+from latteflow.storage.errors import DataError
+from latteflow.storage.shards import read_index, read_quarantine
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import StageResult, open_store
+from latteflow.tasks.ingest import shard as stage
+from latteflow.tasks.ingest.shard import replay, shard
 
 
 def changed(domain: Domain, **settings: object) -> Domain:

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from conftest import call
-from flows.pipeline import run_plainly
-from storage.errors import DataError
-from tasks.core.domain import Domain
-from tasks.report.compare import compare, page_of, read_run
+from latteflow.flows.pipeline import run_plainly
+from latteflow.storage.errors import DataError
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.report.compare import compare, page_of, read_run
 
 pytestmark = pytest.mark.slow
 

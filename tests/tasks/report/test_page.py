@@ -15,9 +15,9 @@ from typing import Any, Literal
 import pytest
 from PIL import Image, ImageDraw
 
-from tasks.report.charts import Placed, make_axis
-from tasks.report.html import clean, duration, p_value, percent, plain, points
-from tasks.report.page import (
+from latteflow.tasks.report.charts import Placed, make_axis
+from latteflow.tasks.report.html import clean, duration, p_value, percent, plain, points
+from latteflow.tasks.report.page import (
     Calibration,
     Caption,
     Captioned,

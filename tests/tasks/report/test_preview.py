@@ -10,14 +10,14 @@ import pytest
 
 from chatserver import Ask, ChatServer, Reply, answer
 from conftest import draw_folder
-from flows import console
-from flows.pipeline import run_plainly
-from flows.plan import Planned, Tokens, cost, plan
-from tasks.core.domain import Domain
-from tasks.describe.describe import write_range
-from tasks.ingest.embed import embed
-from tasks.ingest.shard import shard
-from tasks.report.preview import preview
+from latteflow.flows import console
+from latteflow.flows.pipeline import run_plainly
+from latteflow.flows.plan import Planned, Tokens, cost, plan
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.describe.describe import write_range
+from latteflow.tasks.ingest.embed import embed
+from latteflow.tasks.ingest.shard import shard
+from latteflow.tasks.report.preview import preview
 
 pytestmark = pytest.mark.slow
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from conftest import call
-from flows.pipeline import run_plainly
-from storage.errors import DataError
-from tasks.core.domain import Domain
-from tasks.core.features import centred, read_features
-from tasks.core.stage import open_store
-from tasks.report.rank import rank, sentence
-from tasks.tune.models import read_tuned, text_reader, tuned_features
+from latteflow.flows.pipeline import run_plainly
+from latteflow.storage.errors import DataError
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.features import centred, read_features
+from latteflow.tasks.core.stage import open_store
+from latteflow.tasks.report.rank import rank, sentence
+from latteflow.tasks.tune.models import read_tuned, text_reader, tuned_features
 
 pytestmark = pytest.mark.slow
 

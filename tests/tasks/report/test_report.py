@@ -5,11 +5,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from storage.artifacts import ArtifactStore
-from storage.captions import CAPTION_SCHEMA
-from storage.objects import ObjectStore
-from storage.tables import parquet
-from tasks.report.report import _tokens
+from latteflow.storage.artifacts import ArtifactStore
+from latteflow.storage.captions import CAPTION_SCHEMA
+from latteflow.storage.objects import ObjectStore
+from latteflow.storage.tables import parquet
+from latteflow.tasks.report.report import _tokens
 
 
 @pytest.mark.parametrize("stage", ["describe", "group", "pair"])

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image, ImageFilter
 
-from tasks.report.slices import _thirds, nearest, sharpness
+from latteflow.tasks.report.slices import _thirds, nearest, sharpness
 
 
 def test_blur_is_seen_at_any_size() -> None:

@@ -11,19 +11,19 @@ import pytest
 
 import tinylm
 from conftest import call, draw, draw_folder
-from flows.pipeline import run_plainly
-from models.errors import ModelError
-from models.methods.clamp import ClampSettings
-from models.methods.registry import METHODS
-from models.settings import ClipSettings
-from models.ship.predictor import Predictor
-from tasks.core.domain import Domain
-from tasks.core.stage import open_store
-from tasks.ship.card import model_card
-from tasks.ship.export import RunRecord, export_tuned, export_zero_shot
-from tasks.ship.predict import predict
-from tasks.ship.promote import Champion
-from tasks.tune.heldout import why_not
+from latteflow.flows.pipeline import run_plainly
+from latteflow.models.errors import ModelError
+from latteflow.models.methods.clamp import ClampSettings
+from latteflow.models.methods.registry import METHODS
+from latteflow.models.settings import ClipSettings
+from latteflow.models.ship.predictor import Predictor
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import open_store
+from latteflow.tasks.ship.card import model_card
+from latteflow.tasks.ship.export import RunRecord, export_tuned, export_zero_shot
+from latteflow.tasks.ship.predict import predict
+from latteflow.tasks.ship.promote import Champion
+from latteflow.tasks.tune.heldout import why_not
 
 pytestmark = pytest.mark.slow
 
@@ -70,7 +70,7 @@ def test_a_run_is_exported_with_threshold_card_and_formats(
     # Random weights pass no gate, so that somebody says there is a champion.
     images, tuned = results["shard train"].ref, results["tune"].ref
     served = Champion(tuned, images, "latteclip", 1, 0.5, "", "", "it won", version=3)
-    monkeypatch.setattr("flows.export.champion", lambda domain: served)
+    monkeypatch.setattr("latteflow.flows.export.champion", lambda domain: served)
     assert call("export", file, folder, "--champion") == 0
     assert "The gate, which reads no label: champion 3: it won." in (folder / "README.md").read_text()
     assert not (folder / "model.onnx").exists()  # of the model before

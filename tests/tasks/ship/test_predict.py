@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from conftest import draw, draw_folder
-from models.errors import ModelError
-from models.ship.predictor import Predictor
-from storage.errors import DataError
-from tasks.ship.predict import predict
+from latteflow.models.errors import ModelError
+from latteflow.models.ship.predictor import Predictor
+from latteflow.storage.errors import DataError
+from latteflow.tasks.ship.predict import predict
 
 
 @pytest.fixture

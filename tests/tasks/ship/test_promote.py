@@ -2,10 +2,10 @@
 
 import pytest
 
-from flows.pipeline import run_plainly
-from storage.errors import DataError
-from tasks.core.domain import Domain
-from tasks.ship.promote import champion, promote, read_champion, rollback
+from latteflow.flows.pipeline import run_plainly
+from latteflow.storage.errors import DataError
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.ship.promote import champion, promote, read_champion, rollback
 
 
 def test_nothing_to_roll_back_to_is_said(domain: Domain) -> None:

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flows.pipeline import run_plainly
-from flows.plan import plan
-from models.errors import ModelError
-from models.towers import clip
-from storage.errors import DataError
-from tasks.core.domain import Domain
+from latteflow.flows.pipeline import run_plainly
+from latteflow.flows.plan import plan
+from latteflow.models.errors import ModelError
+from latteflow.models.towers import clip
+from latteflow.storage.errors import DataError
+from latteflow.tasks.core.domain import Domain
 
 
 def with_line(path: Path, name: str, line: str) -> Domain:

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 import tinylm
-from flows.pipeline import run_plainly
-from models.errors import ModelError
-from models.methods.clamp import ClampSettings, adapter, lm
-from tasks.core.domain import Domain
-from tasks.core.errors import ConfigError
-from tasks.core.stage import StageResult, open_store, statistic
-from tasks.ship.export import export_tuned
-from tasks.tune.models import read_history, read_tuned
+from latteflow.flows.pipeline import run_plainly
+from latteflow.models.errors import ModelError
+from latteflow.models.methods.clamp import ClampSettings, adapter, lm
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.errors import ConfigError
+from latteflow.tasks.core.stage import StageResult, open_store, statistic
+from latteflow.tasks.ship.export import export_tuned
+from latteflow.tasks.tune.models import read_history, read_tuned
 
 pytestmark = pytest.mark.slow
 
@@ -112,7 +112,7 @@ def test_an_adapter_knows_its_language_model(clamped: Domain, tmp_path: Path) ->
 
 
 def lora_tower(domain: Domain) -> Any:
-    from models.methods.clamp.tower import ClampTower
+    from latteflow.models.methods.clamp.tower import ClampTower
 
     settings = domain.clamp.model_copy(update={"lora_rank": 2})
     tower = ClampTower(*lm.load(settings), settings, 32)

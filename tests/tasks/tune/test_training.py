@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from flows.pipeline import run_plainly
-from storage.objects import ObjectStore
-from tasks.core.domain import Domain
-from tasks.core.stage import StageResult, open_store
-from tasks.tune.models import read_history, read_tuned
-from tasks.tune.training import Progress, StoredCheckpoint
+from latteflow.flows.pipeline import run_plainly
+from latteflow.storage.objects import ObjectStore
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.stage import StageResult, open_store
+from latteflow.tasks.tune.models import read_history, read_tuned
+from latteflow.tasks.tune.training import Progress, StoredCheckpoint
 
 pytestmark = pytest.mark.slow
 
@@ -81,7 +81,7 @@ def test_two_processes_make_the_model_of_one(domain: Domain, tmp_path: Path) -> 
 
 def test_progress_says_how_long_it_will_take(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 4.0, 12.0, 13.0])
-    monkeypatch.setattr("tasks.tune.training.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("latteflow.tasks.tune.training.time.monotonic", lambda: next(clock))
     caplog.set_level(logging.INFO)
     progress = Progress("latteclip.seed-0", None)
     for done in (21, 24, 25):  # twenty steps were done before

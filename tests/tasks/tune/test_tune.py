@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flows.console import scores
-from flows.pipeline import run_plainly
-from flows.plan import plan
-from models.methods.registry import METHODS
-from storage.errors import DataError
-from storage.tables import read_parquet
-from tasks.core.domain import Domain
-from tasks.core.errors import ConfigError
-from tasks.core.stage import StageResult, open_store, statistic
-from tasks.ship.export import export_tuned
-from tasks.tune.models import read_history, read_tuned
+from latteflow.flows.console import scores
+from latteflow.flows.pipeline import run_plainly
+from latteflow.flows.plan import plan
+from latteflow.models.methods.registry import METHODS
+from latteflow.storage.errors import DataError
+from latteflow.storage.tables import read_parquet
+from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.errors import ConfigError
+from latteflow.tasks.core.stage import StageResult, open_store, statistic
+from latteflow.tasks.ship.export import export_tuned
+from latteflow.tasks.tune.models import read_history, read_tuned
 
 pytestmark = pytest.mark.slow
 
