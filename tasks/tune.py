@@ -187,9 +187,16 @@ def _made_from(
     if method not in SEEDLESS | READS_PAIRS:
         exclude = None if method in READS_TEXTS else OF_TEXTS
         own["latteclip"] = domain.latteclip.model_dump(mode="json", exclude=exclude)
+    if method == "latteclip_plus":
+        own["independent_texts"] = _independent(domain)
     if method in ("transduction", "latteclip_plus"):
         own["transduction"] = domain.transduction.model_dump(mode="json")
     return own
+
+
+def _independent(domain: Domain) -> bool:
+    """Whether the describer sees more of an image than its features."""
+    return domain.describer.kind != "tags"
 
 
 def part_name(method: Method, seed: int | None) -> str:
@@ -268,6 +275,7 @@ class Trainer:
             has_image_text=torch.tensor([text != "" for text in ordered]),
             group_texts=self._read(groups["text"].to_list(), features("groups")) if groups.height else None,
             group_classes=torch.tensor(groups["label"].to_list()) if groups.height else None,
+            independent_texts=_independent(self._domain),
         )
 
     @functools.cached_property

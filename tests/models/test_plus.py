@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from models.adaptation import TuneData
+from models.beliefs import beliefs
 from models.latteclip import classify, tune
 from models.losses import unit
 from models.plus import tune_plus
@@ -38,9 +39,11 @@ def domain(seed: int = 0, n: int = 150) -> tuple[TuneData, torch.Tensor]:
 def test_it_is_transduce_tune_transduce() -> None:
     data, _ = domain()
     x = unit(data.image_embeds)
-    first = transduce(ANCHORED, x, data.class_texts, 20.0)
+    said = beliefs(x, data.class_features, data.image_texts, None, 20.0, ANCHORED.neighbours)
+    assert said is not None
+    first = transduce(ANCHORED, x, data.class_texts, 20.0, said)
     tuned = tune(LATTE, replace(data, pseudo_labels=first.labels), seed=3, scale=20.0)
-    last = transduce(ANCHORED, unit(x @ tuned.image_map), tuned.prototypes, 20.0)
+    last = transduce(ANCHORED, unit(x @ tuned.image_map), tuned.prototypes, 20.0, said)
     found = tune_plus(LATTE, ANCHORED, data, seed=3, scale=20.0)
     assert found.image_map.equal(tuned.image_map)
     assert found.prototypes.equal(last.prototypes)
@@ -75,3 +78,14 @@ def test_errors_say_what_it_needs() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             tune_plus(cfg, ANCHORED, given)
+
+
+def test_texts_that_are_worth_nothing_leave_the_model_without_texts() -> None:
+    data, _ = domain()
+    assert data.image_texts is not None
+    none = replace(data, image_texts=None, group_texts=None, group_classes=None)
+    without = tune_plus(LATTE, ANCHORED, none, scale=20.0).prototypes
+    assert not tune_plus(LATTE, ANCHORED, data, scale=20.0).prototypes.equal(without)
+    others = data.image_texts[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))]
+    for worthless in (replace(data, image_texts=others, group_texts=others), replace(data, independent_texts=False)):
+        assert tune_plus(LATTE, ANCHORED, worthless, scale=20.0).prototypes.equal(without)
