@@ -386,7 +386,7 @@ def of_texts(found: Problem) -> dict[Written, tuple[bool, float]]:
 
     without, answers = correct(None), {}
     for kind, texts in found.written.items():
-        said = beliefs(x, found.class_texts, texts, found.has_text, found.scale, cfg.neighbours)
+        said = beliefs(x, found.class_texts, texts, found.has_text, found.scale, cfg.neighbours).logits
         answers[kind] = (said is not None, 0.0 if said is None else correct(said) - without)
     return answers
 

@@ -171,6 +171,7 @@ class Adapted:
         history: one dict per epoch, as `models.training.train` returns it.
         assignments: soft classes of the domain's own images, `(n, classes)`, from a method that classifies them
             together, and so better than one by one with the prototypes; else None.
+        text_weight: of the images' texts beside zero-shot, from a method that asks what they are worth; else None.
     """
 
     prototypes: Tensor
@@ -180,3 +181,4 @@ class Adapted:
     clip: nn.Module | None = None
     history: list[Stats] = field(default_factory=list)
     assignments: Tensor | None = None
+    text_weight: float | None = None

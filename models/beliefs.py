@@ -17,6 +17,7 @@ a is too large, as neighbours share its mistakes. Both were chosen on generated 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,12 +36,22 @@ MOST_NUMBERS = 1 << 22
 _TINY = 1e-9
 
 
+class Beliefs(NamedTuple):
+    """What the texts of a domain say.
+
+    Attributes:
+        weight: of the texts beside zero-shot, 0 to FACTOR; 0 where nothing shows that they know anything.
+        logits: to add to those of zero-shot, `(n, classes)`, 0 where an image has no text; None where the weight is 0.
+    """
+
+    weight: float
+    logits: Tensor | None
+
+
 def beliefs(
     image_features: Tensor, class_texts: Tensor, texts: Tensor, has_text: Tensor | None, scale: float, neighbours: int
-) -> Tensor | None:
-    """Logits to add to those of zero-shot, `(n, classes)`, 0 where an image has no text; None if texts are worthless.
-
-    Deterministic; needs no random numbers.
+) -> Beliefs:
+    """What texts about images say of their classes. Deterministic; needs no random numbers.
 
     Args:
         image_features: unit rows, `(n, dim)`.
@@ -57,14 +68,14 @@ def beliefs(
         raise ValueError("texts about images are needed as embeds, and are tokens")
     has = torch.ones(len(texts), dtype=torch.bool, device=texts.device) if has_text is None else has_text
     if not has.any():
-        return None
+        return Beliefs(0.0, None)
     x, classes = at_least_float32(image_features), at_least_float32(class_texts)
     if not (texts[has].isfinite().all() and x.isfinite().all() and classes.isfinite().all()):
         raise ValueError("texts' beliefs need finite features: embed again, or drop the rows with NaN")
     zero_shot = scale * x @ classes.T
     said = text_logits(classes, texts, has) * zero_shot.std()
     weight = worth(zero_shot, said, has, *nearest(x, neighbours))
-    return weight * said if weight else None
+    return Beliefs(weight, weight * said if weight else None)
 
 
 def text_logits(class_texts: Tensor, texts: Tensor, has_text: Tensor) -> Tensor:
@@ -75,7 +86,7 @@ def text_logits(class_texts: Tensor, texts: Tensor, has_text: Tensor) -> Tensor:
 
 
 def worth(zero_shot: Tensor, texts: Tensor, has_text: Tensor, rows: Tensor, weights: Tensor) -> float:
-    """How much the texts' logits weigh beside zero-shot's, 0 to FACTOR; 0 where nothing shows that they know anything.
+    """How much the texts' logits weigh beside zero-shot's, 0 to FACTOR.
 
     Args:
         zero_shot, texts: logits, `(n, classes)`.

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from models.adaptation import Adapted, TuneData
-from models.beliefs import beliefs
+from models.beliefs import Beliefs, beliefs
 from models.latteclip import tune
 from models.losses import unit
 from models.settings import LatteClipSettings, TrainingSettings, TransductionSettings
@@ -51,15 +51,15 @@ def tune_plus(
         raise ValueError(
             f"latteclip_plus works on cached features: it needs train='projections' or 'prototypes', got {cfg.train!r}"
         )
-    moved, found = data.image_features, None
+    moved, (weight, found) = data.image_features, Beliefs(0.0, None)
     if cfg.use_image_texts and data.image_texts is not None and data.independent_texts:
         asked = data.class_features, data.image_texts, data.has_image_text
-        found = beliefs(moved, *asked, scale, transduction.neighbours)
-    if found is None:
+        weight, found = beliefs(moved, *asked, scale, transduction.neighbours)
+    if not weight:
         data = replace(data, image_texts=None, has_image_text=None, group_texts=None, group_classes=None)
     first = transduce(transduction, moved, data.class_features, scale, found)
     tuned = tune(cfg, replace(data, pseudo_labels=first.labels), training, scale=scale, **options)
     with torch.no_grad():
         features = moved if tuned.image_map is None else unit(moved @ tuned.image_map)
         last = transduce(transduction, features, tuned.prototypes, scale, found)
-    return replace(tuned, prototypes=last.prototypes, assignments=last.assignments)
+    return replace(tuned, prototypes=last.prototypes, assignments=last.assignments, text_weight=weight)

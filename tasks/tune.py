@@ -386,6 +386,8 @@ class Trainer:
             on_step=progress,
         )
         progress.close()
+        if result.text_weight is not None:
+            log.info("tune %s texts weigh %.2f beside zero-shot", name, result.text_weight)
         found = {
             "prototypes": result.prototypes,
             "centre": torch.from_numpy(self._centre),

@@ -27,7 +27,9 @@ class Domain(NamedTuple):
         return unit(self.class_texts[labels] + 0.1 * noise(self.images.shape, seed))
 
     def worth(self, texts: Tensor, has_text: Tensor | None = None) -> Tensor | None:
-        return beliefs(self.images, self.class_texts, texts, has_text, SCALE, NEIGHBOURS)
+        found = beliefs(self.images, self.class_texts, texts, has_text, SCALE, NEIGHBOURS)
+        assert (found.logits is None) == (found.weight == 0) and 0 <= found.weight <= FACTOR
+        return found.logits
 
 
 def noise(shape: tuple[int, ...], seed: int) -> Tensor:

@@ -39,12 +39,13 @@ def domain(seed: int = 0, n: int = 150) -> tuple[TuneData, torch.Tensor]:
 def test_it_is_transduce_tune_transduce() -> None:
     data, _ = domain()
     x = unit(data.image_embeds)
-    said = beliefs(x, data.class_features, data.image_texts, None, 20.0, ANCHORED.neighbours)
-    assert said is not None
+    assert data.image_texts is not None
+    weight, said = beliefs(x, data.class_features, data.image_texts, None, 20.0, ANCHORED.neighbours)
     first = transduce(ANCHORED, x, data.class_texts, 20.0, said)
     tuned = tune(LATTE, replace(data, pseudo_labels=first.labels), seed=3, scale=20.0)
     last = transduce(ANCHORED, unit(x @ tuned.image_map), tuned.prototypes, 20.0, said)
     found = tune_plus(LATTE, ANCHORED, data, seed=3, scale=20.0)
+    assert found.text_weight == weight > 0
     assert found.image_map.equal(tuned.image_map)
     assert found.prototypes.equal(last.prototypes)
     assert found.assignments is not None and found.assignments.equal(last.assignments)
@@ -88,4 +89,5 @@ def test_texts_that_are_worth_nothing_leave_the_model_without_texts() -> None:
     assert not tune_plus(LATTE, ANCHORED, data, scale=20.0).prototypes.equal(without)
     others = data.image_texts[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))]
     for worthless in (replace(data, image_texts=others, group_texts=others), replace(data, independent_texts=False)):
-        assert tune_plus(LATTE, ANCHORED, worthless, scale=20.0).prototypes.equal(without)
+        found = tune_plus(LATTE, ANCHORED, worthless, scale=20.0)
+        assert found.text_weight == 0 and found.prototypes.equal(without)
