@@ -6,6 +6,7 @@
 3. Transduction again, on the tuned features, with LatteCLIP's prototypes in place of the class texts.
 
 Texts of images and groups that are worth nothing are left out altogether: the model is then the one without texts.
+Texts that were read off the features themselves have no say in 1 and 3: that they agree with them is no evidence.
 
 The means and texts of the last transduction, added up, are the classifier: one unit row for each class behind
 LatteCLIP's image map, as LatteCLIP's own, so whatever reads a LatteCLIP model reads this one.
@@ -52,11 +53,13 @@ def tune_plus(
             f"latteclip_plus works on cached features: it needs train='projections' or 'prototypes', got {cfg.train!r}"
         )
     moved, (weight, found) = data.image_features, Beliefs(0.0, None)
-    if cfg.use_image_texts and data.image_texts is not None and data.independent_texts:
+    if cfg.use_image_texts and data.image_texts is not None:
         asked = data.class_features, data.image_texts, data.has_image_text
         weight, found = beliefs(moved, *asked, scale, transduction.neighbours)
     if not weight:
         data = replace(data, image_texts=None, has_image_text=None, group_texts=None, group_classes=None)
+    if not data.independent_texts:
+        weight, found = 0.0, None
     first = transduce(transduction, moved, data.class_features, scale, found)
     tuned = tune(cfg, replace(data, pseudo_labels=first.labels), training, scale=scale, **options)
     with torch.no_grad():

@@ -88,6 +88,16 @@ def test_texts_that_are_worth_nothing_leave_the_model_without_texts() -> None:
     without = tune_plus(LATTE, ANCHORED, none, scale=20.0).prototypes
     assert not tune_plus(LATTE, ANCHORED, data, scale=20.0).prototypes.equal(without)
     others = data.image_texts[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))]
-    for worthless in (replace(data, image_texts=others, group_texts=others), replace(data, independent_texts=False)):
+    for independent in (True, False):
+        worthless = replace(data, image_texts=others, group_texts=others, independent_texts=independent)
         found = tune_plus(LATTE, ANCHORED, worthless, scale=20.0)
         assert found.text_weight == 0 and found.prototypes.equal(without)
+
+
+def test_texts_read_off_the_features_have_no_say_but_in_the_targets() -> None:
+    data, _ = domain()
+    first = transduce(ANCHORED, data.image_features, data.class_features, 20.0)
+    tuned = tune(LATTE, replace(data, pseudo_labels=first.labels), scale=20.0)
+    last = transduce(ANCHORED, unit(data.image_features @ tuned.image_map), tuned.prototypes, 20.0)
+    found = tune_plus(LATTE, ANCHORED, replace(data, independent_texts=False), scale=20.0)
+    assert found.text_weight == 0 and found.prototypes.equal(last.prototypes)
