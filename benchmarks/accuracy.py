@@ -212,7 +212,7 @@ def ceiling(*, groups: bool) -> Predict:
         for weight in WEIGHTS:
             model = transduce(settings, features, case.class_texts, case.scale, weight * said)
             own = case.test is case.train
-            found.append(model.assignments if own else case.features(case.test) @ model.classifier.T)
+            found.append(model.assignments if own else case.features(case.test) @ model.prototypes.T)
         return max(found, key=lambda logits: np.mean(logits.argmax(1).numpy() == case.test.truth))
 
     return predict
