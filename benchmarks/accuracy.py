@@ -8,6 +8,9 @@ ensemble of 80 templates that CLIP was published with, and with descriptions of 
 (benchmarks/class_descriptions.py), both estimated. *shipped* is latteclip_plus where the gate
 (models/judge/selection.py) accepts it, else estimated zero-shot. `--quick` is one seed, one draw and 160 steps of
 training: the same tables in minutes, with other figures.
+*others* has the texts of other images. *ceiling* is transduction with what the images' texts say (`beliefs.py` of
+latteclip_plus) at the best of some weights by the test labels, *ceiling_groups* the same with the texts of an image's
+groups: no methods.
 *hindsight* is the best of the simple baselines (SIMPLE), chosen for each domain by its test labels: no method.
 
 Images, features, texts and groups come from the pipeline's own stages and its store; nothing is made twice. Labels are
@@ -30,6 +33,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import open_clip
@@ -44,7 +48,9 @@ from latteflow.models.judge.shift import centre_share
 from latteflow.models.methods import registry
 from latteflow.models.methods.adaptation import Adapted, TuneData
 from latteflow.models.methods.latteclip import DEFAULT_STEPS, LatteClipSettings
+from latteflow.models.methods.latteclip_plus.beliefs import text_logits
 from latteflow.models.methods.transduction import TransductionSettings
+from latteflow.models.methods.transduction.tuning import transduce
 from latteflow.models.towers import clip
 from latteflow.models.vectors import unit
 from latteflow.storage.shards import read_index
@@ -58,8 +64,12 @@ from latteflow.tasks.ingest.embed import embed
 from latteflow.tasks.ingest.shard import Split, shard
 from latteflow.tasks.report.labels import read_truth
 
+Texts = Literal["own", "others", "none"]
+"""About an image: its own, those of other images, or none."""
 SHARE = 0.25
 """Of the classes, in the few-classes variant."""
+WEIGHTS = 0.0, 0.1, 0.25, 0.5, 1.0, 2.0
+"""Of which the ceiling has the best."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,7 @@ class Case:
     Args:
         class_texts: unit rows `(classes, dim)`.
         other_texts: the same by other prompts, made when they are first asked for, as a language model writes some.
+        independent: the texts about images are not by `tags`.
     """
 
     train: Images
@@ -99,6 +110,7 @@ class Case:
     class_texts: Tensor
     other_texts: Callable[[str], Tensor]
     scale: float
+    independent: bool
     steps: int = DEFAULT_STEPS
 
     @functools.cached_property
@@ -116,8 +128,8 @@ class Case:
     def settings(self) -> LatteClipSettings:
         return LatteClipSettings(epochs=math.ceil(self.steps / LatteClipSettings().n_steps(len(self.train.embeds))))
 
-    def data(self, *, texts: bool = True) -> TuneData:
-        """What the tuning methods are given."""
+    def data(self, texts: Texts = "own", seed: int = 0) -> TuneData:
+        """What the tuning methods are given; other images' texts by the seed."""
         train = self.train
         z = (self.features(train) @ self.class_texts.T).argmax(1)
         found = TuneData(
@@ -126,13 +138,23 @@ class Case:
             image_embeds=train.embeds,
             centre=self.share * self.centre,
         )
-        if not texts:
+        if texts == "none":
             return found
-        found = replace(found, image_texts=train.texts, has_image_text=train.has_text)
+        draw = torch.Generator().manual_seed(seed)
+        rows, groups = (
+            torch.arange(n) if texts == "own" else torch.randperm(n, generator=draw)
+            for n in (len(train.texts), len(train.group_texts))
+        )
+        found = replace(
+            found,
+            image_texts=train.texts[rows],
+            has_image_text=train.has_text[rows],
+            independent_texts=self.independent,
+        )
         if not train.members:
             return found
         classes = torch.stack([z[torch.from_numpy(members)].mode().values for members in train.members])
-        return replace(found, group_texts=train.group_texts, group_classes=classes)
+        return replace(found, group_texts=train.group_texts[groups], group_classes=classes)
 
 
 Predict = Callable[[Case, int], Tensor]
@@ -150,9 +172,9 @@ def prompted(prompt: str) -> Predict:
 
 
 @functools.lru_cache(maxsize=8)
-def tuned(method: str, case: Case, seed: int, texts: bool) -> Adapted:
+def tuned(method: str, case: Case, seed: int, texts: Texts) -> Adapted:
     settings = case.settings, TransductionSettings()
-    return registry.adapt(method, case.data(texts=texts), *settings, seed=seed, scale=case.scale)
+    return registry.adapt(method, case.data(texts, seed), *settings, seed=seed, scale=case.scale)
 
 
 def answers(found: Adapted, case: Case, images: Images) -> Tensor:
@@ -160,7 +182,7 @@ def answers(found: Adapted, case: Case, images: Images) -> Tensor:
     return unit(moved if found.image_map is None else moved @ found.image_map) @ found.prototypes.T
 
 
-def adapted(method: str, *, texts: bool = True) -> Predict:
+def adapted(method: str, texts: Texts = "own") -> Predict:
     def predict(case: Case, seed: int) -> Tensor:
         found = tuned(method, case, seed, texts)
         if found.assignments is not None and case.test is case.train:
@@ -174,10 +196,37 @@ def shipped(case: Case, seed: int) -> Tensor:
     """What the gate lets through of the default method."""
     features, classes = case.features(case.train), len(case.class_texts)
     own = (features @ case.class_texts.T).argmax(1)
-    labels = answers(tuned("latteclip_plus", case, seed, True), case, case.train).argmax(1)
+    labels = answers(tuned("latteclip_plus", case, seed, "own"), case, case.train).argmax(1)
     vouched = kappa(labels, own[neighbours(features)], classes)
     verdict = judge([Evidence(vouched, duel(features, labels, own))], case.share)
     return METHODS["latteclip_plus" if verdict.accepted else "zero_shot_estimated"](case, seed)
+
+
+def ceiling(*, groups: bool) -> Predict:
+    """Transduction with what texts about the images say, at the best weight by the labels of the test images."""
+
+    def predict(case: Case, seed: int) -> Tensor:
+        train, features, settings = case.train, case.features(case.train), TransductionSettings()
+        texts, has_text = pooled(train) if groups else (train.texts, train.has_text)
+        said = text_logits(case.class_texts, texts, has_text)
+        said *= (case.scale * features @ case.class_texts.T).std()
+        found = []
+        for weight in WEIGHTS:
+            model = transduce(settings, features, case.class_texts, case.scale, weight * said)
+            own = case.test is case.train
+            found.append(model.assignments if own else case.features(case.test) @ model.prototypes.T)
+        return max(found, key=lambda logits: np.mean(logits.argmax(1).numpy() == case.test.truth))
+
+    return predict
+
+
+def pooled(images: Images) -> tuple[Tensor, Tensor]:
+    """Mean feature of the texts of the groups an image is in, `(n, dim)`, and whether there are any, `(n,)`."""
+    found, has_text = torch.zeros_like(images.texts), torch.zeros_like(images.has_text)
+    for members, text in zip(images.members, images.group_texts, strict=True):
+        found[members] += text
+        has_text[members] = True
+    return found, has_text
 
 
 METHODS: Mapping[str, Predict] = {
@@ -190,15 +239,20 @@ METHODS: Mapping[str, Predict] = {
     "wise_ft": adapted("wise_ft"),
     "self_training": adapted("self_training"),
     "transduction": adapted("transduction"),
-    "latteclip_no_texts": adapted("latteclip", texts=False),
+    "latteclip_no_texts": adapted("latteclip", "none"),
     "latteclip": adapted("latteclip"),
-    "latteclip_plus_no_texts": adapted("latteclip_plus", texts=False),
+    "latteclip_plus_no_texts": adapted("latteclip_plus", "none"),
+    "latteclip_plus_others": adapted("latteclip_plus", "others"),
     "latteclip_plus": adapted("latteclip_plus"),
+    "ceiling": ceiling(groups=False),
+    "ceiling_groups": ceiling(groups=True),
     "shipped": shipped,
 }
 ZERO_SHOTS = (
     "zero_shot_plain", "zero_shot_centred", "zero_shot_estimated", "zero_shot_ensemble", "zero_shot_descriptions",
 )  # fmt: skip
+_UNSEEDED = [name for name, method in registry.METHODS.items() if not method.is_seeded]
+WITHOUT_SEEDS = (*ZERO_SHOTS, *_UNSEEDED, "ceiling", "ceiling_groups")
 BEFORE = ZERO_SHOTS[:2]
 """Gains are over the better of these."""
 SIMPLE = (*ZERO_SHOTS, "flyp", "wise_ft", "self_training", "transduction")
@@ -223,7 +277,6 @@ def main() -> None:
     if chosen.quick:
         chosen.seeds, chosen.draws, chosen.steps = [0], 1, 160
     torch.set_num_threads(chosen.threads)
-    unseeded = {*ZERO_SHOTS, *(name for name, method in registry.METHODS.items() if not method.is_seeded)}
     methods = [name for name in METHODS if name in (*BEFORE, *chosen.methods)]
     rows: dict[str, dict[str, list[Found]]] = {}
     names = []
@@ -236,7 +289,7 @@ def main() -> None:
             domain, chosen.imbalance, chosen.few_classes, chosen.cases, chosen.draws, chosen.steps
         ):
             for method in methods:
-                found = run(METHODS[method], cases, [0] if method in unseeded else chosen.seeds)
+                found = run(METHODS[method], cases, [0] if method in WITHOUT_SEEDS else chosen.seeds)
                 rows.setdefault(kind, {}).setdefault(method, []).append(found)
                 sys.stderr.write(f"{domain.name} {kind} {method} {100 * found[0].mean():.1f} {found[1]:.1f} s\n")
     for kind, table in rows.items():
@@ -301,7 +354,7 @@ def build(
     """The cases of a domain; the variants are several draws each."""
     train, test, class_texts = load(domain)
     prompts = functools.cache(functools.partial(other_texts, domain))
-    settings = class_texts, prompts, clip.load(domain.clip).scale, steps
+    settings = class_texts, prompts, clip.load(domain.clip).scale, domain.describer.kind != "tags", steps
     labelled = np.flatnonzero(test.truth >= 0)
     known = test.only(labelled) if len(labelled) < len(test.truth) else test
     found = []

@@ -1,6 +1,6 @@
 """Generated domains with known labels, on which what sees no label was chosen.
 
-    python -m benchmarks.synthetic [--problems 200] [--first 0] [--fit]
+    python -m benchmarks.synthetic [--problems 200] [--first 0] [--fit | --texts]
 
 A problem is what the product sees of a domain: image embeds, unit class texts, texts about images, the CLIP's scale.
 Its shape is drawn from the seed: number of classes, images a class, overlap of classes, look-alikes, how wrong the
@@ -11,7 +11,8 @@ zero-shot uses) lie around those of the domains that the project has.
 The first table has what each zero-shot and method gains on unseen images over the better of plain and domain-centred
 zero-shot, and how often it loses more than a point, by the proportions of the classes; then what the gate lets pass. A
 model is *better* or *worse* by more than a point. `--fit` says which SHARE and BAR of `models.judge.selection` these
-problems ask for.
+problems ask for. `--texts` shows instead what texts about the images bring by `beliefs` of latteclip_plus, by kind of
+text (`Written`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,8 +34,10 @@ from latteflow.models.judge.selection import ERRORS, Duel, Evidence, duel, estim
 from latteflow.models.judge.shift import centre_share
 from latteflow.models.methods.adaptation import Adapted, TuneData
 from latteflow.models.methods.latteclip import LatteClipSettings
+from latteflow.models.methods.latteclip_plus.beliefs import beliefs
 from latteflow.models.methods.registry import adapt
 from latteflow.models.methods.transduction import TransductionSettings
+from latteflow.models.methods.transduction.tuning import transduce
 from latteflow.models.vectors import unit
 
 DIM = 256
@@ -45,6 +48,9 @@ STEPS = 60
 EVEN = 0.01
 MOST_FALSE = 0.02
 """Share of the worse models that `--fit` lets pass, so that the interval ends below 5 percent."""
+Written = Literal["independent", "of other images", "all the same", "half zero-shot's", "zero-shot's", "tags"]
+"""Texts that know an image's class in a share of the cases, and else are wrong by themselves or as zero-shot is; that
+belong to another image; that say one thing of all; that say zero-shot's class; that name the nearest of some words."""
 Proportions = Literal["even", "uneven", "tail 10", "tail 50", "a quarter"]
 
 
@@ -105,6 +111,7 @@ class Problem:
         test_truth: `(m,)` int64.
         class_texts: unit rows, `(classes, dim)`.
         texts: unit text features about the images, `(n, dim)`; has_text: `(n,)` bool.
+        written: unit text features about the images, by who wrote them, `(n, dim)`.
     """
 
     shape: Shape
@@ -114,6 +121,7 @@ class Problem:
     class_texts: Tensor
     texts: Tensor
     has_text: Tensor
+    written: Mapping[Written, Tensor]
     scale: float = SCALE
 
 
@@ -178,7 +186,69 @@ def problem(seed: int) -> Problem:
     tensors |= {name: tensor.float() for name, tensor in tensors.items() if tensor.dtype == torch.float64}
     for name in ("class_texts", "texts"):
         tensors[name] = unit(tensors[name])
-    return Problem(shape=shape, **tensors)
+    words = _words(np.random.default_rng([seed, 3]), shape, seen, kinds, own, kind_of, apart)
+    written = _written(np.random.default_rng([seed, 2]), truth, kind_of, embeds, class_texts, words)
+    features = {name: unit(torch.from_numpy(value).float()) for name, value in written.items()}
+    return Problem(shape=shape, written=features, **tensors)
+
+
+def _words(
+    rng: np.random.Generator,
+    shape: Shape,
+    seen: np.ndarray,
+    kinds: np.ndarray,
+    own: np.ndarray,
+    kind_of: np.ndarray,
+    apart: np.ndarray,
+) -> np.ndarray:
+    """Text features of 50 to 500 words, each akin to a class, as wrong as class texts are, `(words, dim)`."""
+    near = rng.integers(shape.classes, size=rng.integers(50, 500))
+
+    def vectors() -> np.ndarray:
+        return rng.normal(size=(len(near), DIM)) @ seen.T
+
+    akin, alike = rng.uniform(0.2, 0.8), rng.uniform(0, 0.9)
+    word = (akin * (kinds[kind_of[near]] + own[near]) + np.sqrt(1 - akin**2) * vectors()) / np.sqrt(2)
+    known = shape.of_kind * word + np.sqrt(1 - shape.of_kind**2) * vectors()
+    other = rng.normal(size=known.shape) / np.sqrt(DIM)
+    return known + 2.5 * (alike * apart[near] + np.sqrt(1 - alike**2) * other)
+
+
+def _written(
+    rng: np.random.Generator,
+    truth: np.ndarray,
+    kind_of: np.ndarray,
+    embeds: np.ndarray,
+    class_texts: np.ndarray,
+    words: np.ndarray,
+) -> dict[Written, np.ndarray]:
+    """Text features of the images, `(n, dim)`, by who wrote them."""
+    n, classes = len(truth), len(class_texts)
+    share, noise = rng.uniform(0.1, 1), rng.uniform(0.2, 1.2)
+
+    def direction(rows: np.ndarray) -> np.ndarray:
+        centred = rows - rows.mean(0)
+        return centred / np.linalg.norm(centred, axis=1, keepdims=True)
+
+    length = np.linalg.norm(class_texts - class_texts.mean(0), axis=1).mean()
+    images = direction(embeds)
+
+    def about(labels: np.ndarray) -> np.ndarray:
+        return class_texts[labels] + noise * length * rng.normal(size=(n, DIM)) / np.sqrt(DIM)
+
+    of_kind = [np.flatnonzero(kind_of == kind_of[label]) for label in range(classes)]
+    alike = np.array([rng.choice(of_kind[label]) for label in truth])
+    wrong = np.where(rng.random(n) < 0.5, alike, rng.choice(classes, size=n))
+    zero_shot = (images @ direction(class_texts).T).argmax(1)
+    independent = about(np.where(rng.random(n) < share, truth, wrong))
+    return {
+        "independent": independent,
+        "of other images": independent[rng.permutation(n)],
+        "all the same": class_texts.mean(0) + 0.1 * length * rng.normal(size=(n, DIM)) / np.sqrt(DIM),
+        "half zero-shot's": about(np.where(rng.random(n) < share, truth, zero_shot)),
+        "zero-shot's": about(zero_shot),
+        "tags": words[(images @ direction(words).T).argmax(1)],
+    }
 
 
 def _proportions(shape: Shape, rng: np.random.Generator) -> np.ndarray:
@@ -306,13 +376,44 @@ def fitted(found: Sequence[Row]) -> str:
     return f"SHARE {weight:.1f}, BAR {bar:.3f} ({power:.0%} of the better accepted)"
 
 
+def of_texts(found: Problem) -> dict[Written, tuple[bool, float]]:
+    """By who wrote the texts: whether they count, and what they add to transduction's accuracy on unseen images."""
+    shift = centre_share(found.embeds, found.class_texts, found.scale) * found.embeds.mean(0)
+    x, test = unit(found.embeds - shift), unit(found.test_embeds - shift)
+    cfg = TransductionSettings()
+
+    def correct(said: Tensor | None) -> float:
+        model = transduce(cfg, x, found.class_texts, found.scale, said)
+        return float(((test @ model.classifier.T).argmax(1) == found.test_truth).double().mean())
+
+    without, answers = correct(None), {}
+    for kind, texts in found.written.items():
+        said = beliefs(x, found.class_texts, texts, found.has_text, found.scale, cfg.neighbours).logits
+        answers[kind] = (said is not None, 0.0 if said is None else correct(said) - without)
+    return answers
+
+
+def worths(found: Sequence[Mapping[Written, tuple[bool, float]]]) -> str:
+    """A line for each kind of text: how often it counts, mean gain in points, and how often it loses more than one."""
+    lines = ["| texts | count | gain | loss of more than a point |", "| --- | --- | --- | --- |"]
+    for kind in found[0]:
+        count, gain = np.array([answers[kind] for answers in found]).T
+        lines.append(f"| {kind} | {count.mean():.0%} | {100 * gain.mean():+.1f} | {(gain < -EVEN).mean():.0%} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--problems", type=int, default=200)
     options.add_argument("--first", type=int, default=0, help="seed")
     options.add_argument("--fit", action="store_true")
+    options.add_argument("--texts", action="store_true", help="what texts about the images bring")
     chosen = options.parse_args()
     torch.set_num_threads(1)
+    if chosen.texts:
+        seeds = range(chosen.first, chosen.first + chosen.problems)
+        sys.stdout.write(f"{worths([of_texts(problem(seed)) for seed in seeds])}\n")
+        return
     found: list[Row] = []
     for seed in range(chosen.first, chosen.first + chosen.problems):
         found += rows(problem(seed))

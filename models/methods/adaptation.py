@@ -89,6 +89,8 @@ class TuneData:
         group_texts: descriptions of groups, `(groups, length or dim)`. At each step an image gets that of a random
             group of its pseudo-class (2.4); a class without groups does without.
         group_classes: pseudo-class of each group, `(groups,)` int64.
+        independent_texts: who wrote the texts of images and groups saw the images otherwise than by `image_embeds`;
+            what is read off the embeds (the describer `tags`) is no second opinion.
         image_embeds: cached image embeds, `(n, dim)`, for `train` prototypes and projections.
         centre: subtracted from image embeds before they are normalized, `(dim,)`; None for nothing.
         pixels: images of a batch, for `train` last_blocks and all.
@@ -105,6 +107,7 @@ class TuneData:
     has_image_text: Tensor | None = None
     group_texts: Tensor | None = None
     group_classes: Tensor | None = None
+    independent_texts: bool = True
     image_embeds: Tensor | None = None
     centre: Tensor | None = None
     pixels: Pixels | None = None
@@ -196,6 +199,7 @@ class Adapted:
         assignments: soft classes of the domain's own images, `(n, classes)`, from a method that classifies them
             together, and so better than one by one with the prototypes; else None.
         adapter: file of a text tower that is no CLIP's, see `models.methods.method.Adapter`; else None.
+        text_weight: of the images' texts beside zero-shot, from a method that asks what they are worth; else None.
     """
 
     prototypes: Tensor
@@ -206,3 +210,4 @@ class Adapted:
     history: list[Stats] = field(default_factory=list)
     assignments: Tensor | None = None
     adapter: bytes | None = None
+    text_weight: float | None = None

@@ -109,6 +109,7 @@ class Method:
         sections: of the domain file, by name; methods may share them.
         is_seeded: whether anything is drawn or trained. If so, there is a model for each of the domain's seeds.
         learns_from_images: False where the classifier is made of texts alone, so that all images are new to it.
+        weighs_texts: whether it matters who wrote the texts (`TuneData.independent_texts`).
         made_from: what shapes a model besides its data, sections, training and seed, as JSON values.
         trains_towers: whether the sections ask to train the CLIP's own towers; the second argument says whether the
             CLIP is the embedded model.
@@ -126,6 +127,7 @@ class Method:
     sections: Mapping[str, Section] = field(default_factory=dict)
     is_seeded: bool = True
     learns_from_images: bool = True
+    weighs_texts: bool = False
     made_from: Callable[[Sections], Mapping[str, Any]] = lambda sections: {}
     trains_towers: Callable[[Sections, bool], bool] = lambda sections, embedded: False
     works_on_features: bool = False

@@ -14,6 +14,7 @@ import polars as pl
 from latteflow.models.methods.latteclip import LatteClipSettings
 from latteflow.models.methods.method import Method
 from latteflow.models.methods.registry import METHODS
+from latteflow.models.settings import TagsSettings
 from latteflow.models.towers import clip
 from latteflow.storage.errors import DataError
 from latteflow.tasks.core.domain import Domain
@@ -42,6 +43,11 @@ class Stages:
     embedded: StageResult
     screened: StageResult
     paired: StageResult | None = None
+
+
+def independent_texts(domain: Domain) -> bool:
+    """Whether the describer sees more of an image than its features."""
+    return not isinstance(domain.describer, TagsSettings)
 
 
 class Inputs:
@@ -119,6 +125,7 @@ class Inputs:
             has_image_text=torch.tensor([text != "" for text in ordered]),
             group_texts=self._read(groups["text"].to_list(), features("groups")) if groups.height else None,
             group_classes=torch.tensor(groups["label"].to_list()) if groups.height else None,
+            independent_texts=independent_texts(self.domain),
         )
 
     @functools.cached_property

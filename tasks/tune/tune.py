@@ -19,7 +19,7 @@ from latteflow.storage.fingerprint import fingerprint
 from latteflow.storage.tables import safetensors
 from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.stage import StageResult, open_store, run_stage
-from latteflow.tasks.tune.inputs import Inputs, Stages
+from latteflow.tasks.tune.inputs import Inputs, Stages, independent_texts
 from latteflow.tasks.tune.models import part_name
 from latteflow.tasks.tune.training import Files, Progress, StoredCheckpoint, checkpoint, in_processes
 
@@ -152,6 +152,8 @@ def _shaped_by(domain: Domain, stages: Stages, method: Method) -> dict[str, Any]
         if each.reads == "pairs":
             assert stages.paired is not None
             own["pair"] = stages.paired.ref.digest
+        if each.weighs_texts:
+            own["independent_texts"] = independent_texts(domain)
         own |= {name: section.read(domain.sections) for name, section in each.sections.items()}
         own |= each.made_from(domain.sections)
     return own
@@ -182,6 +184,8 @@ def _train(inputs: Inputs, planned: Planned, kept: StoredCheckpoint) -> Files:
     )
     result = method.adapt(given)
     progress.close()
+    if result.text_weight is not None:
+        log.info("tune %s texts weigh %.2f beside zero-shot", planned.name, result.text_weight)
     found = {
         "prototypes": result.prototypes,
         "centre": torch.from_numpy(inputs.centre),

@@ -26,5 +26,6 @@ METHOD = Method(
     adapt=_adapt,
     reads="texts",
     sections={"latteclip": Section(LatteClipSettings), "transduction": Section(TransductionSettings)},
+    weighs_texts=True,
     works_on_features=True,
 )

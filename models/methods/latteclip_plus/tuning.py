@@ -1,8 +1,12 @@
 """latteclip_plus: transduction and LatteCLIP in turns, each starting from what the other found.
 
-1. Transduction on the images and the class texts gives each image a label from texts, neighbours and class means.
-2. LatteCLIP tunes with these labels in place of raw zero-shot's as the second pseudo-label: texts enter here.
+1. Transduction on the images, the class texts and what the images' own texts are worth
+   (:mod:`~models.methods.latteclip_plus.beliefs`) gives each image a label.
+2. LatteCLIP tunes with these labels in place of raw zero-shot's as the second pseudo-label.
 3. Transduction again, on the tuned features, with LatteCLIP's prototypes in place of the class texts.
+
+Texts of images and groups that are worth nothing are left out altogether: the model is then the one without texts.
+Texts that were read off the features themselves have no say in 1 and 3: that they agree with them is no evidence.
 
 The means and texts of the last transduction, added up, are the classifier: one unit row for each class behind
 LatteCLIP's image map, as LatteCLIP's own, so whatever reads a LatteCLIP model reads this one.
@@ -18,6 +22,7 @@ import torch
 from latteflow.models.methods.adaptation import Adapted, TuneData
 from latteflow.models.methods.latteclip import LatteClipSettings
 from latteflow.models.methods.latteclip.tuning import tune
+from latteflow.models.methods.latteclip_plus.beliefs import Beliefs, beliefs
 from latteflow.models.methods.transduction import TransductionSettings
 from latteflow.models.methods.transduction.tuning import transduce
 from latteflow.models.settings import TrainingSettings
@@ -49,10 +54,17 @@ def tune_plus(
         raise ValueError(
             f"latteclip_plus works on cached features: it needs train='projections' or 'prototypes', got {cfg.train!r}"
         )
-    moved = data.image_features
-    first = transduce(transduction, moved, data.class_features, scale)
+    moved, (weight, found) = data.image_features, Beliefs(0.0, None)
+    if cfg.use_image_texts and data.image_texts is not None:
+        asked = data.class_features, data.image_texts, data.has_image_text
+        weight, found = beliefs(moved, *asked, scale, transduction.neighbours)
+    if not weight:
+        data = replace(data, image_texts=None, has_image_text=None, group_texts=None, group_classes=None)
+    if not data.independent_texts:
+        weight, found = 0.0, None
+    first = transduce(transduction, moved, data.class_features, scale, found)
     tuned = tune(cfg, replace(data, pseudo_labels=first.labels), training, scale=scale, **options)
     with torch.no_grad():
         features = moved if tuned.image_map is None else unit(moved @ tuned.image_map)
-        last = transduce(transduction, features, tuned.prototypes, scale)
-    return replace(tuned, prototypes=last.prototypes, assignments=last.assignments)
+        last = transduce(transduction, features, tuned.prototypes, scale, found)
+    return replace(tuned, prototypes=last.prototypes, assignments=last.assignments, text_weight=weight)

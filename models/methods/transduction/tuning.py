@@ -64,7 +64,13 @@ class Transduction:
         return F.normalize(self.classifier, dim=1)
 
 
-def transduce(cfg: TransductionSettings, image_features: Tensor, class_texts: Tensor, scale: float) -> Transduction:
+def transduce(
+    cfg: TransductionSettings,
+    image_features: Tensor,
+    class_texts: Tensor,
+    scale: float,
+    beliefs: Tensor | None = None,
+) -> Transduction:
     """Classify all images of a domain together.
 
     Deterministic, uses no random numbers, and does not depend on the images' order but for the last bits of sums.
@@ -74,6 +80,7 @@ def transduce(cfg: TransductionSettings, image_features: Tensor, class_texts: Te
         image_features: unit rows, `(n, dim)`, n >= 1; a zero row (an image equal to the centre) is allowed.
         class_texts: unit rows, `(classes, dim)`.
         scale: `exp(logit_scale)` of the CLIP.
+        beliefs: logits of what else is known of each image, `(n, classes)`, added to those of its class texts in 2.
 
     Raises:
         ValueError: shapes that do not belong together, fewer than 2 classes, no image, or a value that is not finite.
@@ -90,6 +97,8 @@ def transduce(cfg: TransductionSettings, image_features: Tensor, class_texts: Te
     u, anchors = x @ whiten, texts @ whiten
     logits = scale * x @ texts.T
     deviation = float(logits.std(correction=0))
+    if beliefs is not None:
+        logits += beliefs
     z = propagate(logits.softmax(1), *nearest(x, cfg.neighbours), cfg.spread).clamp_(min=FLOOR)
     log_beliefs = z.log()
     del logits

@@ -10,6 +10,7 @@ import torch
 from latteflow.models.methods.adaptation import TuneData
 from latteflow.models.methods.latteclip import LatteClipSettings
 from latteflow.models.methods.latteclip.tuning import classify, tune
+from latteflow.models.methods.latteclip_plus.beliefs import beliefs
 from latteflow.models.methods.latteclip_plus.tuning import tune_plus
 from latteflow.models.methods.transduction import TransductionSettings
 from latteflow.models.methods.transduction.tuning import transduce
@@ -39,10 +40,13 @@ def domain(seed: int = 0, n: int = 150) -> tuple[TuneData, torch.Tensor]:
 def test_it_is_transduce_tune_transduce() -> None:
     data, _ = domain()
     x = unit(data.image_embeds)
-    first = transduce(ANCHORED, x, data.class_texts, 20.0)
+    assert data.image_texts is not None
+    weight, said = beliefs(x, data.class_features, data.image_texts, None, 20.0, ANCHORED.neighbours)
+    first = transduce(ANCHORED, x, data.class_texts, 20.0, said)
     tuned = tune(LATTE, replace(data, pseudo_labels=first.labels), seed=3, scale=20.0)
-    last = transduce(ANCHORED, unit(x @ tuned.image_map), tuned.prototypes, 20.0)
+    last = transduce(ANCHORED, unit(x @ tuned.image_map), tuned.prototypes, 20.0, said)
     found = tune_plus(LATTE, ANCHORED, data, seed=3, scale=20.0)
+    assert found.text_weight == weight > 0
     assert found.image_map.equal(tuned.image_map)
     assert found.prototypes.equal(last.prototypes)
     assert found.assignments is not None and found.assignments.equal(last.assignments)
@@ -76,3 +80,25 @@ def test_errors_say_what_it_needs() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             tune_plus(cfg, ANCHORED, given)
+
+
+def test_texts_that_are_worth_nothing_leave_the_model_without_texts() -> None:
+    data, _ = domain()
+    assert data.image_texts is not None
+    none = replace(data, image_texts=None, group_texts=None, group_classes=None)
+    without = tune_plus(LATTE, ANCHORED, none, scale=20.0).prototypes
+    assert not tune_plus(LATTE, ANCHORED, data, scale=20.0).prototypes.equal(without)
+    others = data.image_texts[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))]
+    for independent in (True, False):
+        worthless = replace(data, image_texts=others, group_texts=others, independent_texts=independent)
+        found = tune_plus(LATTE, ANCHORED, worthless, scale=20.0)
+        assert found.text_weight == 0 and found.prototypes.equal(without)
+
+
+def test_texts_read_off_the_features_have_no_say_but_in_the_targets() -> None:
+    data, _ = domain()
+    first = transduce(ANCHORED, data.image_features, data.class_features, 20.0)
+    tuned = tune(LATTE, replace(data, pseudo_labels=first.labels), scale=20.0)
+    last = transduce(ANCHORED, unit(data.image_features @ tuned.image_map), tuned.prototypes, 20.0)
+    found = tune_plus(LATTE, ANCHORED, replace(data, independent_texts=False), scale=20.0)
+    assert found.text_weight == 0 and found.prototypes.equal(last.prototypes)

@@ -11,6 +11,7 @@ import pytest
 
 from conftest import draw
 from latteflow.flows.pipeline import run_plainly
+from latteflow.models.settings import TagsSettings
 from latteflow.storage.tables import parquet, read_parquet
 from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.errors import ConfigError
@@ -215,6 +216,9 @@ def test_dropped_texts_do_not_reach_training(domain: Domain, tmp_path: Path) -> 
     expected = clip.load(domain.clip).text_features([rows[keys[row]][0] for row in used])
     assert np.allclose(data.image_texts.numpy()[used], expected, atol=1e-5)
     assert len(data.group_texts) == read(domain, screened, "groups").filter(pl.col("weight") > 0).height
+    # What `tags` reads off the features is no second opinion about an image.
+    by_tags = Inputs(domain.model_copy(update={"describer": TagsSettings()}), Stages(images, features, screened))
+    assert data.independent_texts and not by_tags.of(METHODS["latteclip"]).independent_texts
 
 
 def test_a_run_with_nothing_but_empty_texts_still_trains(domain: Domain, tmp_path: Path) -> None:
