@@ -57,11 +57,42 @@ def main(
 ) -> None:
     """Adapt a CLIP model to a new image domain without labels.
 
-    A domain file says where the images are and which classes there are; every command takes one, but for `gc --store`,
-    `verify --store`, and `predict` and `serve`, which take a model. `latteflow plan DOMAIN` says what
-    `latteflow run DOMAIN` would do.
+    A domain file says where the images are and which classes there are; `latteflow init SOURCE` proposes one. Every
+    command takes one, but for `gc --store`, `verify --store`, and `predict` and `serve`, which take a model.
+    `latteflow plan DOMAIN` says what `latteflow run DOMAIN` would do.
     """
     console.log_to_terminal()
+
+
+@app.command()
+def init(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A folder with images, a pattern, tars or tables, here or in a bucket.", show_default=False
+        ),
+    ],
+    file: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="The domain file; default: its name with .yaml, here.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of the domain; default: that of the folder.")] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,C", help="Names with commas between; default: those of the sub-folders."),
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="A server with OpenAI's chat API that writes the texts, such as vllm serve."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+) -> None:
+    """Look at images and at this machine, and propose a domain file, with comments to read and correct.
+
+    Sub-folders become class names, and labels that only `evaluate` reads.
+    """
+    from latteflow.flows.begin import begin
+
+    out.print(console.begun(begin(source, file, name=name, classes=classes, server=server, force=force)))
 
 
 @app.command()
@@ -473,6 +504,14 @@ def champion(domain: DomainFile) -> None:
 
     found = champions(open_store(settings), settings.name)
     out.print(console.champions(found) if found else NO_CHAMPION.format(name=settings.name))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of domain files, for editors; methods and describers of installed packages are in it."""
+    from latteflow.tasks.core.schema import schema as of_files
+
+    out.print(console.document(of_files()))
 
 
 @app.command()

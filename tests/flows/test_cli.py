@@ -281,6 +281,8 @@ def test_a_missing_domain_file_is_one_message(latteflow: Latteflow, command: str
     "command",
     [
         "",
+        "init",
+        "schema",
         "run",
         "plan",
         "preview",

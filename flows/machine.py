@@ -1,0 +1,80 @@
+"""What this machine has: packages, GPUs, and models within reach."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import threading
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+_PATIENCE_S = 5.0
+"""Until a model hub counts as out of reach."""
+_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+class Gpu(NamedTuple):
+    """One that torch computes on; memory in bytes."""
+
+    name: str
+    memory: int
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.memory / 2**30:.0f} GiB"
+
+
+def gpus() -> list[Gpu]:
+    """Those that torch sees; none where it is not installed."""
+    if not has("torch"):
+        return []
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [Gpu(each.name, each.total_memory) for each in found]
+
+
+def has_driver() -> bool:
+    """Whether a driver for NVIDIA's GPUs is loaded, whatever torch makes of it."""
+    return _DRIVER.exists()
+
+
+def has(module: str) -> bool:
+    """Whether a module is installed; it is not imported."""
+    return importlib.util.find_spec(module) is not None
+
+
+def version(package: str) -> str | None:
+    """Of an installed package; None if it is not."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def within_reach(repository: str, config: str, weights: Sequence[str]) -> bool:
+    """Whether a model is here already, or the model hub answers within seconds and has it.
+
+    Args:
+        config: a file that says what the model is.
+        weights: files of which a copy on this machine has one.
+    """
+    import huggingface_hub as hub
+
+    if any(isinstance(hub.try_to_load_from_cache(repository, each), str) for each in weights):
+        return True
+    answered = threading.Event()
+
+    def ask() -> None:
+        # Whatever goes wrong, in the client, its HTTP library or a proxy, means that it cannot be had.
+        with contextlib.suppress(Exception):
+            hub.get_hf_file_metadata(hub.hf_hub_url(repository, config), timeout=_PATIENCE_S)
+            answered.set()
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_PATIENCE_S)  # names are looked up without a limit of time
+    return answered.is_set()
