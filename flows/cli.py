@@ -39,6 +39,7 @@ ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="A folder tha
 StoreUrl = Annotated[
     str | None, typer.Option("--store", metavar="URL", help="All domains of this store, instead of domain files.")
 ]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, for programs.")]
 
 
 def _version(asked: bool) -> None:
@@ -504,6 +505,30 @@ def champion(domain: DomainFile) -> None:
 
     found = champions(open_store(settings), settings.name)
     out.print(console.champions(found) if found else NO_CHAMPION.format(name=settings.name))
+
+
+@app.command()
+def doctor(
+    domain: Annotated[
+        Path | None, typer.Argument(metavar="[DOMAIN]", help="A domain file, YAML.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say whether this machine can do the work: versions, GPU, disks, store, model, describer, server.
+
+    The exit code is 1 if there is a problem.
+    """
+    settings = _domain(domain) if domain else None
+    from latteflow.flows.doctor import examine
+
+    found = examine(settings)
+    healthy = all(check.state != "problem" for check in found)
+    if as_json:
+        out.print(console.document({"healthy": healthy, "checks": [check._asdict() for check in found]}))
+    else:
+        out.print(console.checks(found))
+    if not healthy:
+        raise typer.Exit(1)
 
 
 @app.command()

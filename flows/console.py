@@ -19,6 +19,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from latteflow.flows.begin import Begun
+    from latteflow.flows.doctor import Check
     from latteflow.flows.plan import Planned
     from latteflow.storage.artifacts import Artifact
     from latteflow.storage.upkeep import Loose
@@ -89,6 +90,17 @@ def begun(found: Begun) -> Table:
         table.add_row("schema", "latteflow.schema.json is of another version; `latteflow schema` prints this one's")
     first = "" if found.classes else f"name the classes in {file}, then "
     table.add_row("next", f"{first}latteflow plan {file}")
+    return table
+
+
+def checks(found: Sequence[Check]) -> Table:
+    """What `doctor` looked at, found, and advises."""
+    colours = {"ok": "green", "warning": "yellow", "problem": "red"}
+    table = _pairs()
+    table.add_column(overflow="fold")
+    for each in found:
+        said = f"{each.found}; {each.advice}" if each.advice else each.found
+        table.add_row(each.name, Text(each.state, colours[each.state]), printable(said))
     return table
 
 

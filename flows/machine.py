@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import shutil
 import threading
 from collections.abc import Sequence
 from importlib import metadata
@@ -40,6 +41,17 @@ def gpus() -> list[Gpu]:
 def has_driver() -> bool:
     """Whether a driver for NVIDIA's GPUs is loaded, whatever torch makes of it."""
     return _DRIVER.exists()
+
+
+def room(folder: Path) -> int:
+    """Bytes that are free where a folder is, or would be made."""
+    return shutil.disk_usage(there(folder)).free
+
+
+def there(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    path = path.absolute()
+    return next(each for each in (path, *path.parents) if each.exists())
 
 
 def has(module: str) -> bool:

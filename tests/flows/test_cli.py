@@ -283,6 +283,7 @@ def test_a_missing_domain_file_is_one_message(latteflow: Latteflow, command: str
         "",
         "init",
         "schema",
+        "doctor",
         "run",
         "plan",
         "preview",
