@@ -23,7 +23,7 @@ from latteflow.tasks.core.domain import Classes, at_home
 from latteflow.tasks.core.errors import ConfigError
 from latteflow.tasks.core.schema import schema
 from latteflow.tasks.describe.texts import models_of
-from latteflow.tasks.ingest.look import Found, Pictures, look
+from latteflow.tasks.ingest.survey import Found, Pictures, survey
 
 SCHEMA_FILE = "latteflow.schema.json"
 """Beside the domain files that name it in their first line."""
@@ -147,7 +147,7 @@ def begin(
         _must_be_new(file)
     address = _address(source, file.parent)
     answering = _server(server) if server else None  # a wrong address is told before anything is listed
-    found = look(source)
+    found = survey(source)
     names = _class_names(found.folders.values()) if given is None else _named_so(given, found.folders.values())
     gpus = machine.gpus()
     resize = _resize(found.pictures)

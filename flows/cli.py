@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from latteflow.storage.upkeep import Loose
     from latteflow.tasks.core.domain import Domain
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 out = console.console
 
 DomainFile = Annotated[Path, typer.Argument(metavar="DOMAIN", help="The domain's YAML file.", show_default=False)]
@@ -119,6 +117,7 @@ def run(
             "old artifact stays until the new one is whole. May be given more than once.",
         ),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Run every stage; finished work is taken from the store.
 
@@ -127,10 +126,14 @@ def run(
     if start and only:
         raise UsageError("--from and --only exclude each other; give one")
     settings = _domain(domain)
+    from latteflow.flows import documents
     from latteflow.flows.pipeline import repaired, run_plainly
 
     choice = functools.partial(run_plainly, start=start, only=only, refresh=refresh or ())
     results = repaired(choice, settings)
+    if as_json:
+        out.print(console.document(documents.run(settings, results)))
+        return
     out.print(console.results(results))
     if results[-1].label == "report":
         from latteflow.models.judge.metrics import seen_note
@@ -152,19 +155,23 @@ def run(
 
 
 @app.command()
-def plan(domain: DomainFile) -> None:
+def plan(domain: DomainFile, as_json: Json = False) -> None:
     """Say what `run` would do and why: images, texts, tokens, time, cost. Nothing is run, no model is loaded.
 
     Times are those of earlier runs of the same stage, per image or text; tokens those of the texts written so far.
     Prices and first estimates are in the domain file, under `prices`.
     """
     settings = _domain(domain)
+    from latteflow.flows import documents
     from latteflow.flows.pipeline import repaired
     from latteflow.flows.plan import plan as planned
 
     found = repaired(planned, settings)
-    out.print(console.plan(found))
-    out.print(console.totals(settings, found))
+    if as_json:
+        out.print(console.document(documents.plan(settings, found)))
+    else:
+        out.print(console.plan(found))
+        out.print(console.totals(settings, found))
 
 
 @app.command()
@@ -197,14 +204,21 @@ def show(
     image: Annotated[
         str | None, typer.Argument(help="An image: its path, its key, or the beginning of its key.", show_default=False)
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """List the artifacts of a domain; or follow one image from source to prediction."""
     settings = _domain(domain)
+    from latteflow.flows import documents
     from latteflow.flows.upkeep import history as held
     from latteflow.tasks.report.lineage import lineage
 
     history = held(settings)
-    out.print(console.artifacts(history) if image is None else console.lineage(lineage(settings, history, image)))
+    followed = None if image is None else lineage(settings, history, image)
+    if as_json:
+        told = documents.image(settings.name, followed) if followed else documents.artifacts(history)
+        out.print(console.document(told))
+    else:
+        out.print(console.lineage(followed) if followed else console.artifacts(history))
 
 
 @app.command()
@@ -248,13 +262,13 @@ def replay(domain: DomainFile) -> None:
 
 
 @app.command()
-def verify(domain: DomainFiles = None, store: StoreUrl = None) -> None:
+def verify(domain: DomainFiles = None, store: StoreUrl = None, as_json: Json = False) -> None:
     """Read every file against its digest. What is damaged is set aside, and made again by the next run.
 
     The exit code is 1 if anything was wrong.
     """
     settings = [_domain(path) for path in domain or ()]
-
+    from latteflow.flows import documents
     from latteflow.flows.upkeep import histories, stores
     from latteflow.storage.upkeep import verify as check
     from latteflow.storage.upkeep import verify_captions
@@ -269,9 +283,12 @@ def verify(domain: DomainFiles = None, store: StoreUrl = None) -> None:
             wrong += check(each.inventory, lambda size: progress.advance(bar, size))
         for each_store in stores(found):
             wrong += verify_captions(each_store)
-    for line in wrong:
-        out.print(console.printable(line))
-    out.print(f"{len(objects)} objects, {console.size(total)}: {f'{len(wrong)} damaged' if wrong else 'all sound'}")
+    if as_json:
+        out.print(console.document(documents.verified(len(objects), total, wrong)))
+    else:
+        for line in wrong:
+            out.print(console.printable(line))
+        out.print(f"{len(objects)} objects, {console.size(total)}: {f'{len(wrong)} damaged' if wrong else 'all sound'}")
     if wrong:
         raise typer.Exit(1)
 
@@ -497,14 +514,18 @@ def compare(
 
 
 @app.command()
-def champion(domain: DomainFile) -> None:
+def champion(domain: DomainFile, as_json: Json = False) -> None:
     """Show the model that the domain serves, and those before it, newest first."""
     settings = _domain(domain)
+    from latteflow.flows import documents
     from latteflow.tasks.core.stage import open_store
     from latteflow.tasks.ship.promote import NO_CHAMPION, champions
 
     found = champions(open_store(settings), settings.name)
-    out.print(console.champions(found) if found else NO_CHAMPION.format(name=settings.name))
+    if as_json:
+        out.print(console.document(documents.champions(settings.name, found)))
+    else:
+        out.print(console.champions(found) if found else NO_CHAMPION.format(name=settings.name))
 
 
 @app.command()
@@ -519,15 +540,15 @@ def doctor(
     The exit code is 1 if there is a problem.
     """
     settings = _domain(domain) if domain else None
+    from latteflow.flows import documents
     from latteflow.flows.doctor import examine
 
     found = examine(settings)
-    healthy = all(check.state != "problem" for check in found)
     if as_json:
-        out.print(console.document({"healthy": healthy, "checks": [check._asdict() for check in found]}))
+        out.print(console.document(documents.examined(found)))
     else:
         out.print(console.checks(found))
-    if not healthy:
+    if any(check.state == "problem" for check in found):
         raise typer.Exit(1)
 
 

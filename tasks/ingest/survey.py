@@ -9,11 +9,11 @@ from itertools import islice
 
 import numpy as np
 
-from models.towers.images import to_rgb
-from storage.images import ImageInfo, ImageLimits, ImageRejected, open_image
-from storage.inspectors import Inspectors
-from storage.names import raw
-from storage.sources import Entry, Source
+from latteflow.models.towers.images import to_rgb
+from latteflow.storage.images import ImageInfo, ImageLimits, ImageRejected, open_image
+from latteflow.storage.inspectors import Inspectors
+from latteflow.storage.names import raw
+from latteflow.storage.sources import Entry, Source
 
 SAMPLE = 48
 """Pictures that are decoded."""
@@ -58,7 +58,7 @@ class Found:
     pictures: Pictures
 
 
-def look(url: str) -> Found:
+def survey(url: str) -> Found:
     """List a source, and decode a few of its images.
 
     Raises:
