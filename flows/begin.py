@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import re
 import unicodedata
@@ -15,6 +14,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from latteflow.flows import machine
+from latteflow.flows.console import document
 from latteflow.flows.errors import UsageError
 from latteflow.flows.machine import Gpu
 from latteflow.models.settings import OpenAISettings
@@ -185,7 +185,7 @@ def _write(file: Path, text: str, *, force: bool) -> None:
 
 def _write_schema(file: Path, *, force: bool) -> bool:
     """Put the schema there unless one is; returns whether that one is of another version."""
-    text = json.dumps(schema(), indent=1) + "\n"
+    text = f"{document(schema())}\n"
     if file.exists() and not force:
         return file.read_text(encoding="utf-8", errors="replace") != text
     _write(file, text, force=force)

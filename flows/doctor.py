@@ -83,7 +83,7 @@ def _torch() -> Check:
 
 
 def _open_clip(domain: Domain | None) -> Check:
-    if found := machine.version("open_clip_torch"):
+    if found := machine.version("open_clip"):
         return Check("open_clip", "ok", found)
     needed = domain is not None and domain.clip.model != "embedded"
     advice = "pip install open_clip_torch, but not into an environment of vLLM's"

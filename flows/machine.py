@@ -60,11 +60,12 @@ def has(module: str) -> bool:
 
 
 def version(package: str) -> str | None:
-    """Of an installed package; None if it is not."""
+    """Of an installed package, by its name or that of its module; None if it is not."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return None
+        named = metadata.packages_distributions().get(package)  # builds for other machines have names of their own
+        return metadata.version(named[0]) if named else None
 
 
 def within_reach(repository: str, config: str, weights: Sequence[str]) -> bool:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -159,6 +160,9 @@ def test_a_schema_of_another_version_is_left_and_told(latteflow: Latteflow) -> N
     code, said, _ = latteflow("init", "photos")
     assert code == 0 and "latteflow.schema.json is of another version" in said
     assert Path("latteflow.schema.json").read_text() == "{}"
+    Path("latteflow.schema.json").write_text(latteflow("schema")[1])
+    code, said, _ = latteflow("init", "photos", "--name", "again")
+    assert code == 0 and "schema" not in said
 
 
 def test_hostile_names_are_made_safe(latteflow: Latteflow) -> None:
@@ -225,6 +229,19 @@ def test_thousands_of_folders_are_no_classes(latteflow: Latteflow) -> None:
         "--classes a,b,c\n"
     )
     assert latteflow("init", "shop", "--classes", "cup,plate")[0] == 0
+
+
+def test_a_pattern_and_tars(latteflow: Latteflow) -> None:
+    photos("photos/robin/1.jpg", "photos/wren/2.jpg", "photos/wren/notes.jpg")
+    assert latteflow("init", "photos/*/[0-9].jpg")[0] == 0
+    assert Domain.load("photos.yaml").source == [str(Path("photos").absolute() / "*/[0-9].jpg")]
+    assert labels("photos.labels.csv") == {"robin/1.jpg": "robin", "wren/2.jpg": "wren"}
+    assert "train images: 2 new" in latteflow("plan", "photos.yaml")[1]
+    with tarfile.open("shards.tar", "w") as tar:
+        tar.add("photos")
+    code, said, _ = latteflow("init", "shards.tar", "--classes", "robin,wren")
+    assert code == 0 and "shards.yaml: 1 file of images, 2 classes" in said
+    assert "of 3 that were looked at" in Path("shards.yaml").read_text()
 
 
 def test_a_bucket(latteflow: Latteflow) -> None:

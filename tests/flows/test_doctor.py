@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,11 @@ def test_what_is_broken_or_missing_is_a_line(examine: Examine, monkeypatch: pyte
     assert found["torch"]["state"] == "problem" and "OSError: libcudart.so" in found["torch"]["found"]
     assert found["open_clip"]["state"] == "warning" and "pip install open_clip_torch" in found["open_clip"]["advice"]
     assert found["vllm"]["state"] == "warning" and "Two environments" in found["vllm"]["advice"]
+
+
+def test_versions_are_found_by_the_name_of_a_module_too() -> None:
+    assert machine.version("open_clip") == metadata.version("open_clip_torch")
+    assert machine.version("no-such-package") is None
 
 
 def test_texts_that_are_not_there(examine: Examine) -> None:
