@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -22,8 +23,9 @@ from latteflow.storage.errors import DataError
 from latteflow.tasks.core.domain import Classes, at_home
 from latteflow.tasks.core.errors import ConfigError
 from latteflow.tasks.core.schema import schema
-from latteflow.tasks.describe.texts import models_of
-from latteflow.tasks.ingest.survey import Found, Pictures, survey
+
+if TYPE_CHECKING:
+    from latteflow.tasks.ingest.survey import Found, Pictures
 
 SCHEMA_FILE = "latteflow.schema.json"
 """Beside the domain files that name it in their first line."""
@@ -147,6 +149,8 @@ def begin(
         _must_be_new(file)
     address = _address(source, file.parent)
     answering = _server(server) if server else None  # a wrong address is told before anything is listed
+    from latteflow.tasks.ingest.survey import survey  # and what decodes images, which a mistake above does not wait for
+
     found = survey(source)
     names = _class_names(found.folders.values()) if given is None else _named_so(given, found.folders.values())
     gpus = machine.gpus()
@@ -347,6 +351,8 @@ def _server(url: str) -> Choice:
         settings = OpenAISettings(kind="openai", url=url, model="")
     except ValidationError as error:
         raise UsageError(f"--server {url!r}: {error.errors()[0]['msg']}") from None
+    from latteflow.tasks.describe.texts import models_of
+
     models = models_of(settings)
     if not models:
         raise DataError(f"the server at {url} has no model")

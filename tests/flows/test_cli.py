@@ -119,6 +119,7 @@ def test_a_second_run_is_cached_and_says_the_same(latteflow: Latteflow) -> None:
     [
         (["--help"], "Usage", "numpy polars pyarrow fsspec PIL pydantic torch"),
         (["plan", "bad.yaml"], "did you mean `source`?", "numpy polars pyarrow fsspec PIL torch"),
+        (["init", "train", "--classes", "a"], "1 given, at least 2", "numpy polars pyarrow fsspec PIL torch"),
         (["predict", "model", "nowhere"], "'nowhere' does not exist", "pyarrow torch"),
         (["rank", "domain.yaml", "larger", "--out", "nowhere/a.html"], "there is no folder 'nowhere'", "numpy torch"),
         (["compare", "a", "b", "--out", "nowhere/a.html"], "there is no folder 'nowhere'", "numpy torch"),
