@@ -145,7 +145,7 @@ def _clip(settings: ClipSettings) -> Check:
 
 
 def _is_within_reach(settings: ClipSettings) -> bool:
-    """Whether a model of the hub can be had; True of all others, which :func:`latteflow.models.towers.clip.check` looked at."""
+    """Whether a model of the hub can be had; True of all others, which :func:`models.towers.clip.check` looked at."""
     if settings.model.startswith("hf-hub:"):
         repository = settings.model.removeprefix("hf-hub:")
     elif settings.pretrained is None or Path(settings.pretrained).is_file():

@@ -12,7 +12,7 @@ _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 def schema() -> dict[str, Any]:
     """Of what may stand in a file, with the methods and describers of installed packages.
 
-    It says less than :meth:`~latteflow.tasks.core.domain.Domain.load`, which also looks at what goes together.
+    It says less than :meth:`~tasks.core.domain.Domain.load`, which also looks at what goes together.
     """
     found = Domain.model_json_schema()
     for each in (found, found["$defs"]["GeneralSettings"]):
