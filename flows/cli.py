@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from latteflow.storage.upkeep import Loose
     from latteflow.tasks.core.domain import Domain
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 out = console.console
 
 DomainFile = Annotated[Path, typer.Argument(metavar="DOMAIN", help="The domain's YAML file.", show_default=False)]
@@ -39,6 +37,7 @@ ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="A folder tha
 StoreUrl = Annotated[
     str | None, typer.Option("--store", metavar="URL", help="All domains of this store, instead of domain files.")
 ]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, for programs.")]
 
 
 def _version(asked: bool) -> None:
@@ -57,11 +56,42 @@ def main(
 ) -> None:
     """Adapt a CLIP model to a new image domain without labels.
 
-    A domain file says where the images are and which classes there are; every command takes one, but for `gc --store`,
-    `verify --store`, and `predict` and `serve`, which take a model. `latteflow plan DOMAIN` says what
-    `latteflow run DOMAIN` would do.
+    A domain file says where the images are and which classes there are; `latteflow init SOURCE` proposes one. Every
+    command takes one, but for `gc --store`, `verify --store`, and `predict` and `serve`, which take a model.
+    `latteflow plan DOMAIN` says what `latteflow run DOMAIN` would do.
     """
     console.log_to_terminal()
+
+
+@app.command()
+def init(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A folder with images, a pattern, tars or tables, here or in a bucket.", show_default=False
+        ),
+    ],
+    file: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="The domain file; default: its name with .yaml, here.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of the domain; default: that of the folder.")] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,C", help="Names with commas between; default: those of the sub-folders."),
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="A server with OpenAI's chat API that writes the texts, such as vllm serve."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+) -> None:
+    """Look at images and at this machine, and propose a domain file, with comments to read and correct.
+
+    Sub-folders become class names, and labels that only `evaluate` reads.
+    """
+    from latteflow.flows.begin import begin
+
+    out.print(console.begun(begin(source, file, name=name, classes=classes, server=server, force=force)))
 
 
 @app.command()
@@ -87,6 +117,7 @@ def run(
             "old artifact stays until the new one is whole. May be given more than once.",
         ),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Run every stage; finished work is taken from the store.
 
@@ -95,10 +126,14 @@ def run(
     if start and only:
         raise UsageError("--from and --only exclude each other; give one")
     settings = _domain(domain)
+    from latteflow.flows import documents
     from latteflow.flows.pipeline import repaired, run_plainly
 
     choice = functools.partial(run_plainly, start=start, only=only, refresh=refresh or ())
     results = repaired(choice, settings)
+    if as_json:
+        out.print(console.document(documents.run(settings, results)))
+        return
     out.print(console.results(results))
     if results[-1].label == "report":
         from latteflow.models.judge.metrics import seen_note
@@ -120,19 +155,23 @@ def run(
 
 
 @app.command()
-def plan(domain: DomainFile) -> None:
+def plan(domain: DomainFile, as_json: Json = False) -> None:
     """Say what `run` would do and why: images, texts, tokens, time, cost. Nothing is run, no model is loaded.
 
     Times are those of earlier runs of the same stage, per image or text; tokens those of the texts written so far.
     Prices and first estimates are in the domain file, under `prices`.
     """
     settings = _domain(domain)
+    from latteflow.flows import documents
     from latteflow.flows.pipeline import repaired
     from latteflow.flows.plan import plan as planned
 
     found = repaired(planned, settings)
-    out.print(console.plan(found))
-    out.print(console.totals(settings, found))
+    if as_json:
+        out.print(console.document(documents.plan(settings, found)))
+    else:
+        out.print(console.plan(found))
+        out.print(console.totals(settings, found))
 
 
 @app.command()
@@ -165,14 +204,21 @@ def show(
     image: Annotated[
         str | None, typer.Argument(help="An image: its path, its key, or the beginning of its key.", show_default=False)
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """List the artifacts of a domain; or follow one image from source to prediction."""
     settings = _domain(domain)
+    from latteflow.flows import documents
     from latteflow.flows.upkeep import history as held
     from latteflow.tasks.report.lineage import lineage
 
     history = held(settings)
-    out.print(console.artifacts(history) if image is None else console.lineage(lineage(settings, history, image)))
+    followed = None if image is None else lineage(settings, history, image)
+    if as_json:
+        told = documents.image(settings.name, followed) if followed else documents.artifacts(history)
+        out.print(console.document(told))
+    else:
+        out.print(console.lineage(followed) if followed else console.artifacts(history))
 
 
 @app.command()
@@ -216,13 +262,13 @@ def replay(domain: DomainFile) -> None:
 
 
 @app.command()
-def verify(domain: DomainFiles = None, store: StoreUrl = None) -> None:
+def verify(domain: DomainFiles = None, store: StoreUrl = None, as_json: Json = False) -> None:
     """Read every file against its digest. What is damaged is set aside, and made again by the next run.
 
     The exit code is 1 if anything was wrong.
     """
     settings = [_domain(path) for path in domain or ()]
-
+    from latteflow.flows import documents
     from latteflow.flows.upkeep import histories, stores
     from latteflow.storage.upkeep import verify as check
     from latteflow.storage.upkeep import verify_captions
@@ -237,9 +283,12 @@ def verify(domain: DomainFiles = None, store: StoreUrl = None) -> None:
             wrong += check(each.inventory, lambda size: progress.advance(bar, size))
         for each_store in stores(found):
             wrong += verify_captions(each_store)
-    for line in wrong:
-        out.print(console.printable(line))
-    out.print(f"{len(objects)} objects, {console.size(total)}: {f'{len(wrong)} damaged' if wrong else 'all sound'}")
+    if as_json:
+        out.print(console.document(documents.verified(len(objects), total, wrong)))
+    else:
+        for line in wrong:
+            out.print(console.printable(line))
+        out.print(f"{len(objects)} objects, {console.size(total)}: {f'{len(wrong)} damaged' if wrong else 'all sound'}")
     if wrong:
         raise typer.Exit(1)
 
@@ -465,14 +514,50 @@ def compare(
 
 
 @app.command()
-def champion(domain: DomainFile) -> None:
+def champion(domain: DomainFile, as_json: Json = False) -> None:
     """Show the model that the domain serves, and those before it, newest first."""
     settings = _domain(domain)
+    from latteflow.flows import documents
     from latteflow.tasks.core.stage import open_store
     from latteflow.tasks.ship.promote import NO_CHAMPION, champions
 
     found = champions(open_store(settings), settings.name)
-    out.print(console.champions(found) if found else NO_CHAMPION.format(name=settings.name))
+    if as_json:
+        out.print(console.document(documents.champions(settings.name, found)))
+    else:
+        out.print(console.champions(found) if found else NO_CHAMPION.format(name=settings.name))
+
+
+@app.command()
+def doctor(
+    domain: Annotated[
+        Path | None, typer.Argument(metavar="[DOMAIN]", help="A domain file, YAML.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say whether this machine can do the work: versions, GPU, disks, store, model, describer, server.
+
+    The exit code is 1 if there is a problem.
+    """
+    settings = _domain(domain) if domain else None
+    from latteflow.flows import documents
+    from latteflow.flows.doctor import examine
+
+    found = examine(settings)
+    if as_json:
+        out.print(console.document(documents.examined(found)))
+    else:
+        out.print(console.checks(found))
+    if any(check.state == "problem" for check in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of domain files, for editors; methods and describers of installed packages are in it."""
+    from latteflow.tasks.core.schema import schema as of_files
+
+    out.print(console.document(of_files()))
 
 
 @app.command()

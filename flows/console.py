@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from latteflow.flows.begin import Begun
+    from latteflow.flows.doctor import Check
     from latteflow.flows.plan import Planned
     from latteflow.storage.artifacts import Artifact
     from latteflow.storage.upkeep import Loose
@@ -65,6 +68,40 @@ def log_to_terminal() -> None:
 def fail(message: str) -> None:
     """A mistake of the user's or the world's, in one message."""
     failures.print(f"error: {printable(message, keep=chr(10))}", style="red")
+
+
+def document(value: Mapping[str, Any]) -> str:
+    """One for programs: JSON that any terminal and pipe can carry."""
+    return json.dumps(value, indent=2, allow_nan=False)
+
+
+def begun(found: Begun) -> Table:
+    """What `init` wrote and why, and what to do next."""
+    table = _pairs()
+    file = printable(shlex.quote(str(found.file)))
+    named = f"{len(found.classes)} classes" if found.classes else "no classes yet"
+    table.add_row("domain", f"{file}: {found.images}, {named}")
+    if found.labels:
+        labels = printable(str(found.labels_file))
+        table.add_row("labels", f"{labels}: by sub-folders, of {len(found.labels):,} images, for `evaluate` alone")
+    for what, choice in {"model": found.model, "resize": found.resize, "describer": found.describer}.items():
+        table.add_row(what, printable(f"{choice.line}: {choice.why}"))
+    if found.schema_is_old:
+        table.add_row("schema", "latteflow.schema.json is of another version; `latteflow schema` prints this one's")
+    first = "" if found.classes else f"name the classes in {file}, then "
+    table.add_row("next", f"{first}latteflow plan {file}")
+    return table
+
+
+def checks(found: Sequence[Check]) -> Table:
+    """What `doctor` looked at, found, and advises."""
+    colours = {"ok": "green", "warning": "yellow", "problem": "red"}
+    table = _pairs()
+    table.add_column(overflow="fold")
+    for each in found:
+        said = f"{each.found}; {each.advice}" if each.advice else each.found
+        table.add_row(each.name, Text(each.state, colours[each.state]), printable(said))
+    return table
 
 
 def results(found: Iterable[StageResult]) -> Table:

@@ -16,6 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -44,6 +45,11 @@ _ONE_REQUEST = 256 << 20
 _CHUNK = 64 << 20
 _CHUNKS_AT_ONCE = 4
 _READS = 5
+_WRITERS = 4
+_ADVICE = (
+    "so two workers could overwrite each other; use another server, or set `single_writer: true` if only one "
+    "process writes"
+)
 _memory_lock = threading.Lock()
 
 
@@ -205,6 +211,29 @@ class ObjectStore:
 
         self._do("write", key, replace)
 
+    def prove(self) -> None:
+        """Show that of several writers of one key one creates it and the others hear of it; the object goes again.
+
+        Of a store with a single writer only that it can be written, read and deleted.
+
+        Raises:
+            StorageError: it cannot be used, or two writers could overwrite each other.
+        """
+        key = f"{_MARKER}-{uuid.uuid4().hex}"
+        words = [f"writer {number}".encode() for number in range(1 if self._single_writer else _WRITERS)]
+        try:
+            with ThreadPoolExecutor(len(words)) as pool:
+                created = [*pool.map(lambda word: self.put_if_absent(key, word), words)]
+            created.append(self.put_if_absent(key, b"too late"))
+            kept = self.read(key)
+        finally:
+            with contextlib.suppress(StorageError):  # what was wrong before is worth more
+                self.delete(key)
+        if created.count(True) != 1 or kept != words[created.index(True)]:
+            raise StorageError(
+                f"store {self.url!r} let {created.count(True)} of {len(created)} writers create one object, {_ADVICE}"
+            )
+
     def delete(self, key: str) -> None:
         """Remove the object; a missing one is fine."""
         with contextlib.suppress(NotFound):
@@ -313,10 +342,6 @@ class ObjectStore:
         Raises:
             StorageError: it does not know them, or overwrites in spite of them.
         """
-        advice = (
-            "so two workers could overwrite each other; use another server, or set `single_writer: true` if only one "
-            "process writes"
-        )
 
         def create() -> bool:
             try:
@@ -326,13 +351,13 @@ class ObjectStore:
             except Exception as error:
                 if answer(error)[0] == 501:
                     raise StorageError(
-                        f"store {self.url!r} has no conditional create ({said(error)}), {advice}"
+                        f"store {self.url!r} has no conditional create ({said(error)}), {_ADVICE}"
                     ) from error
                 raise
             return True
 
         if self._do("write", _MARKER, create) and self._do("write", _MARKER, create):
-            raise StorageError(f"store {self.url!r} ignores the precondition of a conditional create, {advice}")
+            raise StorageError(f"store {self.url!r} ignores the precondition of a conditional create, {_ADVICE}")
         self._proved = True
 
     def _sure(
@@ -378,6 +403,7 @@ class ObjectStore:
             errno.EDQUOT: "the disk quota is used up: free some space and run again; finished parts are kept",
             errno.EACCES: "permission denied: check the owner of the folder",
             errno.EROFS: "the file system is read-only: choose another `store` in the domain file",
+            errno.EEXIST: "a file is where a folder should be: choose another `store` in the domain file",
             errno.ENOTDIR: "a file is where a folder should be: choose another `store` in the domain file",
         }.get(getattr(error, "errno", None) or 0)
         if advice or self._local or self._memory:

@@ -88,7 +88,7 @@ class ChatServer:
             disable_nagle_algorithm = True
 
             def do_GET(handler) -> None:  # noqa: N805
-                self._send(handler, Reply(self.version))
+                self._send(handler, self.version if isinstance(self.version, Reply) else Reply(self.version))
 
             def do_POST(handler) -> None:  # noqa: N805
                 self._serve(handler)

@@ -52,7 +52,11 @@ class Classes(Settings):
     @model_validator(mode="after")
     def _classes_are_distinct_names(self) -> Self:
         if len(self.classes) < 2:
-            raise PydanticCustomError("classes", f"`classes`: {len(self.classes)} given, at least 2 are needed")
+            raise PydanticCustomError(
+                "classes",
+                f"`classes`: {len(self.classes)} given, at least 2 are needed: the names of what the images may "
+                "show, as in [robin, wren]",
+            )
         empty = [index for index, name in enumerate(self.classes) if not name.strip()]
         if empty:
             raise PydanticCustomError("classes", f"`classes`: number {empty[0] + 1} is empty")
@@ -202,6 +206,7 @@ class _Domain(Classes):
     """Labels for evaluation; nothing that trains ever sees them."""
     clip: ClipSettings = ClipSettings()
     describer: DescriberSettings = TagsSettings()
+    """Who writes the texts: `kind` says which settings it has."""
     method: Annotated[
         list[MethodName],
         Field(min_length=1),
@@ -409,6 +414,14 @@ else:
     )
 
 
+def at_home(path: str) -> Path:
+    """A path with ~ as the home that it stands for; as it is where nobody has that name."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
@@ -430,7 +443,7 @@ def _resolve(raw: dict[str, Any], folder: Path) -> None:
             return [absolute(each) for each in value]
         if not isinstance(value, str) or "://" in value or "::" in value:
             return value
-        return str((folder / Path(value).expanduser()).resolve())
+        return str((folder / at_home(value)).resolve())
 
     for section, field in [
         (raw, "source"),

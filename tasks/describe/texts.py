@@ -407,6 +407,17 @@ def _open_engine(settings: LanguageModelSettings) -> Engine:
     return engine
 
 
+def models_of(settings: OpenAISettings) -> list[str]:
+    """The models of a server, by its own names.
+
+    Raises:
+        ModelError: it cannot be reached or refuses, the package openai is missing, or the key cannot be had.
+    """
+    from latteflow.models.texts.describers.openai import OpenAIEngine
+
+    return OpenAIEngine(settings, _key(settings)).models()
+
+
 def _key(settings: OpenAISettings) -> str | None:
     if settings.key_block is None:
         return os.environ.get(settings.key_env)

@@ -243,6 +243,16 @@ def test_a_server_without_conditional_writes_is_refused(
     assert alone.read("x") == b"1"
 
 
+def test_a_server_proves_that_it_creates_once(proxy: FaultProxy, prefix: str) -> None:
+    store = ObjectStore(prefix, **options(proxy.port))
+    store.prove()
+    assert list(store.listing("")) == [".latteflow"], "asked before the first write of all"
+    proxy.script = lambda request: "ignore" if request.method == "PUT" else None
+    with pytest.raises(StorageError, match=r"let 5 of 5 writers create one object, .*single_writer: true"):
+        store.prove()
+    assert list(store.listing("")) == [".latteflow"]
+
+
 def test_a_stage_behind_a_storm(
     driver: Driver, small: Path, clean: Clean, seaweed: Seaweed, proxy: FaultProxy, prefix: str
 ) -> None:

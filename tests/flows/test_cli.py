@@ -14,12 +14,15 @@ from pathlib import Path
 import pytest
 
 from conftest import call, draw, draw_folder
+from latteflow.flows import documents
 from latteflow.flows.pipeline import STAGES
+from latteflow.storage.artifacts import ArtifactRef
 from latteflow.storage.captions import CaptionStore
 from latteflow.storage.errors import StorageError
 from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.stage import open_store
 from latteflow.tasks.describe.texts import Question, Texts
+from latteflow.tasks.ship.promote import Champion
 
 HOSTILE = "[red]x[/red]\x1b[31m\u202e\n.png"
 LABELS = [
@@ -116,6 +119,7 @@ def test_a_second_run_is_cached_and_says_the_same(latteflow: Latteflow) -> None:
     [
         (["--help"], "Usage", "numpy polars pyarrow fsspec PIL pydantic torch"),
         (["plan", "bad.yaml"], "did you mean `source`?", "numpy polars pyarrow fsspec PIL torch"),
+        (["init", "train", "--classes", "a"], "1 given, at least 2", "numpy polars pyarrow fsspec PIL torch"),
         (["predict", "model", "nowhere"], "'nowhere' does not exist", "pyarrow torch"),
         (["rank", "domain.yaml", "larger", "--out", "nowhere/a.html"], "there is no folder 'nowhere'", "numpy torch"),
         (["compare", "a", "b", "--out", "nowhere/a.html"], "there is no folder 'nowhere'", "numpy torch"),
@@ -281,6 +285,9 @@ def test_a_missing_domain_file_is_one_message(latteflow: Latteflow, command: str
     "command",
     [
         "",
+        "init",
+        "schema",
+        "doctor",
         "run",
         "plan",
         "preview",
@@ -303,6 +310,20 @@ def test_help_is_there(latteflow: Latteflow, command: str) -> None:
 
 def test_the_version_is_told(latteflow: Latteflow) -> None:
     assert latteflow("--version") == (0, f"latteflow {metadata.version('latteflow')}\n", "")
+
+
+def test_the_shell_completes_commands_and_options(latteflow: Latteflow, monkeypatch: pytest.MonkeyPatch) -> None:
+    def completed(*words: str) -> list[str]:
+        monkeypatch.setenv("COMP_WORDS", " ".join(words))
+        monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
+        monkeypatch.setenv("_LATTEFLOW_COMPLETE", "complete_bash")
+        return latteflow()[1].split()
+
+    assert completed("latteflow", "p") == ["plan", "preview", "predict", "promote"]
+    assert completed("latteflow", "plan", "--j") == ["--json"]
+    monkeypatch.setenv("_LATTEFLOW_COMPLETE", "source_bash")
+    code, script, _ = latteflow()
+    assert code == 0 and "complete -o default -F _latteflow_completion latteflow" in script
 
 
 @pytest.mark.parametrize(
@@ -536,6 +557,114 @@ def test_a_store_that_holds_nothing_of_a_domain(latteflow: Latteflow, folder: Pa
     edit(folder, "store: store", "store: train")
     code, _, error = latteflow(*arguments)
     assert code == 1 and "store" in error and "holds nothing of domain 'shapes'" in error
+
+
+Tell = Callable[..., dict]
+
+
+@pytest.fixture
+def tell(latteflow: Latteflow) -> Tell:
+    """Arguments -> the one document that `--json` gives."""
+
+    def told(*arguments: object, status: int = 0) -> dict:
+        code, said, error = latteflow(*arguments, "--json")
+        assert code == status, error
+        assert said.isascii(), "names from outside reach no terminal raw"
+        document: dict = json.loads(said, parse_constant=pytest.fail)
+        return document
+
+    return told
+
+
+def test_the_end_of_a_run_as_json(tell: Tell, folder: Path) -> None:
+    told = tell("run", "domain.yaml")
+    assert list(told) == [
+        "domain", "stages", "labelled", "adapted_to", "scores", "kept", "report", "metrics",
+    ]  # fmt: skip
+    assert [each["stage"] for each in told["stages"]] == LABELS
+    assert all(list(each) == ["stage", "state", "seconds", "artifact", "counts"] for each in told["stages"])
+    assert {each["state"] for each in told["stages"]} == {"cached"}
+    assert (told["domain"], told["labelled"], told["adapted_to"]) == ("shapes", 12, 0)
+    assert list(told["scores"]) == ["zero_shot_plain", "zero_shot_centred", "zero_shot_estimated", "latteclip"]
+    assert set(told["scores"]["latteclip"]) == {"top1", "interval", "gain", "gain_interval"}
+    assert told["kept"]["method"] in ("zero_shot_plain", "latteclip") and list(told["kept"]) == [
+        "method",
+        "seed",
+        "why",
+    ]
+    assert Path(told["report"]).is_file() and json.loads(Path(told["metrics"]).read_text())["n_test"] == 12
+    told = tell("run", "domain.yaml", "--only", "evaluate", "--refresh", "evaluate")
+    assert list(told) == ["domain", "stages"]
+    assert {each["stage"] for each in told["stages"] if each["state"] == "done"} == {"evaluate"}
+
+
+def test_a_plan_as_json(tell: Tell, folder: Path) -> None:
+    assert tell("plan", "domain.yaml")["seconds"] == 0
+    edit(folder, "epochs: 2", "epochs: 3")
+    (folder / "train" / "001.png").unlink()
+    told = tell("plan", "domain.yaml")
+    assert list(told) == [
+        "domain", "stages", "images", "texts", "prompt_tokens", "output_tokens", "seconds", "cost", "currency",
+    ]  # fmt: skip
+    assert told["images"]["train"] == {"new": 0, "kept": 24, "removed": 1}
+    stages = {each["stage"]: each for each in told["stages"]}
+    assert list(stages) == LABELS
+    assert all(
+        list(each) == ["stage", "state", "reasons", "artifact", "unit", "work", "at_most", "seconds"]
+        for each in stages.values()
+    )
+    assert stages["shard test"]["state"] == "cached" and len(stages["shard test"]["artifact"]) == 64
+    assert stages["tune"]["state"] == "will run" and "latteclip.epochs: 2 -> 3" in stages["tune"]["reasons"]
+    assert (stages["tune"]["unit"], stages["tune"]["work"], stages["tune"]["artifact"]) == ("models", 2, None)
+    assert (told["prompt_tokens"], told["cost"], told["currency"]) == (0, None, "USD")
+    assert told["seconds"] == pytest.approx(sum(each["seconds"] for each in told["stages"]))
+
+
+def test_artifacts_and_an_image_as_json(tell: Tell, folder: Path) -> None:
+    told = tell("show", "domain.yaml")
+    assert (list(told), told["domain"]) == (["domain", "artifacts"], "shapes")
+    assert sorted(each["stage"] for each in told["artifacts"] if each["current"]) == sorted(LABELS)
+    assert list(told["artifacts"][0]) == ["stage", "artifact", "current", "made", "bytes", "counts"]
+    assert told["artifacts"][0]["made"].endswith("+00:00")
+    told = tell("show", "domain.yaml", "100.png")
+    assert (told["domain"], told["path"], told["split"], told["truth"]) == ("shapes", "100.png", "test", "green")
+    assert {each["by"] for each in told["predictions"]} >= {"latteclip"}
+    assert list(told["pseudo_labels"][0]) == ["by", "class", "probability"]
+    assert len(told["artifacts"]["shard test"]) == 64
+    told = tell("show", "domain.yaml", "004.png")
+    assert list(told["texts"][0]) == ["kind", "text", "flags", "by", "weight"]
+    assert told["texts"][0]["text"] == "a [bold]green[/bold] \x1b[1mshape 004"
+    assert tell("show", "domain.yaml", HOSTILE)["width"] == 40
+
+
+def test_champions_as_json(tell: Tell) -> None:
+    assert tell("champion", "domain.yaml") == {"domain": "shapes", "champion": None, "earlier": []}
+    ref = ArtifactRef("shapes", "tune", "f" * 64, "d" * 64)
+    first, second = (
+        Champion(ref, ref, "latteclip", seed, 0.5, "about", "2026-11-22T11:52:37+00:00", "why", version=seed + 1)
+        for seed in (0, 1)
+    )
+    told = documents.champions("shapes", [first, second])
+    assert told["champion"] == {
+        "version": 2, "since": "2026-11-22T11:52:37+00:00", "artifact": "f" * 64, "method": "latteclip", "seed": 1,
+        "score": 0.5, "why": "why",
+    }  # fmt: skip
+    assert [each["version"] for each in told["earlier"]] == [1]
+
+
+def test_what_verify_finds_as_json(tell: Tell, folder: Path) -> None:
+    told = tell("verify", "domain.yaml")
+    assert list(told) == ["sound", "objects", "bytes", "damaged"] and told["sound"] and told["objects"] > 50
+    harmed = next((folder / "store/shapes/embed/data").glob("shard-00001.*"))
+    harmed.write_bytes(harmed.read_bytes()[:-8] + bytes(8))
+    told = tell("verify", "--store", "store", status=1)
+    assert not told["sound"] and len(told["damaged"]) == 1 and str(harmed) in told["damaged"][0]
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "show", "champion", "verify", "doctor"])
+def test_a_mistake_is_no_document(latteflow: Latteflow, command: str) -> None:
+    code, said, error = latteflow(command, "domian.yaml", "--json")
+    assert (code, said) == (1, "") and error.startswith("error: domain file domian.yaml cannot be read")
 
 
 def test_gc_wants_an_age(latteflow: Latteflow) -> None:

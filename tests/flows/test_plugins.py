@@ -65,6 +65,12 @@ def test_a_method_and_a_describer_of_another_package(domain: Domain, tmp_path: P
     assert "medoids.images" in again.stdout, "its settings shape its models, and nothing before them"
 
 
+def test_the_schema_has_what_the_package_brings() -> None:
+    own, ours = (json.loads(latteflow("schema", packages=each).stdout) for each in (PLUGIN, ROOT))
+    assert "medoids" in own["properties"] and "medoids" not in ours["properties"]
+    assert "brightness" in json.dumps(own["$defs"]) and "brightness" not in json.dumps(ours["$defs"])
+
+
 def test_mistakes_name_what_the_package_brings(domain: Domain, tmp_path: Path) -> None:
     file = write(domain, tmp_path / "domain.yaml", method="medoid", medoids={"images": 0}, describer={"kind": "bright"})
     done = latteflow("plan", file)

@@ -30,6 +30,16 @@ def test_the_first_writer_wins(store: ObjectStore) -> None:
     assert store.read("a/b.bin", 1, 3) == b"ir"
 
 
+def test_a_store_proves_itself_and_is_as_before(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.put_if_absent("a", b"1")
+    store.prove()
+    assert list(store.listing("")) == ["a"]
+    monkeypatch.setattr(ObjectStore, "put_if_absent", lambda self, key, data: self.put(key, data) is None)
+    with pytest.raises(StorageError, match=r"let 5 of 5 writers create one object, so two workers could overwrite"):
+        store.prove()
+    assert list(store.listing("")) == ["a"]
+
+
 def test_a_file_is_put_like_bytes(store: ObjectStore, tmp_path: Path) -> None:
     (tmp_path / "source").write_bytes(b"x" * 3_000_000)
     assert store.put_if_absent("big", tmp_path / "source")
@@ -264,6 +274,13 @@ def test_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(StorageError, match=r"disk is full.*finished parts are kept"):
         store.put_if_absent("x", b"1")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("below", [".", "store"])
+def test_a_file_where_the_store_should_be_is_told(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StorageError, match="a file is where a folder should be: choose another `store`"):
+        ObjectStore(str(tmp_path / "file" / below)).put_if_absent("x", b"1")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

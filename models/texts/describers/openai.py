@@ -31,6 +31,8 @@ BUSY = frozenset({429, 503, 529})
 TRIES = 6
 """Failures of one prompt, not counting a busy server, after which a server that answers others has failed at it."""
 LONGEST_WAIT_S = 30.0
+LISTING_S = 5.0
+"""Until a server that is asked for its models counts as away."""
 _DECODING = threading.BoundedSemaphore(min(16, 2 * (os.cpu_count() or 1)))
 """Requests may be many; decoded images take memory."""
 
@@ -86,6 +88,24 @@ class OpenAIEngine:
             return f"server of version {self._line(str(answer.json()['version']))[:40]}"
         except (httpx.HTTPError, ValueError, LookupError, TypeError):
             return "server of unknown version"
+
+    def models(self) -> list[str]:
+        """What the server answers with, by its own names; asked once, for a few seconds.
+
+        Raises:
+            ModelError: it does not answer, refuses, or does not speak OpenAI's API.
+        """
+        import openai
+
+        try:
+            listed = self._client.with_options(timeout=LISTING_S).models.list().data
+            return [tidy(each.id) for each in listed]
+        except (openai.APIError, AttributeError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"the server at {self._host} does not say which models it has: {self._shown(error)}. "
+                f"Check `url` (it ends in /v1 for most servers) and the key (variable {self._settings.key_env}, or "
+                "`key_block`)"
+            ) from None
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Text]]:
         """See :meth:`models.texts.describers.Engine.generate`."""

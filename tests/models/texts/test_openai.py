@@ -3,6 +3,7 @@
 import functools
 import io
 import logging
+import socket
 import ssl
 import threading
 import time
@@ -448,3 +449,34 @@ def test_a_session_of_everything_at_once(server: ChatServer) -> None:
     made = engine(server, concurrency=8)
     assert run(made, prompts(1)) == good(1)
     assert run(made, prompts(60)) == good(60)
+
+
+def test_a_server_lists_its_models(server: ChatServer) -> None:
+    server.version = {"object": "list", "data": [{"id": name, "object": "model"} for name in ("a/b", "c\x1b[31m")]}
+    assert engine(server).models() == ["a/b", "c [31m"]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        PAGE, Reply("[]"), Reply("{}"), Reply('{"data": [{}]}'), Reply('{"data": [7]}'), Reply('{"data": [{"id": 7}]}'),
+        Reply("{"), error(401, f"Incorrect API key provided: {KEY}."), error(404), error(500),
+    ],
+)  # fmt: skip
+def test_a_server_that_does_not_list_them_is_one_line(server: ChatServer, reply: Reply) -> None:
+    server.version = reply
+    with pytest.raises(
+        ModelError, match=r"the server at 127.0.0.1 does not say which models it has: .*Check `url`"
+    ) as told:
+        engine(server).models()
+    assert KEY not in str(told.value) and "\n" not in str(told.value)
+
+
+def test_a_server_that_is_away_or_silent_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LISTING_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        with pytest.raises(ModelError, match="does not say which models it has: APITimeoutError"):
+            engine(url).models()
+    with pytest.raises(ModelError, match="does not say which models it has: APIConnectionError"):
+        engine(url).models()

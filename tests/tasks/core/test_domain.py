@@ -26,6 +26,10 @@ def test_three_lines_are_enough(tmp_path: Path) -> None:
     assert domain.prompts() == [["a photo of a robin."], ["a photo of a wren."]]
 
 
+def test_a_home_that_nobody_has_is_a_folder_of_that_name(tmp_path: Path) -> None:
+    assert load(tmp_path, GOOD.replace("images", "~nobody.here/a")).source == [str(tmp_path / "~nobody.here/a")]
+
+
 @pytest.mark.parametrize("path", sorted(Path("domains").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_shipped_domains_are_valid(path: Path) -> None:
     assert Domain.load(path).name == path.stem
