@@ -21,7 +21,7 @@ from latteflow.storage.artifacts import Artifact, ArtifactWriter
 from latteflow.storage.shards import overlap, read_index
 from latteflow.storage.tables import parquet
 from latteflow.tasks.core.domain import Domain
-from latteflow.tasks.core.features import centred, read_features
+from latteflow.tasks.core.features import Features, centred, read_features
 from latteflow.tasks.core.stage import StageResult, open_store, run_stage
 from latteflow.tasks.report.forgetting import general_answers
 from latteflow.tasks.report.labels import digest_of_labels, read_truth
@@ -110,26 +110,9 @@ def evaluate(
         index = read_index(images).filter(pl.col("key").is_in(found.keys))
         paths = dict(index.select("key", "path").iter_rows())
         truth = read_truth(domain, [paths[key] for key in found.keys])
-        text, scale = found.class_features, read_tuned(models, domain.method[0], domain.seeds[0]).scale
         is_own = embedded.ref == trained_on.ref
         middle = centred(found.embeds, train.centre)
-
-        def head(method: str, seed: int | None) -> Head:
-            model = read_tuned(models, method, seed)
-            if is_own and model.assignments is not None:
-                logits = np.log(np.maximum(model.assignments, FLOOR, dtype=np.float64))
-                return Head(logits, np.eye(len(domain.classes)), 1.0)
-            return Head(tuned_features(domain, model, images, found), model.prototypes, model.scale)
-
-        spaces = (found.features, middle, centred(found.embeds, train.shift))
-        heads = {name: Head(space, text, scale) for name, space in zip(ZERO_SHOTS, spaces, strict=True)}
-        labels = {name: metrics.predict(*each).labels for name, each in heads.items()}
-        own = labels[own_zero_shot(domain.clip.centre)]
-        # The one that each is less like.
-        others = ("zero_shot_centred", "zero_shot_plain", ZERO_SHOTS[train.share <= 0.5])
-        said = {name: answers([each], labels[other]) for (name, each), other in zip(heads.items(), others, strict=True)}
-        for method in domain.method:
-            said[method] = answers((head(method, seed) for seed in domain.seeds_of(method)), own)
+        said = _said(domain, models, images, found, train, is_own=is_own)
         labelled = np.flatnonzero(truth >= 0)
         known_before = set(overlap(store.open(adapted_to.ref), images)["key"])
         n_seen = sum(found.keys[row] in known_before for row in labelled)
@@ -153,6 +136,36 @@ def evaluate(
         return {"images": len(found.keys), "labelled": len(labelled)}
 
     return run_stage(store, domain, "evaluate", VERSION, inputs, body)
+
+
+def _said(
+    domain: Domain, models: Artifact, images: Artifact, found: Features, train: Features, *, is_own: bool
+) -> dict[str, Answers]:
+    """What the zero-shots and every method say of images.
+
+    Args:
+        found, train: features of these images, and of those that the models were adapted to.
+        is_own: they are the same.
+    """
+    text, scale = found.class_features, read_tuned(models, domain.method[0], domain.seeds[0]).scale
+
+    def head(method: str, seed: int | None) -> Head:
+        model = read_tuned(models, method, seed)
+        if is_own and model.assignments is not None:
+            logits = np.log(np.maximum(model.assignments, FLOOR, dtype=np.float64))
+            return Head(logits, np.eye(len(domain.classes)), 1.0)
+        return Head(tuned_features(domain, model, images, found), model.prototypes, model.scale)
+
+    spaces = (found.features, centred(found.embeds, train.centre), centred(found.embeds, train.shift))
+    heads = {name: Head(space, text, scale) for name, space in zip(ZERO_SHOTS, spaces, strict=True)}
+    labels = {name: metrics.predict(*each).labels for name, each in heads.items()}
+    # The one that each is less like.
+    others = ("zero_shot_centred", "zero_shot_plain", ZERO_SHOTS[train.share <= 0.5])
+    said = {name: answers([each], labels[other]) for (name, each), other in zip(heads.items(), others, strict=True)}
+    own = labels[own_zero_shot(domain.clip.centre)]
+    for method in domain.method:
+        said[method] = answers((head(method, seed) for seed in domain.seeds_of(method)), own)
+    return said
 
 
 def answers(heads: Iterable[Head], other: np.ndarray) -> Answers:

@@ -19,6 +19,17 @@ from latteflow.tasks.core.domain import Domain
 if TYPE_CHECKING:
     import polars as pl
 
+_USE = """\
+## Use
+```python
+from PIL import Image
+import latteflow
+model = latteflow.load_model(".")  # this folder
+answers = model.predict([Image.open("photo.jpg")])
+print(model.classes[answers.labels[0]], answers.probabilities[0, 0])
+```
+`latteflow predict . IMAGES --out predictions.parquet` does a folder or bucket,
+`latteflow serve .` a small web service."""
 _ZERO_SHOT = "not at all: the classifier is the text tower's reading of the class names"
 
 
@@ -80,25 +91,9 @@ tags: [clip, image-classification, latteflow]
 
 {gate}
 
-## Use
-```python
-from PIL import Image
-import latteflow
-model = latteflow.load_model(".")  # this folder
-answers = model.predict([Image.open("photo.jpg")])
-print(model.classes[answers.labels[0]], answers.probabilities[0, 0])
-```
-`latteflow predict . IMAGES --out predictions.parquet` does a folder or bucket, `latteflow serve .` a small web service.
-{_without(method, domain, formats)}
+{_use(method, domain, formats)}
 
-## Limits
-- It answers one of its classes for every image. Images of none of them: {unknown}. Where there is a mark, it catches
-  some images of other kinds, not all, and some images of the domain.
-- No label took part. For probabilities that are about as often right as they say, logits are divided by the temperature
-  {temperature:.3g} before the softmax; `latteflow` does so. It was estimated without labels and may be off.
-- The licence is that of the base model's weights, of the language model that wrote the texts, if there was one, and of
-  the images. Nobody has checked them for your use.
-
+{_limits(unknown, temperature)}
 ## Checked at export
 | against | largest difference |
 | --- | --- |
@@ -111,6 +106,18 @@ Differences are of probabilities, unless they say otherwise.
 {_rows(f"{stage} | `{digest[:16]}`" for stage, digest in fingerprints.items())}
 ## Classes
 {_listed(domain.classes)}
+"""
+
+
+def _limits(unknown: str, temperature: float) -> str:
+    return f"""\
+## Limits
+- It answers one of its classes for every image. Images of none of them: {unknown}. Where there is a mark, it catches
+  some images of other kinds, not all, and some images of the domain.
+- No label took part. For probabilities that are about as often right as they say, logits are divided by the temperature
+  {temperature:.3g} before the softmax; `latteflow` does so. It was estimated without labels and may be off.
+- The licence is that of the base model's weights, of the language model that wrote the texts, if there was one, and of
+  the images. Nobody has checked them for your use.
 """
 
 
@@ -230,8 +237,8 @@ def _of_seeds(found: Mapping[str, Any], seed: int | None) -> str:
     return f", mean of the {len(seeds)} seeds of the method" if seed is not None and len(seeds) > 1 else ""
 
 
-def _without(method: str, domain: Domain, formats: Sequence[str]) -> str:
-    lines = ["\nWithout latteflow, and for everything else:\n"]
+def _use(method: str, domain: Domain, formats: Sequence[str]) -> str:
+    lines = [_USE, "\nWithout latteflow, and for everything else:\n"]
     head = "`scale * unit(embedding - centre) @ prototypes.T`, with the three tensors of `classifier.safetensors`"
     if domain.clip.model == "embedded":
         lines.append(f"- the image tower is latteflow's own (`latteflow_embedded.json`); logits are {head}.")
