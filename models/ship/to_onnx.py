@@ -87,7 +87,8 @@ def to_onnx(predictor: Predictor, folder: Path) -> float:
                 verbose=False,
             )
         except Exception as error:  # the exporter raises what each operator trips over
-            raise ModelError(f"the image tower cannot be written as ONNX ({type(error).__name__}: {error})") from error
+            why = _first_cause(error)
+            raise ModelError(f"PyTorch's exporter cannot write this image tower as ONNX: {why}") from error
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     difference = of_features = 0.0
     with torch.inference_mode():
@@ -111,6 +112,14 @@ def noise(predictor: Predictor, n: int) -> Tensor:
 
     shape = predictor.pixels(Image.new("RGB", (64, 64))).shape
     return torch.randn(n, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def _first_cause(error: BaseException) -> str:
+    """What the exporter tripped over, in a line; around it the exporter puts pages about reporting it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0] if said else ''}"[:300]
 
 
 @contextlib.contextmanager

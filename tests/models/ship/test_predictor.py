@@ -206,6 +206,24 @@ def test_a_temperature_makes_it_less_sure_and_changes_no_answer(folder: Path) ->
     np.testing.assert_array_equal(Predictor.load(folder).predict(images).probabilities, before.probabilities)
 
 
+def test_what_the_exporter_trips_over_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxscript")
+    import torch
+
+    from latteflow.models.ship.to_onnx import to_onnx
+
+    def export(*_: object, **__: object) -> None:
+        try:
+            raise ValueError("cannot view\nmore of it")
+        except ValueError as error:
+            raise RuntimeError("this is step 2/3\n- create an issue") from error
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    with pytest.raises(ModelError) as caught:
+        to_onnx(Predictor.load(folder), folder)
+    assert str(caught.value).endswith("as ONNX: ValueError: cannot view")
+
+
 @pytest.mark.slow
 def test_onnx_says_the_same_of_any_number_of_images(folder: Path) -> None:
     pytest.importorskip("onnx")
