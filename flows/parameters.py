@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -107,18 +108,30 @@ DomainOrFile = Annotated[
 ]
 
 
+_MISTAKES = (ConfigError, DataError, ModelError, StorageError)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    # The engine raises what a failed run holds once more, and logs where; the state has said what.
+    if record.exc_info and isinstance(record.exc_info[1], _MISTAKES):
+        record.exc_info = None
+    return True
+
+
 def told(work: Callable[..., Any]) -> Callable[..., Any]:
     """The same, but what the user or the world did wrong is the state of the run, and no traceback in its log."""
 
     @functools.wraps(work)
     def tell(*args: Any, **kwargs: Any) -> Any:
+        for name in ("prefect.flow_runs", "prefect.engine"):
+            logging.getLogger(name).addFilter(_without_traceback)
         try:
             return work(*args, **kwargs)
         except ValidationError as error:
             wrong = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
             mistake = ConfigError("\n".join(wrong))
             return Failed(message=str(mistake), data=mistake)
-        except (ConfigError, DataError, ModelError, StorageError) as error:
+        except _MISTAKES as error:
             return Failed(message=str(error), data=error)
 
     return tell
