@@ -359,7 +359,8 @@ def export(
     The folder is new, empty, or holds an earlier export, which is replaced when the new one is whole.
     """
     settings = _domain(domain)
-    from latteflow.flows.export import Format, export, export_champion
+    from latteflow.flows.export import export, export_champion
+    from latteflow.tasks.ship.export import Format
 
     asked: dict[Format, bool] = {"onnx": onnx, "transformers": transformers}
     formats = [name for name, wanted in asked.items() if wanted]

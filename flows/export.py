@@ -15,8 +15,6 @@ from latteflow.tasks.ship.promote import champion
 from latteflow.tasks.tune.models import check_model
 from latteflow.tasks.tune.select import read_selection
 
-__all__ = ["Format", "export", "export_champion"]
-
 
 def export(
     domain: Domain,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
@@ -10,13 +11,23 @@ from latteflow.models.errors import ModelError
 T = TypeVar("T")
 
 
-def found(group: str, kind: type[T]) -> list[tuple[str, T]]:
-    """Everything of a group, each with the package it comes from.
+def found(group: str, kind: type[T], what: str, name: Callable[[T], str], ours: Collection[str]) -> dict[str, T]:
+    """Everything of a group, by name.
+
+    Args:
+        what: they are, in words.
+        ours: names that are taken.
 
     Raises:
-        ModelError: one cannot be loaded, or is not of this kind.
+        ModelError: one cannot be loaded, is not of this kind, or has a name that is taken.
     """
-    return [(_package(point), _loaded(point, kind)) for point in entry_points(group=group)]
+    added: dict[str, T] = {}
+    for point in entry_points(group=group):
+        value = _loaded(point, kind)
+        if (own := name(value)) in (*ours, *added):
+            raise ModelError(f"{_package(point)} brings a {what} {own!r}, and there is one of that name")
+        added[own] = value
+    return added
 
 
 def _loaded(point: EntryPoint, kind: type[T]) -> T:

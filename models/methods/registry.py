@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from latteflow.models import plugins
 from latteflow.models.errors import ModelError
 from latteflow.models.methods import baselines, clamp, latteclip, latteclip_plus, pc_clip, transduction
-from latteflow.models.methods.method import Given, Method, Section, Sections
+from latteflow.models.methods.method import Given, Method, Sections
+from latteflow.models.plugins import found
 from latteflow.models.settings import Settings, TrainingSettings
 
 if TYPE_CHECKING:
@@ -21,30 +21,24 @@ if TYPE_CHECKING:
     from latteflow.models.methods.adaptation import Adapted, TuneData
 
 GROUP = "latteflow.methods"
-_OURS = (
-    latteclip.METHOD, latteclip_plus.METHOD, pc_clip.METHOD, transduction.METHOD, clamp.METHOD, *baselines.METHODS,
-)  # fmt: skip
-
-
-def _found() -> Mapping[str, Method]:
-    found = {method.name: method for method in _OURS}
-    for package, method in plugins.found(GROUP, Method):
-        if method.name in found:
-            raise ModelError(f"{package} brings a method {method.name!r}, and there is one of that name")
-        found[method.name] = method
-    return found
+_OURS = {
+    method.name: method
+    for method in (
+        latteclip.METHOD, latteclip_plus.METHOD, pc_clip.METHOD, transduction.METHOD, clamp.METHOD, *baselines.METHODS,
+    )
+}  # fmt: skip
 
 
 def _sections(methods: Mapping[str, Method]) -> Mapping[str, type[Settings]]:
-    found: dict[str, type[Settings]] = {}
+    sections: dict[str, type[Settings]] = {}
     for method in methods.values():
         for name, section in method.sections.items():
-            if found.setdefault(name, section.settings) is not section.settings:
+            if sections.setdefault(name, section.settings) is not section.settings:
                 raise ModelError(f"method {method.name!r}: the section {name!r} belongs to another method")
-    return found
+    return sections
 
 
-METHODS = _found()
+METHODS: Mapping[str, Method] = {**_OURS, **found(GROUP, Method, "method", lambda each: each.name, _OURS)}
 """By name."""
 SECTIONS = _sections(METHODS)
 """Settings of the methods, by the name of their section in a domain file."""
@@ -84,6 +78,3 @@ def adapt(
         data=data, sections=Sections(*settings), training=training, clip=clip, seed=seed, scale=scale, engine=engine
     )
     return METHODS[name].adapt(given)
-
-
-__all__ = ["METHODS", "SECTIONS", "Given", "Method", "Section", "Sections", "adapt", "label", "readers"]

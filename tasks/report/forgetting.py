@@ -11,7 +11,7 @@ from latteflow.storage.artifacts import Artifact
 from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.features import read_features
 from latteflow.tasks.ingest.embed import class_text_features
-from latteflow.tasks.tune.models import part_name, read_tuned, text_reader, tuned_features
+from latteflow.tasks.tune.models import ADAPTER, part_name, read_tuned, text_reader, tuned_features
 
 
 def general_answers(
@@ -30,7 +30,7 @@ def general_answers(
     found = read_features(embedded)
     model = replace(read_tuned(models, method, seed), centre=found.shift)
     if adapter := METHODS[method].adapter:
-        read = adapter.read(models.read(f"{part_name(method, seed)}.adapter.safetensors"), domain.sections)
+        read = adapter.read(models.read(part_name(method, seed) + ADAPTER), domain.sections)
         text = read(own.prompt_names)
     else:
         text = class_text_features(own, text_reader(domain, model).text_features)

@@ -29,7 +29,7 @@ from latteflow.tasks.core.features import Features, centred, read_features
 from latteflow.tasks.core.stage import StageResult, open_store
 from latteflow.tasks.ship.card import model_card
 from latteflow.tasks.tune.heldout import held_out_scores, why_not
-from latteflow.tasks.tune.models import Tuned, chosen_model, part_name, tuned_clip, tuned_features
+from latteflow.tasks.tune.models import ADAPTER, Tuned, chosen_model, part_name, tuned_clip, tuned_features
 
 if TYPE_CHECKING:
     from latteflow.models.ship.predictor import Predictor
@@ -200,7 +200,7 @@ class _Export:
             **{name: None if change is None else torch.from_numpy(change) for name, change in maps.items()},
         )
         if self.method and METHODS[self.method].adapter:
-            data = self.lineage["tune"].read(f"{part_name(self.method, self.seed)}.adapter.safetensors")
+            data = self.lineage["tune"].read(part_name(self.method, self.seed) + ADAPTER)
             (folder / f"{self.method}.safetensors").write_bytes(data)
         predictor = Predictor.load(folder)
         difference = self._difference(predictor)

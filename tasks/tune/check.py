@@ -20,7 +20,7 @@ def check_models(domain: Domain) -> None:
     # What has embedded the domain before is known to work, and to look closer takes the seconds that open_clip takes.
     if not any(made.inputs["clip"] == who for made in open_store(domain).all(domain.name, "embed")):
         clip.check(domain.clip)
-    for method in domain.methods:
+    for method in domain.methods:  # by which a language model, say, is looked for
         method.made_from(domain.sections)
     for writer in (domain, domain.of_pairs()) if domain.compares else (domain,):
         if not isinstance(writer.describer, TagsSettings):

@@ -21,6 +21,9 @@ from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.features import Features, centred
 from latteflow.tasks.core.stage import StageResult, open_store
 
+ADAPTER = ".adapter.safetensors"
+"""Ending of the file of a text tower that is no CLIP's, behind the name of its part."""
+
 
 @dataclass(frozen=True)
 class Tuned:

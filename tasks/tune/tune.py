@@ -20,7 +20,7 @@ from latteflow.storage.tables import safetensors
 from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.stage import StageResult, open_store, run_stage
 from latteflow.tasks.tune.inputs import Inputs, Stages, independent_texts
-from latteflow.tasks.tune.models import part_name
+from latteflow.tasks.tune.models import ADAPTER, part_name
 from latteflow.tasks.tune.training import Files, Progress, StoredCheckpoint, checkpoint, in_processes
 
 VERSION = 1
@@ -34,7 +34,7 @@ class Planned:
     Attributes:
         method: its name, so that other processes can be told.
         inputs: what shapes it, and nothing else.
-        reader: the part whose text tower reads its texts; None: the untouched CLIP does.
+        reader: the method whose text tower, of the same seed, reads its texts; None: the untouched CLIP does.
     """
 
     method: str
@@ -46,6 +46,11 @@ class Planned:
     def name(self) -> str:
         """Of its part."""
         return part_name(self.method, self.seed)
+
+    @property
+    def reader_part(self) -> str | None:
+        """The part with the tower that reads its texts."""
+        return part_name(self.reader, self.seed) if self.reader else None
 
 
 def tune(
@@ -75,7 +80,7 @@ def tune(
         for each in _planned(domain, stages, domain.methods):
             part = writer.find(each.name, each.inputs)
             if part is None:
-                tower = writer.read(parts[each.reader], _tower_file(each.reader)) if each.reader else None
+                tower = _tower(writer, parts, each)
                 identity = fingerprint("tune", VERSION, {"part": each.name, **each.inputs})
                 key = f"{domain.name}/tune/checkpoints/{identity}.safetensors"
                 with checkpoint(store.objects, key) as kept:
@@ -83,8 +88,8 @@ def tune(
                         processes = domain.training.processes
                         files = in_processes(processes, _train_here, domain, stages, each, key, tower)
                     else:
-                        inputs = {each.reader: inputs.get(each.reader) or Inputs(domain, stages, tower)}
-                        files = _train(inputs[each.reader], each, kept)
+                        inputs = {each.reader_part: inputs.get(each.reader_part) or Inputs(domain, stages, tower)}
+                        files = _train(inputs[each.reader_part], each, kept)
                 part = writer.put(each.name, each.inputs, files)
             parts[each.name] = part
         return {"models": len(parts)}
@@ -110,7 +115,7 @@ def _planned(domain: Domain, stages: Stages, methods: Sequence[Method]) -> Itera
         own, reader = _shaped_by(domain, stages, method), _reader(domain, method)
         for seed in domain.seeds_of(method.name):
             inputs = own if seed is None else {**own, "seed": seed}
-            yield Planned(method.name, seed, inputs, part_name(reader.name, seed) if reader else None)
+            yield Planned(method.name, seed, inputs, reader.name if reader else None)
 
 
 def _reader(domain: Domain, method: Method) -> Method | None:
@@ -124,9 +129,12 @@ def _reads(domain: Domain, method: Method, what: str) -> bool:
     return what in (method.reads, reader and reader.reads)
 
 
-def _tower_file(part: str) -> str:
-    adapter = METHODS[part.partition(".")[0]].adapter
-    return f"{part}.adapter.safetensors" if adapter else f"{part}.safetensors"
+def _tower(writer: ArtifactWriter, parts: Mapping[str, Part], planned: Planned) -> bytes | None:
+    """File of the text tower that reads the model's texts."""
+    if planned.reader is None or planned.reader_part is None:
+        return None
+    ending = ADAPTER if METHODS[planned.reader].adapter else ".safetensors"
+    return writer.read(parts[planned.reader_part], planned.reader_part + ending)
 
 
 def _made_from(domain: Domain, stages: Stages) -> dict[str, Any]:
@@ -205,4 +213,4 @@ def _train(inputs: Inputs, planned: Planned, kept: StoredCheckpoint) -> Files:
         f"{name}.safetensors": safetensors(**{key: tensor.cpu().numpy() for key, tensor in found.items()}),
         f"{name}.history.json": json.dumps(result.history).encode(),
     }
-    return files if result.adapter is None else {**files, f"{name}.adapter.safetensors": result.adapter}
+    return files if result.adapter is None else {**files, name + ADAPTER: result.adapter}

@@ -26,18 +26,8 @@ def _kind(settings: type[Settings]) -> str:
     return str(named[0])
 
 
-def _writers() -> Mapping[str, Writer]:
-    writers: dict[str, Writer] = {}
-    for package, writer in found(GROUP, Writer):
-        kind = _kind(writer.settings)
-        if kind in (*_OURS, *writers):
-            raise ModelError(f"{package} brings a describer {kind!r}, and there is one of that name")
-        writers[kind] = writer
-    return writers
-
-
 _OURS = {_kind(each): each for each in (TagsSettings, SidecarSettings, VllmSettings, OpenAISettings)}
-WRITERS = _writers()
+WRITERS = found(GROUP, Writer, "describer", lambda writer: _kind(writer.settings), _OURS)
 """Those of packages, by kind."""
 KINDS: Mapping[str, type[Settings]] = {**_OURS, **{kind: writer.settings for kind, writer in WRITERS.items()}}
 """Settings of all, by kind."""
