@@ -8,9 +8,10 @@ import importlib.util
 import io
 import struct
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 # With these in place Pillow has every parser it may use, and never loads the others.
 from PIL import (  # noqa: F401
@@ -32,6 +33,8 @@ Image.MAX_IMAGE_PIXELS = None
 # What Pillow thinks of a picture (odd EXIF, an odd palette) stands between lines of progress, with a path of its own;
 # what is wrong with one is in its row of the quarantine.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+Shown = TypeVar("Shown")
 
 HEIC_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
 READS_HEIC = importlib.util.find_spec("pillow_heif") is not None
@@ -116,6 +119,20 @@ def inspect(data: bytes, limits: ImageLimits) -> ImageInfo:
     Raises:
         ImageRejected: with a reason code and a detail.
     """
+    return examine(data, limits, _decode)[0]
+
+
+def examine(
+    data: bytes, limits: ImageLimits, show: Callable[[Image.Image, ImageInfo], Shown]
+) -> tuple[ImageInfo, Shown]:
+    """What an image is, and what ``show`` makes of it in the one time that it is decoded.
+
+    Args:
+        show: is given the picture within the limits, not decoded yet but for greys of 16 bits; must decode all of it.
+
+    Raises:
+        ImageRejected: with a reason code and a detail, also for whatever ``show`` raises.
+    """
     if not data:
         raise ImageRejected(RejectReason.EMPTY, "0 bytes")
     if len(data) > limits.max_bytes:
@@ -131,16 +148,10 @@ def inspect(data: bytes, limits: ImageLimits) -> ImageInfo:
                 raise ImageRejected(
                     RejectReason.TOO_NARROW, f"{width} x {height} pixels, the limit is 1 : {limits.max_aspect:g}"
                 )
-            # JPEG at an eighth of its size: all of the compressed data is still read, so damage is found as before,
-            # and most of the arithmetic is saved.
-            image.draft(None, (1, 1))
-            image.load()
-            _read_exif(image)
-            if isinstance(profile := image.info.get("icc_profile"), bytes):
-                _read_profile(profile)
             # What Pillow calls MPO is a JPEG with more pictures behind the first.
             extension = "jpg" if image.format == "MPO" else EXTENSIONS[str(image.format)]
-            return ImageInfo(extension, width, height, *_greys(data, image))
+            found = ImageInfo(extension, width, height, *_greys(data, image))
+            return found, show(image, found)
     except ImageRejected:
         raise
     except UnidentifiedImageError:
@@ -151,6 +162,16 @@ def inspect(data: bytes, limits: ImageLimits) -> ImageInfo:
     except Exception as error:
         # Pillow's plugins raise whatever their format trips over (struct.error, SyntaxError, zlib.error, ...).
         raise ImageRejected(RejectReason.CORRUPT, f"{type(error).__name__}: {error}"[:300]) from error
+
+
+def _decode(image: Image.Image, found: ImageInfo) -> None:
+    # JPEG at an eighth of its size: all of the compressed data is still read, so damage is found as before, and most of
+    # the arithmetic is saved.
+    image.draft(None, (1, 1))
+    image.load()
+    _read_exif(image)
+    if isinstance(profile := image.info.get("icc_profile"), bytes):
+        _read_profile(profile)
 
 
 def too_many_bytes(size: int, limits: ImageLimits) -> ImageRejected:
@@ -166,7 +187,7 @@ def decoder_version() -> str:
 
 
 def _greys(data: bytes, image: Image.Image) -> tuple[int | None, int | None]:
-    """The largest grey of a decoded image, and the largest that its depth allows: see :class:`ImageInfo`."""
+    """The largest grey and the largest that the depth allows, see :class:`ImageInfo`; decodes what has 16 bits."""
     if not image.mode.startswith("I;16"):
         return None, None
     # Without numpy, whose threads want more memory than an inspecting process may have.

@@ -1,7 +1,7 @@
 """Inspection in processes of its own: a decoder that crashes, hangs or eats memory costs one image, never the run.
 
 A process has no open files but two pipes, may write no file, and is bounded in memory and in processor time. A batch
-goes in as lengths and bytes, and one line of JSON comes back.
+goes in as lengths and bytes; for each image a line of JSON comes back, and behind it what else there is to tell of it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar, TypeVar
 
 from latteflow.storage.errors import StorageError
 from latteflow.storage.images import ImageInfo, ImageLimits, ImageRejected, RejectReason, inspect
@@ -25,6 +25,10 @@ from latteflow.storage.images import ImageInfo, ImageLimits, ImageRejected, Reje
 SECONDS = 20
 """Processor time for a batch, or for one image where a batch took longer. The largest sound ones need a fifth of it."""
 
+BYTES_PER_PIXEL = 16
+"""Memory of a process for each pixel that an image may have."""
+
+Taken = TypeVar("Taken")
 _READY = b"ready\n"
 _FROM_OUTSIDE = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP}
 
@@ -36,12 +40,13 @@ class Inspectors:
         limits: see :class:`~storage.images.ImageLimits`.
         processes: at most so many, started when they are needed.
         seconds: processor time for a batch; one that takes longer is looked at again image by image.
+        arguments: further ones for the program.
     """
 
     program: ClassVar = ["-m", "latteflow.storage.inspectors"]
 
-    def __init__(self, limits: ImageLimits, processes: int, seconds: float = SECONDS) -> None:
-        self._limits, self._processes, self._seconds = limits, processes, seconds
+    def __init__(self, limits: ImageLimits, processes: int, seconds: float = SECONDS, *arguments: str) -> None:
+        self._limits, self._processes, self._seconds, self._arguments = limits, processes, seconds, arguments
         self._command = [sys.executable, "-P", *self.program]
         self._ready: set[int] = set()
         self._idle: queue.LifoQueue[subprocess.Popen[bytes] | None] = queue.LifoQueue()
@@ -63,15 +68,30 @@ class Inspectors:
         Raises:
             StorageError: the process cannot be started at all.
         """
+        return self.each(batch, lambda info, _: info, most)
+
+    def each(
+        self, batch: Sequence[bytes], take: Callable[[ImageInfo, bytes], Taken], most: int | None = None
+    ) -> list[Taken | ImageRejected]:
+        """What ``take`` makes of each image, or why it is refused, in order.
+
+        Args:
+            take: called with what an image is, and what the program says beyond that, one image after the other, while
+                the process goes on with the next. It may be called again for images that were answered.
+            most: as for a call.
+
+        Raises:
+            StorageError: the process cannot be started at all.
+        """
         if not batch:
             return []
         most = self._limits.max_pixels if most is None else min(most, self._limits.max_pixels)
-        answers = self._ask(batch, most)
+        answers = self._ask(batch, most, take)
         if isinstance(answers, list):
             return answers
         if len(batch) > 1 or answers in _FROM_OUTSIDE:
             # Something in the batch broke the decoder, or somebody ended the process: once more, one by one.
-            alone = [self._ask([data], most) for data in batch]
+            alone = [self._ask([data], most, take) for data in batch]
             return [found[0] if isinstance(found, list) else self._refused(found) for found in alone]
         return [self._refused(answers)]
 
@@ -82,7 +102,9 @@ class Inspectors:
         while not self._idle.empty():
             _end(self._idle.get())
 
-    def _ask(self, batch: Sequence[bytes], most: int) -> list[ImageInfo | ImageRejected] | int:
+    def _ask(
+        self, batch: Sequence[bytes], most: int, take: Callable[[ImageInfo, bytes], Taken]
+    ) -> list[Taken | ImageRejected] | int:
         """The answers, or the code with which the process ended."""
         process, sound = self._idle.get(), False
         try:
@@ -92,15 +114,20 @@ class Inspectors:
                 if process.stdout.readline() != _READY:
                     raise StorageError(f"images cannot be inspected: `{' '.join(self._command)}` does not start")
                 self._ready.add(process.pid)
+            answers: list[Taken | ImageRejected] = []
             try:
                 header = struct.pack(f"<IQ{len(batch)}Q", len(batch), most, *map(len, batch))
                 process.stdin.write(b"".join([header, *batch]))
                 process.stdin.flush()
-                line = process.stdout.readline()
-                sound = line.endswith(b"\n")
             except OSError:
-                sound = False
-            return [*map(_answer, json.loads(line))] if sound else _code(process)
+                return _code(process)
+            for _ in batch:
+                found = _answer(process.stdout)
+                if found is None:
+                    return _code(process)
+                answers.append(found if isinstance(found, ImageRejected) else take(*found))
+            sound = True
+            return answers
         finally:
             if not sound and process is not None:
                 self._ready.discard(process.pid)
@@ -110,11 +137,12 @@ class Inspectors:
     def _start(self) -> subprocess.Popen[bytes]:
         path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
         return subprocess.Popen(
-            [*self._command, json.dumps(asdict(self._limits)), str(self._seconds)],
+            [*self._command, json.dumps(asdict(self._limits)), str(self._seconds), *self._arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path},
+            # Memory is counted as it is asked for, and numpy's library asks for some for each processor.
+            env={**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
         )
 
     def _refused(self, code: int) -> ImageRejected:
@@ -139,41 +167,60 @@ def _end(process: subprocess.Popen[bytes] | None) -> None:
             process.communicate()
 
 
-def _answer(found: list[Any]) -> ImageInfo | ImageRejected:
-    return ImageInfo(*found) if len(found) > 2 else ImageRejected(RejectReason(found[0]), found[1])
+def _answer(out: IO[bytes]) -> tuple[ImageInfo, bytes] | ImageRejected | None:
+    """Of one image; None where the process ended before."""
+    line = out.readline()
+    if not line.endswith(b"\n"):
+        return None
+    found = json.loads(line)
+    if len(found) == 2:
+        return ImageRejected(RejectReason(found[0]), found[1])
+    *info, size = found
+    beyond = out.read(size)
+    return (ImageInfo(*info), beyond) if len(beyond) == size else None
 
 
-def _serve(limits: ImageLimits, seconds: float) -> None:
-    """What a process does: answer batches until its input ends."""
+def serve(
+    show: Callable[[bytes, ImageLimits], tuple[ImageInfo, bytes]], bytes_per_pixel: int = BYTES_PER_PIXEL
+) -> None:
+    """What a process does: answer batches until its input ends.
+
+    Args:
+        show: what an image is, and what else there is to tell of it; raises ImageRejected.
+        bytes_per_pixel: memory that the largest image may take.
+    """
+    limits, seconds = ImageLimits(**json.loads(sys.argv[1])), float(sys.argv[2])
     source, out = sys.stdin.buffer, sys.stdout.buffer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which ends this process
-    _confine(limits)
+    _confine(limits, bytes_per_pixel)
     out.write(_READY)
     out.flush()
     while header := source.read(12):
         count, most = struct.unpack("<IQ", header)
         sizes = struct.unpack(f"<{count}Q", source.read(8 * count))
         batch = [source.read(size) for size in sizes]
-        answers: list[list[Any]] = []
         signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends the process
         for data in batch:
+            beyond = b""
             try:
-                answers.append([*astuple(inspect(data, replace(limits, max_pixels=most)))])
+                info, beyond = show(data, replace(limits, max_pixels=most))
+                answer: list[Any] = [*astuple(info), len(beyond)]
             except ImageRejected as rejected:
-                answers.append([rejected.reason.value, rejected.detail])
+                answer = [rejected.reason.value, rejected.detail]
+            out.write(json.dumps(answer).encode() + b"\n")
+            out.write(beyond)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        out.write(json.dumps(answers).encode() + b"\n")
         out.flush()
 
 
-def _confine(limits: ImageLimits) -> None:
+def _confine(limits: ImageLimits, bytes_per_pixel: int) -> None:
     import resource
 
-    memory = (1 << 30) + 2 * limits.max_bytes + 16 * limits.max_pixels
+    memory = (1 << 30) + 2 * limits.max_bytes + bytes_per_pixel * limits.max_pixels
     for what, most in [(resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)]:
         with contextlib.suppress(ValueError, OSError):  # a stricter limit is in force already
             resource.setrlimit(what, (most, most))
 
 
 if __name__ == "__main__":
-    _serve(ImageLimits(**json.loads(sys.argv[1])), float(sys.argv[2]))
+    serve(lambda data, limits: (inspect(data, limits), b""))

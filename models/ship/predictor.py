@@ -30,7 +30,7 @@ from latteflow.models.towers.folder import (
     check_files,
     read_json,
 )
-from latteflow.models.towers.images import in_range
+from latteflow.models.towers.images import Reading
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +116,7 @@ class Predictor:
 
     Attributes:
         classes: names, in the order of the answers' numbers.
-        greys: see :data:`models.settings.GreyRange`.
+        reading: how it is shown pictures.
         clip: the model's own towers, learnt maps folded in.
         head: the classifier.
     """
@@ -131,9 +131,8 @@ class Predictor:
     ) -> None:
         from PIL import Image
 
-        self.greys = greys
-        self.clip, self.head, self.classes, self._resize = model, head, list(classes), resize
-        self._side = max(model.preprocess(Image.new("RGB", (64, 64))).shape[1:])
+        self.clip, self.head, self.classes = model, head, list(classes)
+        self.reading = Reading(max(model.preprocess(Image.new("RGB", (64, 64))).shape[1:]), resize, greys)
 
     @classmethod
     def load(cls, folder: Path) -> Predictor:
@@ -173,22 +172,9 @@ class Predictor:
     def pixels(self, image: Image, white: int | None = None) -> torch.Tensor:
         """A picture that was opened and not decoded yet, as the model reads it: ``(3, height, width)`` float32.
 
-        Large JPEGs are decoded at a half, a quarter or an eighth of their size, as long as that leaves twice what the
-        model reads: several times as fast.
-
-        Args:
-            white: of greys of 16 bits, the largest value that there can be, where the file says that.
-
-        Raises:
-            OSError: PIL cannot read the pixels (truncated or damaged file).
+        Arguments and errors are those of :meth:`models.towers.images.Reading.shown`.
         """
-        by_file = (0.0, float(white)) if white is not None and self.greys == "auto" else None
-        image = in_range(image, by_file if isinstance(self.greys, str) else self.greys)
-        if image.format in ("JPEG", "MPO"):
-            least = 2 * self._side / (max(image.size) if self._resize == "pad" else min(image.size))
-            if least < 1:
-                image.draft(None, (math.ceil(image.width * least), math.ceil(image.height * least)))
-        return self.clip.preprocess(image)
+        return self.clip.preprocess(self.reading.shown(image, white))
 
     def answers(self, pixels: torch.Tensor, keep: int = 5) -> Answers:
         """What the model says of ``(n, 3, height, width)``; the best ``keep`` classes of each."""

@@ -2,8 +2,10 @@
 
 import functools
 import io
+import math
 import struct
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from PIL import GifImagePlugin, Image, ImageCms, ImageOps, PngImagePlugin
@@ -17,6 +19,41 @@ COLOR_SPACES = {"RGB": "RGB ", "RGBA": "RGB ", "L": "GRAY", "CMYK": "CMYK"}
 MOST_PROFILE_BYTES = 4 << 20
 GREY_STEPS = {"L;2": 85, "L;4": 17}
 """What greys of a few bits are multiplied by as Pillow reads them, by its name for how they are packed."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a model wants to be shown pictures; JSON values.
+
+    Attributes:
+        side: of the square that the model reads, in pixels.
+        fit: whether the model is shown the middle of a picture, or all of it on a square.
+        greys: which values of greys of more than 8 bits are black and white, see :data:`models.settings.GreyRange`.
+    """
+
+    side: int
+    fit: Literal["crop", "pad"]
+    greys: Literal["auto", "full"] | tuple[float, float] = "auto"
+
+    def shown(self, image: Image.Image, white: int | None = None) -> Image.Image:
+        """A picture that was opened and not decoded yet, as a person would see it, no larger than need be.
+
+        Large JPEGs are decoded at a half, a quarter or an eighth of their size, as long as that leaves twice what the
+        model reads: several times as fast.
+
+        Args:
+            white: of greys of 16 bits, the largest value that there can be, where the file says that.
+
+        Raises:
+            OSError: PIL cannot read the pixels (truncated or damaged file).
+        """
+        by_file = (0.0, float(white)) if white is not None and self.greys == "auto" else None
+        image = in_range(image, by_file if isinstance(self.greys, str) else self.greys)
+        if image.format in ("JPEG", "MPO"):
+            least = 2 * self.side / (max(image.size) if self.fit == "pad" else min(image.size))
+            if least < 1:
+                image.draft(None, (math.ceil(image.width * least), math.ceil(image.height * least)))
+        return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

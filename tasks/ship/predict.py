@@ -18,13 +18,14 @@ import polars as pl
 
 from latteflow.storage.errors import DataError
 from latteflow.storage.fingerprint import sha256
-from latteflow.storage.images import ImageLimits, ImageRejected, RejectReason, open_image
-from latteflow.storage.inspectors import SECONDS, Inspectors
+from latteflow.storage.images import ImageLimits, ImageRejected
+from latteflow.storage.inspectors import SECONDS
 from latteflow.storage.listing import REMOTE_THREADS, ahead, chunks, key_of
 from latteflow.storage.names import printable, raw
 from latteflow.storage.objects import ObjectStore
 from latteflow.storage.sources import Entry, Source
 from latteflow.storage.tables import parquet
+from latteflow.tasks.ship.pictures import Pictures
 
 if TYPE_CHECKING:
     import torch
@@ -79,36 +80,24 @@ class Decoder:
     """
 
     def __init__(self, predictor: Predictor, limits: ImageLimits, seconds: float = SECONDS) -> None:
-        self._predictor = predictor
-        self._inspect = Inspectors(limits, _PROCESSORS, seconds)
+        self._pixels = predictor.clip.preprocess
+        self._pictures = Pictures(predictor.reading, limits, _PROCESSORS, seconds)
 
     def __call__(self, batch: Sequence[bytes]) -> list[torch.Tensor | ImageRejected]:
         """Pixels of each image, or why there are none, in order."""
-        found = self._inspect(batch)
-        return [
-            said if isinstance(said, ImageRejected) else self._pixels(data, said.white)
-            for data, said in zip(batch, found, strict=True)
-        ]
+        return self._pictures(batch, lambda _, picture: self._pixels(picture))
 
     def one(self, data: bytes, most: int) -> tuple[torch.Tensor | ImageRejected, int]:
         """Pixels of an image that has at most so many as it is stored, or why there are none; and how many it has."""
-        (said,) = self._inspect([data], most)
-        return (
-            (said, 0) if isinstance(said, ImageRejected) else (self._pixels(data, said.white), said.width * said.height)
-        )
-
-    def _pixels(self, data: bytes, white: int | None) -> torch.Tensor | ImageRejected:
-        try:
-            return self._predictor.pixels(open_image(data), white)
-        except Exception as error:  # what inspection accepts, at a smaller size, may still break at the one we need
-            return ImageRejected(RejectReason.CORRUPT, f"{type(error).__name__}: {error}"[:300])
+        (found,) = self._pictures([data], lambda info, picture: (self._pixels(picture), info.width * info.height), most)
+        return (found, 0) if isinstance(found, ImageRejected) else found
 
     def __enter__(self) -> Decoder:
-        self._inspect.start(1)
+        self._pictures.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._inspect.__exit__(*error)
+        self._pictures.__exit__(*error)
 
 
 def check_out(out: str) -> None:

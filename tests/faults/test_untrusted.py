@@ -118,14 +118,14 @@ def test_bombs_are_bounded(name: str, survived: Counter[str]) -> None:
 def test_only_the_image_that_breaks_the_decoder_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     good = mutants.images()["png"]
     program = (
-        "import os, sys, json, signal, latteflow.storage.inspectors as i\n"
+        "import os, signal, latteflow.storage.inspectors as i\n"
         "plain = i.inspect\n"
         "def fragile(data, limits):\n"
         "    if data.endswith(b'CRASH'): os.kill(os.getpid(), signal.SIGSEGV)\n"
         "    while data.endswith(b'HANG'): pass\n"
         "    return plain(data, limits)\n"
         "i.inspect = fragile\n"
-        "i._serve(i.ImageLimits(**json.loads(sys.argv[1])), float(sys.argv[2]))\n"
+        "i.serve(lambda data, limits: (i.inspect(data, limits), b''))\n"
     )
     monkeypatch.setattr(Inspectors, "program", ["-c", program])
     with Inspectors(LIMITS, 1, seconds=0.3) as inspectors:
@@ -150,10 +150,10 @@ def test_a_process_that_somebody_killed_costs_nothing() -> None:
 
 def test_inspecting_processes_may_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = (
-        "import sys, json, latteflow.storage.inspectors as i\n"
+        "import latteflow.storage.inspectors as i\n"
         f"def writing(data, limits):\n    open({str(tmp_path / 'written')!r}, 'wb').write(data)\n"
         "i.inspect = writing\n"
-        "i._serve(i.ImageLimits(**json.loads(sys.argv[1])), float(sys.argv[2]))\n"
+        "i.serve(lambda data, limits: (i.inspect(data, limits), b''))\n"
     )
     monkeypatch.setattr(Inspectors, "program", ["-c", program])
     with Inspectors(LIMITS, 1) as inspectors:
