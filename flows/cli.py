@@ -425,7 +425,10 @@ def serve(
         ),
     ] = None,
 ) -> None:
-    """Answer images over HTTP by a model that `export` wrote: POST /predict, GET /health, and a page to try it."""
+    """Answer images over HTTP by a model that `export` wrote: POST /predict, /health, /metrics, and a page to try it.
+
+    On SIGHUP it reads the folder again, and goes on with the model that is there then.
+    """
     from latteflow.flows.serve import Limits
     from latteflow.flows.serve import serve as served
 

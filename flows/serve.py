@@ -12,8 +12,10 @@ import contextlib
 import ctypes
 import hashlib
 import importlib.util
+import logging
 import queue
 import re
+import signal
 import socket
 import threading
 import time
@@ -26,12 +28,13 @@ from typing import Any, NamedTuple
 import torch
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
+from latteflow.flows.instruments import Instruments, Measured
 from latteflow.flows.peers import HalfSent, Impatient, OwnNames, Refused, Waiting
 from latteflow.models.errors import ModelError
 from latteflow.models.ship.predictor import Predictor
@@ -39,6 +42,7 @@ from latteflow.storage.errors import DataError
 from latteflow.storage.images import ImageLimits, ImageRejected, RejectReason
 from latteflow.tasks.ship.predict import Decoder
 
+log = logging.getLogger("latteflow.flows")
 TOP = 5
 BATCH, WAIT_S = 32, 0.004
 """Images that go through the model at once, and how long the first of them waits for others."""
@@ -136,6 +140,54 @@ class Batcher:
         return batch
 
 
+class Serving:
+    """A model that answers, with what decodes and batches for it.
+
+    While another takes over, requests that began with it end with it.
+
+    Raises:
+        ModelError: the folder is not a sound model.
+    """
+
+    def __init__(self, folder: Path, limits: Limits, instruments: Instruments) -> None:
+        self.predictor = Predictor.load(folder)
+        self.name, self._instruments = folder.resolve().name, instruments
+        self.decode = Decoder(self.predictor, ImageLimits(max_pixels=limits.max_pixels), limits.seconds)
+        self.decode.__enter__()
+        self.batcher = Batcher(self._answer)
+        self._users, self._is_retired = 0, False
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[Serving]:
+        """For a request, on the event loop."""
+        self._users += 1
+        try:
+            yield self
+        finally:
+            self._users -= 1
+            self._end()
+
+    def retire(self) -> None:
+        """Close when the last request is answered."""
+        self._is_retired = True
+        self._end()
+
+    def close(self) -> None:
+        """Answer what waits, and end."""
+        self.batcher.close()
+        self.decode.__exit__(None, None, None)
+
+    def _end(self) -> None:
+        if self._is_retired and not self._users:
+            threading.Thread(target=self.close, daemon=True).start()  # it waits, and the event loop must not
+
+    def _answer(self, pixels: torch.Tensor) -> list[dict[str, Any]]:
+        found = _said(self.predictor, pixels)
+        self._instruments.batch.observe(len(found))
+        self._instruments.unknown.inc(sum(bool(each["unknown"]) for each in found))
+        return found
+
+
 def serve(
     folder: Path,
     host: str,
@@ -144,7 +196,7 @@ def serve(
     on_ready: Callable[[str], None],
     names: Sequence[str] = (),
 ) -> None:
-    """Load the model and answer until the process is told to end.
+    """Load the model and answer until the process is told to end. On SIGHUP the folder is read again.
 
     Args:
         port: 0 for any that is free.
@@ -158,15 +210,21 @@ def serve(
     if importlib.util.find_spec("python_multipart") is None:
         raise ModelError("serving needs the package python-multipart; run: pip install 'latteflow[serve]'")
     _return_memory()
-    predictor = Predictor.load(folder)
+    instruments = Instruments()
+
+    def load() -> Serving:
+        return Serving(folder, limits, instruments)
+
+    first = load()
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
+        first.close()
         raise DataError(f"cannot listen at {host} port {port} ({error}); choose another --port or --host") from error
-    with listener, Decoder(predictor, ImageLimits(max_pixels=limits.max_pixels), limits.seconds) as decode:
+    with listener:
         silent = {"seconds": limits.seconds, "waiting": Waiting(limits.half_sent)}
         config = uvicorn.Config(
-            build(predictor, decode, folder.resolve().name, limits, [host, *names]),
+            build(first, load, limits, [host, *names], instruments),
             http=type("Protocol", (Impatient,), silent),
             ws="none",
             log_config=None,
@@ -179,21 +237,54 @@ def serve(
             uvicorn.Server(config).run(sockets=[listener])
 
 
-def build(predictor: Predictor, decode: Decoder, name: str, limits: Limits, names: Sequence[str]) -> ASGIApp:
-    """The application, for clients that call it by one of these names."""
-    batcher = Batcher(lambda pixels: _said(predictor, pixels))
+def build(
+    now: Serving, load: Callable[[], Serving], limits: Limits, names: Sequence[str], instruments: Instruments
+) -> ASGIApp:
+    """The application, for clients that call it by one of these names.
+
+    Args:
+        now: what answers.
+        load: the model that takes its place on SIGHUP.
+    """
     pool = ThreadPoolExecutor(_THREADS, "decode")
     page, policy = _page()
     one_large = asyncio.Lock()
     under_way = held = 0
+    instruments.serves(now.name, now.predictor.fingerprint)
+    instruments.under_way.set_function(lambda: under_way)
+    takeover = asyncio.Lock()
+
+    async def reload() -> None:
+        """Let the folder's model take over, if it is sound; what is being asked ends with the one before."""
+        nonlocal now
+        async with takeover:
+            try:
+                new = await asyncio.get_running_loop().run_in_executor(None, load)
+            except Exception as error:  # a folder may be anything; the model that answers stays
+                instruments.reloads.labels("refused").inc()
+                log.error("the model before stays: %s", error)
+                return
+            before, now = now, new
+            instruments.serves(now.name, now.predictor.fingerprint)
+            instruments.reloads.labels("taken").inc()
+            log.warning("model %s, fingerprint %s, answers from now on", now.name, now.predictor.fingerprint)
+            before.retire()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loop, tasks = asyncio.get_running_loop(), set[asyncio.Task[None]]()
+
+        def again() -> None:
+            tasks.add(task := loop.create_task(reload()))
+            task.add_done_callback(tasks.discard)
+
+        if hasattr(signal, "SIGHUP"):
+            loop.add_signal_handler(signal.SIGHUP, again)
         yield
         pool.shutdown(cancel_futures=True)
-        batcher.close()
+        now.close()
 
-    app = FastAPI(title=f"latteflow: {name}", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title=f"latteflow: {now.name}", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(ClientDisconnect, _gone)
@@ -214,7 +305,7 @@ def build(predictor: Predictor, decode: Decoder, name: str, limits: Limits, name
         finally:
             under_way, held = under_way - 1, held - weight
 
-    async def decoded(data: bytes, most: int) -> tuple[torch.Tensor | ImageRejected, int]:
+    async def decoded(decode: Decoder, data: bytes, most: int) -> tuple[torch.Tensor | ImageRejected, int]:
         """Pixels of an image that has at most so many, or why there are none; and how many."""
         loop = asyncio.get_running_loop()
         found, size = await loop.run_in_executor(pool, decode.one, data, min(most, _LARGE))
@@ -223,13 +314,13 @@ def build(predictor: Predictor, decode: Decoder, name: str, limits: Limits, name
                 found, size = await loop.run_in_executor(pool, decode.one, data, most)
         return found, size
 
-    async def answer(files: Sequence[File]) -> list[dict[str, Any]]:
+    async def answer(model: Serving, files: Sequence[File]) -> list[dict[str, Any]]:
         left = limits.request_pixels
         waiting: list[dict[str, Any] | Future[dict[str, Any]]] = []
         for file in files:  # one after the other, so that requests take turns
-            found, size = await decoded(file.data, min(left, limits.max_pixels))
+            found, size = await decoded(model.decode, file.data, min(left, limits.max_pixels))
             left -= size
-            waiting.append(_why(found, left, limits) if isinstance(found, ImageRejected) else batcher(found))
+            waiting.append(_why(found, left, limits) if isinstance(found, ImageRejected) else model.batcher(found))
         said = [await asyncio.wrap_future(each) if isinstance(each, Future) else each for each in waiting]
         return [{"file": file.name, **each} for file, each in zip(files, said, strict=True)]
 
@@ -238,22 +329,36 @@ def build(predictor: Predictor, decode: Decoder, name: str, limits: Limits, name
         """One image as the body, or one and more as multipart/form-data."""
         is_form = _is_form(request)
         data = await _body(request, limits)
-        with room(len(data)):
-            found = await answer(await _files(request, data, limits) if is_form else [File("", data)])
+        with room(len(data)), now.used() as model:
+            found = await answer(model, await _files(request, data, limits) if is_form else [File("", data)])
+        refused = sum("error" in each for each in found)
+        instruments.images.labels("refused").inc(refused)
+        instruments.images.labels("answered").inc(len(found) - refused)
         if all("error" in each for each in found):
             raise Refused(422, found[0]["error"], found[0]["what_to_do"], predictions=found)
-        return JSONResponse({"model": name, "predictions": found})
+        return JSONResponse({"model": model.name, "fingerprint": model.predictor.fingerprint, "predictions": found})
 
     @app.get("/health")
     @app.get("/healthz")
     async def health() -> dict[str, Any]:
-        return {"status": "ok", "model": name, "classes": len(predictor.classes), "under_way": under_way}
+        return {
+            "status": "ok",
+            "model": now.name,
+            "fingerprint": now.predictor.fingerprint,
+            "classes": len(now.predictor.classes),
+            "under_way": under_way,
+        }
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(instruments.page(), media_type="text/plain; version=0.0.4")
 
     @app.get("/", response_class=HTMLResponse)
     async def index() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"})
 
-    return HalfSent(OwnNames(app, names), limits.seconds, Waiting(limits.memory(limits.half_sent)), limits.short)
+    waiting = Waiting(limits.memory(limits.half_sent))
+    return Measured(HalfSent(OwnNames(app, names), limits.seconds, waiting, limits.short), instruments)
 
 
 def _is_form(request: Request) -> bool:
@@ -348,7 +453,10 @@ async def _refused(request: Request, error: Any) -> JSONResponse:
 
 
 async def _http(request: Request, error: Any) -> JSONResponse:
-    content = {"error": f"{error.status_code}: {error.detail}", "what_to_do": "POST /predict, GET /health or GET /"}
+    content = {
+        "error": f"{error.status_code}: {error.detail}",
+        "what_to_do": "POST /predict, GET /health, GET /metrics or GET /",
+    }
     return JSONResponse(content, error.status_code, error.headers)
 
 

@@ -119,6 +119,7 @@ class Predictor:
         reading: how it is shown pictures.
         clip: the model's own towers, learnt maps folded in.
         head: the classifier.
+        fingerprint: hex digits that another export of the same model does not have; empty if it is of no folder.
     """
 
     def __init__(
@@ -128,8 +129,11 @@ class Predictor:
         classes: Sequence[str],
         resize: Literal["crop", "pad"],
         greys: Literal["auto", "full"] | tuple[float, float] = "auto",
+        fingerprint: str = "",
     ) -> None:
         from PIL import Image
+
+        self.fingerprint = fingerprint
 
         self.clip, self.head, self.classes = model, head, list(classes)
         self.reading = Reading(max(model.preprocess(Image.new("RGB", (64, 64))).shape[1:]), resize, greys)
@@ -167,7 +171,7 @@ class Predictor:
                 f"model {folder}: its images have {model.dim} dimensions, the classifier {head.prototypes.shape[1]}; "
                 "export it again"
             )
-        return cls(model, head, classes, settings["resize"], greys)
+        return cls(model, head, classes, settings["resize"], greys, digest_of_file(folder / SETTINGS_FILE)[:12])
 
     def pixels(self, image: Image, white: int | None = None) -> torch.Tensor:
         """A picture that was opened and not decoded yet, as the model reads it: ``(3, height, width)`` float32.

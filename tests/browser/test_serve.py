@@ -7,6 +7,7 @@ import re
 import resource
 import select
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,12 @@ def encoded(number: int = 0, kind: str = "PNG") -> bytes:
     return out.getvalue()
 
 
-def export_tiny(tiny_clip: Path, folder: Path) -> None:
+def export_tiny(tiny_clip: Path, folder: Path, unknown_below: float = -1.0) -> None:
     model = clip.read(ClipSettings(model=str(tiny_clip)))
     prototypes = torch.nn.functional.normalize(torch.randn(3, model.dim, generator=torch.Generator().manual_seed(0)))
     export(
         model, folder, classes=CLASSES, prototypes=prototypes, centre=torch.zeros(model.dim), scale=20.0, resize="pad",
-        unknown_below=-1.0,
+        unknown_below=unknown_below,
     )  # fmt: skip
 
 
@@ -426,3 +427,74 @@ def test_the_page_holds_no_address_and_no_style_that_its_policy_forbids(url: str
     assert "unsafe" not in answer.headers["Content-Security-Policy"]
     assert "http" not in answer.text.replace("http-equiv", "") and " style=" not in answer.text
     assert json.loads(httpx.get(f"{url}/healthz").text)["classes"] == 3
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_another_model_takes_over_and_no_request_is_lost(tiny_clip: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "shapes"
+    export_tiny(tiny_clip, folder)
+    process = subprocess.Popen([sys.executable, "-c", SERVER, str(folder)], stdout=subprocess.PIPE, text=True)
+    said: list[tuple[int, str]] = []
+    stop = threading.Event()
+
+    def ask() -> None:
+        with httpx.Client(timeout=60) as client:
+            while not stop.is_set():
+                answer = client.post(f"{url}/predict", content=encoded(), headers=PNG)
+                said.append((answer.status_code, answer.json().get("fingerprint", "")))
+
+    def until(wanted: Callable[[], bool]) -> None:
+        end = time.monotonic() + 60
+        while not wanted():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        with ThreadPoolExecutor(3) as pool:
+            asking = [pool.submit(ask) for _ in range(3)]
+            until(lambda: len(said) > 5)
+            first = said[0][1]
+            (folder / "latteflow.json").write_text("{")  # no model: the one before stays
+            process.send_signal(signal.SIGHUP)
+            until(lambda: 'latteflow_reloads_total{result="refused"} 1.0' in httpx.get(f"{url}/metrics").text)
+            shutil.rmtree(folder)
+            export_tiny(tiny_clip, folder, unknown_below=-0.5)
+            process.send_signal(signal.SIGHUP)
+            until(lambda: httpx.get(f"{url}/health").json()["fingerprint"] != first)
+            count = len(said)
+            until(lambda: len(said) > count + 5)
+            stop.set()
+            for each in asking:
+                each.result()
+        assert {status for status, _ in said} == {200}
+        assert said[0][1] == first and said[-1][1] not in ("", first)
+        figures = httpx.get(f"{url}/metrics").text
+        assert f'latteflow_requests_total{{status="200"}} {len(said)}.0' in figures
+        assert f'latteflow_model{{fingerprint="{said[-1][1]}",model="shapes"}} 1.0' in figures and first not in figures
+        process.terminate()
+        assert process.wait(20) in (0, -15)
+    finally:
+        stop.set()
+        process.kill()
+        process.wait()
+
+
+def test_what_it_counts(url: str) -> None:
+    def count(name: str) -> float:
+        (line,) = [line for line in httpx.get(f"{url}/metrics").text.splitlines() if line.startswith(f"{name} ")]
+        return float(line.split()[-1])
+
+    names = [
+        'latteflow_images_total{result="refused"}',
+        'latteflow_requests_total{status="422"}',
+        "latteflow_batch_images_count",
+    ]
+    httpx.post(f"{url}/predict", content=b"no image", headers=PNG)
+    httpx.post(f"{url}/predict", content=encoded(), headers=PNG)
+    before = [count(name) for name in names]
+    assert httpx.post(f"{url}/predict", content=b"no image", headers=PNG).status_code == 422
+    assert [count(name) - old for name, old in zip(names, before, strict=True)] == [1, 1, 0]
+    assert httpx.post(f"{url}/predict", content=encoded(), headers=PNG).status_code == 200
+    assert [count(name) - old for name, old in zip(names, before, strict=True)] == [1, 1, 1]
