@@ -596,7 +596,7 @@ def promote(domain: DomainFile) -> None:
     from latteflow.tasks.ship.promote import promote as promoted
 
     found = {each.label: each for each in as_they_are(settings, *TUNING)}
-    decision = promoted(settings, found["shard train"], found["embed train"], found["tune"])
+    decision = promoted(settings, *(found[name] for name in ("shard train", "embed train", "screen", "tune")))
     out.print(f"{'promoted' if decision.promote else 'not promoted'}: {decision.reason}")
     if not decision.promote:
         raise typer.Exit(1)

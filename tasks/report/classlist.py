@@ -33,6 +33,8 @@ STRAYS = 0.1
 """Share of the images, those that fit their class worst, among which a class that is missing is looked for."""
 MOST_STRAYS = 3_000
 LEAST_CLUSTER = 5
+LEAST_SHARE = 0.1
+"""Of the texts of some look-alikes that must have a word for it to be shown."""
 TWIN = 0.97
 """Cosine of the centred features of two pictures that are taken to be one."""
 _BLOCK = 1024
@@ -251,7 +253,7 @@ def _strays(
 
 
 def _words(told: Sequence[str], every: Iterable[str], names: Sequence[str]) -> list[str]:
-    """Words that some texts have more often than all do, best first; no words of class names."""
+    """Words that some texts have twice as often as all have them, best first; no words of class names."""
 
     def counts(texts: Iterable[str]) -> Counter[str]:
         return Counter(word for text in texts for word in set(re.findall(r"[^\W\d_]{3,}", text.lower())))
@@ -259,12 +261,13 @@ def _words(told: Sequence[str], every: Iterable[str], names: Sequence[str]) -> l
     own, all_of_them = counts(told), counts(every)
     known = {word for name in names for word in re.findall(r"[^\W\d_]+", name.lower())}
     total = max(1, sum(1 for _ in every))
-    excess = {
-        word: count / len(told) - all_of_them[word] / total
+    shares = {
+        word: (count / len(told), all_of_them[word] / total)
         for word, count in own.items()
         if word not in known and count > 1
     }
-    return sorted((word for word in excess if excess[word] > 0.1), key=lambda word: (-excess[word], word))[:5]
+    found = [word for word, (here, anywhere) in shares.items() if here > max(LEAST_SHARE, 2 * anywhere)]
+    return sorted(found, key=lambda word: (shares[word][1] - shares[word][0], word))[:5]
 
 
 def _twins(space: np.ndarray, keys: Sequence[str]) -> list[list[str]]:
