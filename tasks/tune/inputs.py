@@ -70,7 +70,7 @@ class Inputs:
             self.clip = text_reader(domain, tuned_from(tower))
             self._text_features = self.clip.text_features
         self._found = read_features(store.open(stages.embedded.ref))
-        self.centre, self.keys = self._found.shift, self._found.keys
+        self.centre = self._found.shift
 
     def of(self, method: Method) -> TuneData:
         """What a method is given, by what it reads."""

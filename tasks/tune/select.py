@@ -16,7 +16,7 @@ from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.features import Features, centred, read_features
 from latteflow.tasks.core.stage import StageResult, open_store, run_stage
 from latteflow.tasks.describe.screen import read_screened, read_text_features, usable
-from latteflow.tasks.tune.heldout import halves, why_not
+from latteflow.tasks.tune.heldout import halves_of, why_not
 from latteflow.tasks.tune.inputs import independent_texts
 from latteflow.tasks.tune.models import read_tuned, tuned_features
 
@@ -109,6 +109,10 @@ class Views:
     Args:
         images, embedded: the artifacts of the images.
         only: image keys; others are left out as long as some of these are there.
+
+    Attributes:
+        rows: of the images among the ``total`` that are embedded, ``(n,)``.
+        keys, features: theirs, see :class:`Features`.
     """
 
     def __init__(self, domain: Domain, images: Artifact, embedded: Artifact, only: set[str] | None = None) -> None:
@@ -117,7 +121,9 @@ class Views:
         rows = [
             row for _, row in sorted((key, row) for row, key in enumerate(found.keys) if only is None or key in only)
         ]
-        self._found: Features = found.at(np.array((rows or list(range(len(found.keys))))[:MOST_IMAGES]))
+        self.total = len(found.keys)
+        self.rows = np.sort((rows or list(range(len(found.keys))))[:MOST_IMAGES])
+        self._found: Features = found.at(self.rows)
         self.keys, self.features = self._found.keys, self._found.features
 
     @property
@@ -179,7 +185,6 @@ def _selected(domain: Domain, images: Artifact, embedded: Artifact, screened: Ar
     near = neighbours(space)
     scale = read_tuned(models, domain.method[0], domain.seeds[0]).scale
     share, texts = views.centre_share(scale), views.texts(screened, scale)
-    row = {key: number for number, key in enumerate(views.keys)}
 
     def told(method: Method, labels: Sequence[Tensor]) -> Duel | None:
         """What texts say of a method, by the labels of its models or, if these have read the texts, of others."""
@@ -190,12 +195,11 @@ def _selected(domain: Domain, images: Artifact, embedded: Artifact, screened: Ar
             return Duel(*(sum(values) / len(found) for values in zip(*found, strict=True)))
         if why_not(domain, method):
             return None
-        rows, answers = [], []
-        for half in halves(domain, method, domain.seeds_of(method.name)[0], images, embedded, screened):
-            kept = [number for number, key in enumerate(half.keys) if key in row]
-            rows += [row[half.keys[number]] for number in kept]
-            answers.append((half.features[kept] @ half.prototypes.T).argmax(1))
-        return hearing(texts[rows], torch.from_numpy(np.concatenate(answers)), own[rows])
+        answers = torch.full((views.total,), -1)
+        for half in halves_of(domain, method, domain.seeds_of(method.name)[0], images, embedded, screened):
+            answers[half.rows] = (half.features @ half.prototypes.T).argmax(1)
+        asked = answers[torch.from_numpy(views.rows)]
+        return hearing(texts, torch.where(asked < 0, own, asked), own)
 
     judged: list[Judged] = []
     chosen: int | None = None
