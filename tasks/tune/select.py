@@ -178,7 +178,7 @@ class Views:
 def _selected(domain: Domain, images: Artifact, embedded: Artifact, screened: Artifact, models: Artifact) -> Selection:
     import torch
 
-    from latteflow.models.judge.selection import Evidence, duel, estimates, hearing, judge, neighbours
+    from latteflow.models.judge.selection import Duel, Evidence, duel, estimates, hearing, judge, neighbours
 
     views = Views(domain, images, embedded)
     space, own = torch.from_numpy(views.space), torch.from_numpy(views.zero_shot())
