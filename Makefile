@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 BENCH_DOMAINS ?= demo clipart emoji_coarse emoji_animals
 
-.PHONY: help install demo domains test test-fast test-vllm test-service bench-accuracy lint clean
+.PHONY: help install demo domains test test-fast test-main test-faults test-vllm test-service bench-accuracy lint clean
 
 help:
 	@echo "make demo       adapt the embedded model to the demo domain; writes runs/demo/report.html"
@@ -42,11 +42,16 @@ lint: install
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/pytest -m "not network" -n auto --maxprocesses 4 --ignore tests/faults --ignore tests/engines --ignore tests/service
-	$(MAKE) test-vllm
-	@# By itself: it counts what it inflicts, and prints the table of docs/guarantees.md.
-	$(MAKE) .azurite/.installed
-	$(BIN)/pytest tests/faults
+	@# Two at a time: installing waits for the network, faults and engines for their processes.
+	$(MAKE) -j 2 test-main .venv-vllm/.installed .azurite/.installed
+	$(MAKE) -j 2 test-faults test-vllm
+
+test-main: install
+	$(BIN)/pytest -m "not network" -n auto --maxprocesses 4 --dist worksteal --ignore tests/faults --ignore tests/engines --ignore tests/service
+
+test-faults: install .azurite/.installed
+	@# Prints the table of docs/guarantees.md.
+	$(BIN)/pytest tests/faults -n 2 --dist worksteal
 
 test-vllm: install .venv-vllm/.installed
 	.venv-vllm/bin/python -m pytest tests/engines/test_vllm.py tests/engines/test_gptscore.py

@@ -30,7 +30,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -42,13 +42,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.class_descriptions import class_descriptions
+from latteflow.models.judge.halves import Half, halves
 from latteflow.models.judge.metrics import bootstrap_interval
-from latteflow.models.judge.selection import Evidence, duel, judge, kappa, neighbours
+from latteflow.models.judge.selection import Duel, Evidence, duel, hearing, judge, kappa, neighbours
 from latteflow.models.judge.shift import centre_share
 from latteflow.models.methods import registry
 from latteflow.models.methods.adaptation import Adapted, TuneData
 from latteflow.models.methods.latteclip import DEFAULT_STEPS, LatteClipSettings
-from latteflow.models.methods.latteclip_plus.beliefs import text_logits
+from latteflow.models.methods.latteclip_plus.beliefs import beliefs, text_logits
 from latteflow.models.methods.transduction import TransductionSettings
 from latteflow.models.methods.transduction.tuning import transduce
 from latteflow.models.towers import clip
@@ -192,13 +193,41 @@ def adapted(method: str, texts: Texts = "own") -> Predict:
     return predict
 
 
+def heard(data: TuneData, labels: Tensor, scale: float, parts: Iterable[Half] | None = None) -> Duel | None:
+    """As `select` hears the images' texts of a model; None where these are worth nothing.
+
+    Args:
+        labels: by the model, `(n,)`.
+        parts: of a model that has read the texts: models that have not read some of them, which are asked instead.
+    """
+    if data.image_texts is None or not data.independent_texts:
+        return None
+    x, classes = data.image_features, data.class_features
+    said = beliefs(x, classes, data.image_texts, data.has_image_text, scale, TransductionSettings().neighbours).logits
+    if said is None:
+        return None
+    own = (x @ classes.T).argmax(1)
+    if parts is not None:
+        labels = own.clone()
+        for half in parts:
+            labels[half.rows] = (half.features @ half.prototypes.T).argmax(1)
+    return hearing(said, labels, own)
+
+
 def shipped(case: Case, seed: int) -> Tensor:
     """What the gate lets through of the default method."""
     features, classes = case.features(case.train), len(case.class_texts)
     own = (features @ case.class_texts.T).argmax(1)
     labels = answers(tuned("latteclip_plus", case, seed, "own"), case, case.train).argmax(1)
     vouched = kappa(labels, own[neighbours(features)], classes)
-    verdict = judge([Evidence(vouched, duel(features, labels, own))], case.share)
+
+    def adapt(data: TuneData) -> Adapted:
+        settings = case.settings, TransductionSettings()
+        return registry.adapt("latteclip_plus", data, *settings, seed=seed, scale=case.scale)
+
+    data = case.data()
+    told = heard(data, labels, case.scale, halves(data, adapt))
+    verdict = judge([Evidence(vouched, duel(features, labels, own))], case.share, told)
     return METHODS["latteclip_plus" if verdict.accepted else "zero_shot_estimated"](case, seed)
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.selection domains/demo.yaml domains/clipart.yaml [--steps 640] [--store runs/store] [--quick]
 
 Each domain as `benchmarks.accuracy` has it: whole, with a long tail, and with a quarter of its classes. Every method of
-METHODS is adapted and judged on the images it was adapted to, and scored on the test images; so are broken models: of
+JUDGED is adapted and judged on the images it was adapted to, and scored on the test images; so are broken models: of
 class names in the wrong order, of a far too high learning rate, of texts that belong to other images, and prototypes
 that have collapsed. A model is *better* or *worse* than the better zero-shot if top-1 differs by more than a point;
 between, either answer will do. Labels are opened when everything was judged.
@@ -28,17 +28,18 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from benchmarks.accuracy import Case, answers, build
+from benchmarks.accuracy import Case, answers, build, heard
+from latteflow.models.judge.halves import halves
 from latteflow.models.judge.selection import Evidence, duel, estimates, judge, kappa, neighbours
 from latteflow.models.methods.adaptation import Adapted, TuneData
 from latteflow.models.methods.latteclip import DEFAULT_STEPS
-from latteflow.models.methods.registry import adapt
+from latteflow.models.methods.registry import METHODS, adapt
 from latteflow.models.methods.transduction import TransductionSettings
 from latteflow.models.methods.transduction.tuning import transduce
 from latteflow.models.vectors import unit
 from latteflow.tasks.core.domain import Domain
 
-METHODS: tuple[str, ...] = ("latteclip", "latteclip_plus", "transduction")
+JUDGED: tuple[str, ...] = ("latteclip", "latteclip_plus", "transduction")
 IMBALANCE = 50
 EVEN = 0.01
 """Differences in top-1 that count as none."""
@@ -72,23 +73,39 @@ def others_texts(data: TuneData, draws: torch.Generator) -> TuneData:
     return replace(data, image_texts=data.image_texts[order], has_image_text=data.has_image_text[order])
 
 
-def models(case: Case, broken: bool) -> Iterator[tuple[str, Adapted]]:
+@dataclass(frozen=True)
+class Model:
+    """An adapted model, and how its method adapts to some of the images."""
+
+    name: str
+    method: str
+    found: Adapted
+    data: TuneData
+    adapt: Callable[[TuneData], Adapted]
+
+
+def models(case: Case, broken: bool) -> Iterator[Model]:
     """By name."""
     data, draws = case.data(), torch.Generator().manual_seed(0)
 
-    def adapted(method: str, data: TuneData, **settings: Any) -> Adapted:
+    def model(name: str, method: str, data: TuneData, **settings: Any) -> Model:
         cfg = case.settings.model_copy(update=settings)
-        return adapt(method, data, cfg, TransductionSettings(), scale=case.scale)
 
-    for method in METHODS:
-        yield method, adapted(method, data)
+        def adapted(data: TuneData) -> Adapted:
+            return adapt(method, data, cfg, TransductionSettings(), scale=case.scale)
+
+        return Model(name, method, adapted(data), data, adapted)
+
+    for method in JUDGED:
+        yield model(method, method, data)
     if broken:
         for method in ("latteclip", "transduction"):
-            yield f"{method}, wrong names", adapted(method, wrong_names(data, draws))
-        yield "latteclip, rate 0.1", adapted("latteclip", data, lr=0.1, scale=100.0)
-        yield "latteclip, others' texts", adapted("latteclip", others_texts(data, draws), alpha=0.3)
+            yield model(f"{method}, wrong names", method, wrong_names(data, draws))
+        yield model("latteclip, rate 0.1", "latteclip", data, lr=0.1, scale=100.0)
+        yield model("latteclip, others' texts", "latteclip", others_texts(data, draws), alpha=0.3)
         near = case.class_texts[:1] + 0.02 * unit(torch.randn(case.class_texts.shape, generator=draws))
-        yield "collapsed", Adapted(prototypes=unit(near), scale=case.scale)
+        collapsed = Adapted(prototypes=unit(near), scale=case.scale)
+        yield Model("collapsed", "transduction", collapsed, data, lambda data: collapsed)
 
 
 def rows(name: str, case: Case, broken: bool) -> Iterator[Row]:
@@ -107,19 +124,23 @@ def rows(name: str, case: Case, broken: bool) -> Iterator[Row]:
     together = transduce(TransductionSettings(), features, case.class_texts, case.scale).assignments.argmax(1)
     told = (case.train.texts @ case.class_texts.T).argmax(1)[case.train.has_text]
 
-    def row(model: str, train: Tensor, test: Tensor, judged: bool) -> Row:
+    def row(name_of: str, train: Tensor, test: Tensor, model: Model | None = None) -> Row:
         probabilities = (case.scale * train).softmax(1)
         labels = probabilities.argmax(1)
         guesses = estimates(probabilities, own, near)
         guesses["transduction"] = kappa(labels, together, n_classes)
         guesses["captions"] = kappa(labels[case.train.has_text], told, n_classes)
-        verdict = judge([Evidence(guesses["vouched"], duel(features, labels, own))], case.share)
-        return Row(name, model, top1(test) - before, verdict.accepted if judged else None, guesses)
+        if model is None:
+            return Row(name, name_of, top1(test) - before, None, guesses)
+        parts = halves(model.data, model.adapt) if METHODS[model.method].reads_image_texts else None
+        heard_of = heard(replace(model.data, class_texts=case.class_texts), labels, case.scale, parts)
+        verdict = judge([Evidence(guesses["vouched"], duel(features, labels, own))], case.share, heard_of)
+        return Row(name, name_of, top1(test) - before, verdict.accepted, guesses)
 
     for shot, space in spaces.items():
-        yield row(shot, *(features @ case.class_texts.T for features in space), judged=False)
-    for model, found in models(case, broken):
-        yield row(model, *(answers(found, case, images) for images in (case.train, case.test)), judged=True)
+        yield row(shot, *(features @ case.class_texts.T for features in space))
+    for model in models(case, broken):
+        yield row(model.name, *(answers(model.found, case, images) for images in (case.train, case.test)), model)
 
 
 def summary(found: list[Row], chosen: Callable[[Row], bool]) -> str:
@@ -178,10 +199,10 @@ def main() -> None:
     ]
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for name, wanted in {
-        "whole domains": lambda row: "inductive" in row.case and row.model in METHODS,
+        "whole domains": lambda row: "inductive" in row.case and row.model in JUDGED,
         "long tails": lambda row: "imbalance" in row.case,
         "a quarter of the classes": lambda row: "few" in row.case,
-        "broken models": lambda row: row.model not in METHODS,
+        "broken models": lambda row: row.model not in JUDGED,
     }.items():
         lines.append(f"| {name} | {summary(found, wanted)} |")
     sys.stdout.write("\n".join(lines) + f"\n\n{ranking(found)}\n")

@@ -11,8 +11,8 @@ zero-shot uses) lie around those of the domains that the project has.
 The first table has what each zero-shot and method gains on unseen images over the better of plain and domain-centred
 zero-shot, and how often it loses more than a point, by the proportions of the classes; then what the gate lets pass. A
 model is *better* or *worse* by more than a point. `--fit` says which SHARE and BAR of `models.judge.selection` these
-problems ask for. `--texts` shows instead what texts about the images bring by `beliefs` of latteclip_plus, by kind of
-text (`Written`).
+problems ask for. `--texts` shows instead what texts about the images bring by `beliefs` of latteclip_plus, and what the
+gate lets pass that hears them, by kind of text (`Written`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -29,8 +29,10 @@ import torch
 from scipy.stats import beta
 from torch import Tensor
 
+from benchmarks.accuracy import heard
 from latteflow.models.judge import selection
-from latteflow.models.judge.selection import ERRORS, Duel, Evidence, duel, estimates, judge, neighbours
+from latteflow.models.judge.halves import halves
+from latteflow.models.judge.selection import ERRORS, Duel, Evidence, duel, estimates, judge, kappa, neighbours
 from latteflow.models.judge.shift import centre_share
 from latteflow.models.methods.adaptation import Adapted, TuneData
 from latteflow.models.methods.latteclip import LatteClipSettings
@@ -376,29 +378,77 @@ def fitted(found: Sequence[Row]) -> str:
     return f"SHARE {weight:.1f}, BAR {bar:.3f} ({power:.0%} of the better accepted)"
 
 
-def of_texts(found: Problem) -> dict[Written, tuple[bool, float]]:
-    """By who wrote the texts: whether they count, and what they add to transduction's accuracy on unseen images."""
-    shift = centre_share(found.embeds, found.class_texts, found.scale) * found.embeds.mean(0)
+@dataclass(frozen=True)
+class Told:
+    """What texts of a kind came to in a problem.
+
+    Attributes:
+        count: they are worth something.
+        more: what they add to transduction's accuracy on unseen images.
+        gain: of transduction with them over the better zero-shot.
+        accepted: by the gate, which hears them where they count.
+    """
+
+    count: bool
+    more: float
+    gain: float
+    accepted: bool
+
+    @property
+    def kind(self) -> str:
+        return "better" if self.gain > EVEN else "worse" if self.gain < -EVEN else "even"
+
+
+def of_texts(found: Problem) -> dict[Written, Told]:
+    """By who wrote the texts, what they come to."""
+    shift = (share := centre_share(found.embeds, found.class_texts, found.scale)) * found.embeds.mean(0)
     x, test = unit(found.embeds - shift), unit(found.test_embeds - shift)
+    own, near = (x @ found.class_texts.T).argmax(1), neighbours(x)
     cfg = TransductionSettings()
 
-    def correct(said: Tensor | None) -> float:
-        model = transduce(cfg, x, found.class_texts, found.scale, said)
-        return float(((test @ model.classifier.T).argmax(1) == found.test_truth).double().mean())
+    def top1(features: Tensor, classifier: Tensor) -> float:
+        return float(((features @ classifier.T).argmax(1) == found.test_truth).double().mean())
 
-    without, answers = correct(None), {}
-    for kind, texts in found.written.items():
-        said = beliefs(x, found.class_texts, texts, found.has_text, found.scale, cfg.neighbours).logits
-        answers[kind] = (said is not None, 0.0 if said is None else correct(said) - without)
-    return answers
+    def adapted(data: TuneData) -> Adapted:
+        y, said = data.image_features, None
+        if data.image_texts is not None:
+            texts = data.image_texts, data.has_image_text
+            said = beliefs(y, found.class_texts, *texts, found.scale, cfg.neighbours).logits
+        return Adapted(prototypes=transduce(cfg, y, found.class_texts, found.scale, said).prototypes, scale=found.scale)
+
+    def judged(data: TuneData) -> Told:
+        model, weighed = adapted(data), data.image_texts is not None
+        labels = (x @ model.prototypes.T).argmax(1)
+        evidence = Evidence(kappa(labels, own[near], len(found.class_texts)), duel(x, labels, own))
+        told = heard(data, labels, found.scale, halves(data, adapted)) if weighed else None
+        gain = top1(test, model.prototypes) - before
+        more = gain - without.gain if weighed else 0.0
+        return Told(told is not None, more, gain, judge([evidence], share, told).accepted)
+
+    mean = found.embeds.mean(0)
+    before = max(top1(unit(found.test_embeds - centre), found.class_texts) for centre in (0 * mean, mean))
+    bare = TuneData(pseudo_labels=own, class_texts=found.class_texts, image_embeds=found.embeds, centre=shift)
+    without = judged(bare)
+    return {
+        kind: judged(replace(bare, image_texts=texts, has_image_text=found.has_text, independent_texts=True))
+        for kind, texts in found.written.items()
+    }
 
 
-def worths(found: Sequence[Mapping[Written, tuple[bool, float]]]) -> str:
-    """A line for each kind of text: how often it counts, mean gain in points, and how often it loses more than one."""
-    lines = ["| texts | count | gain | loss of more than a point |", "| --- | --- | --- | --- |"]
+def worths(found: Sequence[Mapping[Written, Told]]) -> str:
+    """A line for each kind of text: how often it counts, what it adds; of models with texts that count, what passes."""
+    lines = [
+        "| texts | count | gain over none | loss of more than a point | better, accepted | even | worse |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for kind in found[0]:
-        count, gain = np.array([answers[kind] for answers in found]).T
-        lines.append(f"| {kind} | {count.mean():.0%} | {100 * gain.mean():+.1f} | {(gain < -EVEN).mean():.0%} |")
+        told = [answers[kind] for answers in found]
+        more = np.array([each.more for each in told])
+        cells = [f"{np.mean([e.count for e in told]):.0%}", f"{100 * more.mean():+.1f}", f"{(more < -EVEN).mean():.0%}"]
+        for which in ("better", "even", "worse"):
+            of = [each.accepted for each in told if each.count and each.kind == which]
+            cells.append(interval(sum(of), len(of)) if of else "none")
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

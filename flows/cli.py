@@ -491,6 +491,30 @@ def rank(
 
 
 @app.command()
+def review(
+    domain: DomainFile,
+    out_file: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="The new domain file; default: NAME.reviewed.yaml beside it."),
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any that is free.")] = 0,
+) -> None:
+    """Show what the images say of the class list, on a page where names are changed, merged, taken out and added."""
+    settings = _domain(domain)
+    from latteflow.flows.pipeline import TUNING, as_they_are
+    from latteflow.flows.review import place_beside, serve
+    from latteflow.tasks.core.stage import open_store
+    from latteflow.tasks.report.classlist import review as reviewed
+
+    place = place_beside(domain, out_file)
+    found = {each.label: each for each in as_they_are(settings, *TUNING, "select")}
+    images = found["shard train"]
+    said = reviewed(settings, images, found["embed train"], found["screen"], found["tune"], found["select"])
+    shards = open_store(settings).open(images.ref)
+    serve(domain, place, said, shards, port, lambda address: out.print(f"review   {address}"))
+
+
+@app.command()
 def compare(
     one: Annotated[
         str,
@@ -575,7 +599,7 @@ def promote(domain: DomainFile) -> None:
     from latteflow.tasks.ship.promote import promote as promoted
 
     found = {each.label: each for each in as_they_are(settings, *TUNING)}
-    decision = promoted(settings, found["shard train"], found["embed train"], found["tune"])
+    decision = promoted(settings, *(found[name] for name in ("shard train", "embed train", "screen", "tune")))
     out.print(f"{'promoted' if decision.promote else 'not promoted'}: {decision.reason}")
     if not decision.promote:
         raise typer.Exit(1)

@@ -45,7 +45,7 @@ def pipeline(domain: Domain, run: Run) -> list[Any]:
     screened = run(screen, domain, images, features, texts, groups)
     pairs = [run(pair, domain, images, features, screened)] if domain.compares else []
     tuned = run(tune, domain, images, features, screened, *pairs)
-    selected = run(select, domain, images, features, tuned)
+    selected = run(select, domain, images, features, screened, tuned)
 
     unseen, unseen_features = images, features
     if domain.evaluation and domain.evaluation.source:

@@ -83,7 +83,7 @@ def _night(domain: Domain) -> Night:
         removed=len(removed),
         retired=_texts_about(described.artifact, removed) if described and removed else 0,
         made=tuple(each.label for each in results if not each.cached),
-        decision=promote(domain, found["shard train"], found["embed train"], found["tune"]),
+        decision=promote(domain, *(found[name] for name in ("shard train", "embed train", "screen", "tune"))),
     )
 
 

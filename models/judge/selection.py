@@ -12,8 +12,12 @@ model has shaped, in two ways:
 Whether neighbours are to be believed depends on whether zero-shot knows the domain at all. The evidence for that is the
 share of the domain's centre that `models.judge.shift` found to be no class: it is large where classes that the texts
 name divide the images. A method is accepted that wins the duel, and whose neighbours' agreement and share together
-reach a bar, over all its seeds; the bar was set on generated domains (`benchmarks/synthetic.py`). docs/methods.md has
-tables of what passes, on real domains too.
+reach a bar, over all its seeds; the bar was set on generated domains (`benchmarks/synthetic.py`).
+
+Neighbours share the mistakes of the tower that made them neighbours. Texts of a describer that sees the images do not,
+and where they are worth something (`models.methods.latteclip_plus.beliefs`) they are the better witnesses, and decide
+alone: in a *hearing* the image's own text is asked which of the two classes it is about. A model that has learnt from
+texts is asked about images whose texts it has not read. docs/methods.md has tables of what passes, on real domains too.
 """
 
 from __future__ import annotations
@@ -72,7 +76,7 @@ class Verdict:
     Attributes:
         accepted: it is.
         reason: why, or why not, for people.
-        score: of the evidence; accepted above BAR.
+        score: of what neighbours say; where they decide, accepted above BAR.
     """
 
     accepted: bool
@@ -109,6 +113,36 @@ def duel(features: Tensor, one: Tensor, other: Tensor) -> Duel:
         votes.append((near == one[rows, None]).double().mean(1) - (near == other[rows, None]).double().mean(1))
     every = torch.cat(votes)
     return Duel(float(every.mean()), float(every.std(correction=0)) / math.sqrt(len(every)))
+
+
+def hearing(said: Tensor, one: Tensor, other: Tensor) -> Duel:
+    """Whom the images' own texts vouch for.
+
+    Args:
+        said: logits of what each text says, `(n, classes)`; rows of zeros where there is no text.
+        one, other: classes by two models that have not read these texts, `(n,)` int64.
+
+    Returns:
+        How much more probable the class that `one` gave is by the text than that `other` gave, mean over the images
+        with a text that two models give different classes; 0 where there are none.
+    """
+    disputed = ((one != other) & said.ne(0).any(1)).nonzero()[:, 0]
+    if not len(disputed):
+        return Duel(0.0, 0.0)
+    odds, one, other = said[disputed].double().softmax(1), one[disputed], other[disputed]
+    votes = (odds.gather(1, one[:, None]) - odds.gather(1, other[:, None]))[:, 0]
+    return Duel(float(votes.mean()), _error(votes, one * said.shape[1] + other))
+
+
+def _error(votes: Tensor, change: Tensor) -> float:
+    """Standard error of the mean of some votes: the larger of that of independent ones, and that of votes which depend
+    on each other where they are about the same change of class. What is wrong about one such image is wrong about
+    others (Liang and Zeger, *Biometrika* 73, 1986); with few changes alone this could come out too small."""
+    away = votes - votes.mean()
+    changes, groups = change.unique(return_inverse=True)
+    sums = torch.zeros(len(changes), dtype=votes.dtype).index_add_(0, groups, away)
+    apart, together = away.square().sum(), sums.square().sum() * len(changes) / max(1, len(changes) - 1)
+    return math.sqrt(float(torch.maximum(apart, together))) / len(votes)
 
 
 def kappa(one: Tensor, other: Tensor, n_classes: int) -> float:
@@ -164,22 +198,27 @@ def neighbours(features: Tensor) -> Tensor:
     return nearest(unit(features @ whitening(features, SHRINKAGE)), NEIGHBOURS)[0]
 
 
-def judge(found: Sequence[Evidence], share: float) -> Verdict:
+def judge(found: Sequence[Evidence], share: float, told: Duel | None = None) -> Verdict:
     """Whether a method is to be preferred to zero-shot.
 
     Args:
         found: of each of its models; at least one.
         share: of the domain's centre that zero-shot subtracts, see :mod:`models.judge.shift`; 0 to 1.
+        told: the hearing of the images' texts; None where there are none that are worth anything.
     """
     vouched, won, error = (
         sum(values) / len(found) for values in zip(*((each.vouched, *each.duel) for each in found), strict=True)
     )
     score = vouched + SHARE * share
+    witnesses = "neighbours"
+    if told is not None:
+        witnesses, (won, error) = "the images' texts", told
+    said = f"duel with zero-shot {won:+.3f} (±{error:.3f})"
     if won <= ERRORS * error:
-        asked = (
-            f"{won:+.3f} (±{error:.3f}), and more than {ERRORS:g} standard errors, {ERRORS * error:.3f}, are asked for"
-        )
-        return Verdict(False, f"neighbours do not vouch for it (duel with zero-shot {asked})", score)
+        asked = f"{said}, and more than {ERRORS:g} standard errors, {ERRORS * error:.3f}, are asked for"
+        return Verdict(False, f"{witnesses} do not vouch for it ({asked})", score)
+    if told is not None:
+        return Verdict(True, f"{witnesses} vouch for it ({said})", score)
     said = f"agreement with neighbours {vouched:.2f}, {share:.2f} of the centre is no class: together {score:.2f}"
     reason = "neighbours vouch for it" if score > BAR else "neighbours vouch for it, but not enough"
     return Verdict(score > BAR, f"{reason} ({said}, and more than {BAR:g} is asked for)", score)

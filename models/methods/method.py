@@ -136,6 +136,11 @@ class Method:
     mistake: Callable[[Sections], str] = lambda sections: ""
 
     @property
+    def reads_image_texts(self) -> bool:
+        """Whether texts about images shape its models, be it one or two at a time."""
+        return self.reads in ("texts", "captions", "pairs")
+
+    @property
     def reads_texts(self) -> bool:
         """Whether screened texts of images, groups or classes shape its models."""
         return self.reads in ("texts", "captions", "class_texts")

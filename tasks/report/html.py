@@ -27,15 +27,22 @@ OPEN_TEXT_LIMIT = 2_000
 """Characters of a text that the page holds at all; the store has the rest."""
 
 
-def html(template: str, **view: Any) -> str:
-    """A template of this folder, filled. Its policy lets a browser run our own style and script, and fetch nothing."""
+def html(template: str, *, live: str | None = None, **view: Any) -> str:
+    """A template of this folder, filled. Its policy lets a browser run our own style and script, and fetch nothing.
+
+    Args:
+        live: a further script, of a page that a service of ours shows: it may ask that service, and nobody else.
+    """
     folder = Path(__file__).parent
-    css, js = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    css, *scripts = (
+        (folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js", *filter(None, [live]))
+    )
+    js = "\n".join(scripts)
     if "</style" in css.lower() or "</script" in js.lower():
-        raise ValueError("page.css and page.js are inlined and must not hold a closing style or script tag")
+        raise ValueError("style and scripts are inlined and must not hold a closing style or script tag")
     policy = [
         "default-src 'none'",
-        "img-src data:",
+        *(["img-src 'self' data:", "connect-src 'self'"] if live else ["img-src data:"]),
         f"style-src 'sha256-{_sha256(css)}'",
         f"script-src 'sha256-{_sha256(js)}'",
         "base-uri 'none'",

@@ -102,14 +102,16 @@ def champions(store: ArtifactStore, domain: str) -> list[Champion]:
     return [Champion.of(version, register.record(version)) for version in register.versions()]
 
 
-def promote(domain: Domain, images: StageResult, features: StageResult, tuned: StageResult) -> Decision:
+def promote(
+    domain: Domain, images: StageResult, features: StageResult, screened: StageResult, tuned: StageResult
+) -> Decision:
     """Decide about the best of the tuned models, and make it the champion if it is better.
 
     Two that decide at once do no harm: who comes second decides again.
     """
     while True:
         now = read_champion(domain)
-        decision = decide(domain, images, features, tuned, now)
+        decision = decide(domain, images, features, screened, tuned, now)
         log.info("promote %s %s: %s", domain.name, "yes" if decision.promote else "no", decision.reason)
         if not decision.promote:
             return decision
@@ -146,7 +148,12 @@ def rollback(domain: Domain) -> Champion:
 
 
 def decide(
-    domain: Domain, images: StageResult, features: StageResult, tuned: StageResult, now: Champion | None
+    domain: Domain,
+    images: StageResult,
+    features: StageResult,
+    screened: StageResult,
+    tuned: StageResult,
+    now: Champion | None,
 ) -> Decision:
     """The best of the models that :func:`tasks.tune.select.select` accepts, against the champion.
 
@@ -156,7 +163,7 @@ def decide(
     Files: ``decision.json``.
     """
     store = open_store(domain)
-    selected = select(domain, images, features, tuned)
+    selected = select(domain, images, features, screened, tuned)
     selection = read_selection(store.open(selected.ref))
     if selection.best is None:
         first = max(selection.models, key=lambda each: each.score)

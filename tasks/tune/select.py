@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from latteflow.models.methods.method import Method
+from latteflow.models.methods.transduction import TransductionSettings
 from latteflow.storage.artifacts import Artifact, ArtifactWriter
 from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.features import Features, centred, read_features
 from latteflow.tasks.core.stage import StageResult, open_store, run_stage
+from latteflow.tasks.describe.screen import read_screened, read_text_features, usable
+from latteflow.tasks.tune.heldout import halves_of, why_not
+from latteflow.tasks.tune.inputs import independent_texts
 from latteflow.tasks.tune.models import read_tuned, tuned_features
 
-VERSION = 4
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from latteflow.models.judge.selection import Duel
+
+VERSION = 5
 MOST_IMAGES = 20_000
 """Models are compared on at most so many images; which ones depends on their keys alone, which are digests."""
 
@@ -59,8 +70,14 @@ class Selection:
         return f"without labels, {self.best.method}{seed} is preferred: {self.best.reason}"
 
 
-def select(domain: Domain, images: StageResult, features: StageResult, tuned: StageResult) -> StageResult:
-    """Judge every method, by all its models, on the images it was adapted to and features that none has shaped.
+def select(
+    domain: Domain, images: StageResult, features: StageResult, screened: StageResult, tuned: StageResult
+) -> StageResult:
+    """Judge every method, by all its models, on the images it was adapted to and what none has shaped.
+
+    That is features, or texts where these are worth something: a method that reads texts is then adapted to half of the
+    images, which takes as long as a seed or two, and asked about the others. Where that would train towers again,
+    features decide.
 
     Kept is the method that stands first in the domain file and has an accepted model; of its seeds, the one that the
     neighbours of images vouch for most.
@@ -68,10 +85,11 @@ def select(domain: Domain, images: StageResult, features: StageResult, tuned: St
     Files: ``selection.json``.
     """
     store = open_store(domain)
-    inputs = {"shards": images.ref.digest, "embed": features.ref.digest, "tune": tuned.ref.digest}
+    made = {"shards": images, "embed": features, "screen": screened, "tune": tuned}
+    inputs = {name: each.ref.digest for name, each in made.items()}
 
     def body(writer: ArtifactWriter) -> Mapping[str, int]:
-        found = _selected(domain, store.open(images.ref), store.open(features.ref), store.open(tuned.ref))
+        found = _selected(domain, *(store.open(each.ref) for each in made.values()))
         record = {"of": tuned.ref.digest, "chosen": found.chosen, "models": [asdict(each) for each in found.models]}
         writer.put("selection", inputs, {"selection.json": json.dumps(record, indent=2).encode()})
         return {"models": len(found.models), "accepted": sum(each.accepted for each in found.models)}
@@ -91,6 +109,10 @@ class Views:
     Args:
         images, embedded: the artifacts of the images.
         only: image keys; others are left out as long as some of these are there.
+
+    Attributes:
+        rows: of the images among the ``total`` that are embedded, ``(n,)``.
+        keys, features: theirs, see :class:`Features`.
     """
 
     def __init__(self, domain: Domain, images: Artifact, embedded: Artifact, only: set[str] | None = None) -> None:
@@ -99,7 +121,9 @@ class Views:
         rows = [
             row for _, row in sorted((key, row) for row, key in enumerate(found.keys) if only is None or key in only)
         ]
-        self._found: Features = found.at(np.array((rows or list(range(len(found.keys))))[:MOST_IMAGES]))
+        self.total = len(found.keys)
+        self.rows = np.sort((rows or list(range(len(found.keys))))[:MOST_IMAGES])
+        self._found: Features = found.at(self.rows)
         self.keys, self.features = self._found.keys, self._found.features
 
     @property
@@ -121,6 +145,29 @@ class Views:
         labels: np.ndarray = (self.space @ self._found.class_features.T).argmax(1)
         return labels
 
+    def texts(self, screened: Artifact, scale: float) -> Tensor | None:
+        """Logits of what the images' own texts say, ``(n, classes)``; zeros where an image has none.
+
+        None where texts are worth nothing, or the describer saw no more of the images than their features.
+        """
+        import torch
+
+        from latteflow.models.methods.latteclip_plus.beliefs import beliefs
+
+        if not independent_texts(self._domain):
+            return None
+        captions = usable(read_screened(screened, "images"))
+        own = dict(zip(captions["member_keys"].list.first(), captions["text"], strict=True))
+        texts = [own.get(key, "") for key in self.keys]
+        return beliefs(
+            torch.from_numpy(self.space),
+            torch.from_numpy(self._found.class_features),
+            torch.from_numpy(read_text_features(screened, "images", texts)),
+            torch.tensor([text != "" for text in texts]),
+            scale,
+            self._domain.of(TransductionSettings).neighbours,
+        ).logits
+
     def logits(self, models: Artifact, method: str, seed: int | None) -> np.ndarray:
         """By a model of a `tune` artifact, ``(n, classes)``."""
         tuned = read_tuned(models, method, seed)
@@ -128,30 +175,47 @@ class Views:
         return tuned.scale * features @ tuned.prototypes.T
 
 
-def _selected(domain: Domain, images: Artifact, embedded: Artifact, models: Artifact) -> Selection:
+def _selected(domain: Domain, images: Artifact, embedded: Artifact, screened: Artifact, models: Artifact) -> Selection:
     import torch
 
-    from latteflow.models.judge.selection import Evidence, duel, estimates, judge, neighbours
+    from latteflow.models.judge.selection import Duel, Evidence, duel, estimates, hearing, judge, neighbours
 
     views = Views(domain, images, embedded)
     space, own = torch.from_numpy(views.space), torch.from_numpy(views.zero_shot())
     near = neighbours(space)
-    share = views.centre_share(read_tuned(models, domain.method[0], domain.seeds[0]).scale)
+    scale = read_tuned(models, domain.method[0], domain.seeds[0]).scale
+    share, texts = views.centre_share(scale), views.texts(screened, scale)
+
+    def told(method: Method, labels: Sequence[Tensor]) -> Duel | None:
+        """What texts say of a method, by the labels of its models or, if these have read the texts, of others."""
+        if texts is None:
+            return None
+        if not method.reads_image_texts:
+            found = [hearing(texts, each, own) for each in labels]
+            return Duel(*(sum(values) / len(found) for values in zip(*found, strict=True)))
+        if why_not(domain, method):
+            return None
+        answers = torch.full((views.total,), -1)
+        for half in halves_of(domain, method, domain.seeds_of(method.name)[0], images, embedded, screened):
+            answers[half.rows] = (half.features @ half.prototypes.T).argmax(1)
+        asked = answers[torch.from_numpy(views.rows)]
+        return hearing(texts, torch.where(asked < 0, own, asked), own)
+
     judged: list[Judged] = []
     chosen: int | None = None
-    for method in domain.method:
-        seeds = domain.seeds_of(method)
-        said = [torch.from_numpy(views.logits(models, method, seed)).softmax(1) for seed in seeds]
+    for method in domain.methods:
+        seeds = domain.seeds_of(method.name)
+        said = [torch.from_numpy(views.logits(models, method.name, seed)).softmax(1) for seed in seeds]
+        labels = [each.argmax(1) for each in said]
         guesses = [estimates(each, own, near) for each in said]
         found = [
-            Evidence(guess["vouched"], duel(space, each.argmax(1), own))
-            for guess, each in zip(guesses, said, strict=True)
+            Evidence(guess["vouched"], duel(space, each, own)) for guess, each in zip(guesses, labels, strict=True)
         ]
-        verdict = judge(found, share)
+        verdict = judge(found, share, told(method, labels))
         if chosen is None and verdict.accepted:
             chosen = len(judged) + int(np.argmax([each.vouched for each in found]))
         judged += [
-            Judged(method, seed, verdict.accepted, verdict.reason, verdict.score, each)
+            Judged(method.name, seed, verdict.accepted, verdict.reason, verdict.score, each)
             for seed, each in zip(seeds, guesses, strict=True)
         ]
     return Selection(tuple(judged), chosen)

@@ -18,6 +18,19 @@ from conftest import draw_folder
 from latteflow.storage.objects import ObjectStore
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tally"] = [dict(TALLY.inflicted), dict(TALLY.survived)]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """What a worker of xdist counted, added up; of one that crashed nobody knows."""
+    inflicted, survived = getattr(node, "workeroutput", {}).get("tally", ({}, {}))
+    TALLY.inflicted.update(inflicted)
+    TALLY.survived.update(survived)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     if TALLY.inflicted:
         terminalreporter.section("inflicted and survived")

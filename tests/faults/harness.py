@@ -48,6 +48,8 @@ WORDS = {
     "races": "races of many writers for one key",
     "full disk": "full disks",
     "clock": "wrong clocks",
+    "mutants": "damaged and hostile images, archives and tables",
+    "fuzzed": "inputs that a fuzzer made for our own parsers",
 }
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from faults import mutants
-from faults.harness import WORDS, Tally
+from faults.harness import Tally
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,8 +35,6 @@ from latteflow.storage.sources import Source
 from latteflow.storage.tars import BLOCK, Member, TarBroken, members
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-WORDS["mutants"] = "damaged and hostile images, archives and tables"
-WORDS["fuzzed"] = "inputs that a fuzzer made for our own parsers"
 IMAGES, TARS, TABLES = 60, 120, 80
 """Mutants of each kind."""
 FUZZED = {"tars": (250_000, 28), "names": (15_000, 10), "columns": (8_000, 16)}

@@ -110,9 +110,9 @@ def test_a_night_leaves_a_run_alone_and_does_not_pile_up(
 
 
 def test_a_rolled_back_model_is_not_chosen_again(nightly: Domain, tmp_path: Path) -> None:
-    def tuned() -> tuple[StageResult, StageResult, StageResult]:
+    def tuned() -> list[StageResult]:
         found = {each.label: each for each in run_plainly(nightly)}
-        return found["shard train"], found["embed train"], found["tune"]
+        return [found[name] for name in ("shard train", "embed train", "screen", "tune")]
 
     assert promote(nightly, *tuned()).promote
     first = read_champion(nightly)

@@ -16,6 +16,7 @@ from latteflow.models.judge.selection import (
     Evidence,
     duel,
     estimates,
+    hearing,
     judge,
     kappa,
     neighbours,
@@ -138,3 +139,31 @@ def test_what_estimates_think_of_the_truth() -> None:
     assert true["vouched"] > half["vouched"] > before["vouched"] > named["vouched"]
     assert true["neighbourhood"] == named["neighbourhood"] > half["neighbourhood"] > before["neighbourhood"]
     assert before["agreement"] == 1 and true["agreement"] > named["agreement"]
+
+
+def test_a_hearing_by_hand() -> None:
+    said = torch.tensor([[0.0, math.log(3)], [0.0, math.log(3)], [math.log(3), 0.0], [0.0, 0.0], [9.0, 0.0]])
+    one, other = torch.tensor([1, 1, 1, 1, 0]), torch.tensor([0, 0, 0, 0, 0])
+    # Votes 1/2, 1/2, -1/2 of three texts; the fourth image has none, and about the last nobody disagrees.
+    found = hearing(said, one, other)
+    assert found == pytest.approx((1 / 6, math.sqrt(2 / 3) / 3))
+    assert hearing(said, other, one) == pytest.approx((-1 / 6, math.sqrt(2 / 3) / 3))
+    assert hearing(said, one, one) == (0, 0)
+
+
+def test_texts_about_the_same_change_of_class_are_not_independent() -> None:
+    one, other = torch.tensor([1] * 50 + [2] * 50), torch.zeros(100, dtype=torch.int64)
+    said = torch.zeros(100, 3)
+    said[:50, 1], said[50:, 2] = 4, -4  # all for one change, all against the other: no more than two voices
+    vote = float(said[0].softmax(0)[1] - said[0].softmax(0)[0])
+    lost = float(said[50].softmax(0)[2] - said[50].softmax(0)[0])
+    found = hearing(said, one, other)
+    assert found == pytest.approx(((vote + lost) / 2, (vote - lost) / 2))  # ten times that of a hundred voices
+
+
+def test_texts_that_are_worth_something_decide_alone() -> None:
+    bad, good = Evidence(0.1, Duel(-0.2, 0.01)), Evidence(0.9, Duel(0.2, 0.01))
+    assert judge([bad], 0.0, Duel(0.2, 0.05)).accepted
+    assert not judge([good], 1.0, Duel(0.1, 0.06)).accepted
+    assert "images' texts" in judge([good], 1.0, Duel(0.1, 0.06)).reason
+    assert judge([good], 1.0).accepted

@@ -18,7 +18,7 @@ def test_nothing_to_roll_back_to_is_said(domain: Domain) -> None:
 def test_what_is_not_better_than_zero_shot_is_not_served(domain: Domain) -> None:
     still = domain.model_copy(update={"latteclip": domain.latteclip.model_copy(update={"lr": 0.0})})
     found = {each.label: each for each in run_plainly(still)}
-    decision = promote(still, found["shard train"], found["embed train"], found["tune"])
+    decision = promote(still, *(found[name] for name in ("shard train", "embed train", "screen", "tune")))
     assert not decision.promote and read_champion(still) is None
-    again = promote(still, found["shard train"], found["embed train"], found["tune"])
+    again = promote(still, *(found[name] for name in ("shard train", "embed train", "screen", "tune")))
     assert again == decision
