@@ -6,7 +6,6 @@ Commands import what they call: `--help`, and a mistake in what was typed, wait 
 from __future__ import annotations
 
 import functools
-import json
 import re
 import traceback
 from pathlib import Path
@@ -139,17 +138,18 @@ def run(
         from latteflow.models.judge.metrics import seen_note
         from latteflow.tasks.core.stage import open_store
         from latteflow.tasks.report.report import kept
+        from latteflow.tasks.report.scores import read_scores
         from latteflow.tasks.tune.select import read_selection
 
         folder = Path(settings.output) / settings.name
-        metrics = json.loads((folder / "metrics.json").read_text())
-        if note := seen_note(metrics["n_seen"], metrics["n_test"]):
+        store, found = open_store(settings), {result.label: result for result in results}
+        scores = read_scores(store.open(found["evaluate"].ref))
+        if note := seen_note(scores.n_seen, scores.n_test):
             out.print(f"note     {note}")
-        out.print(console.scores(metrics))
-        if "general" in metrics:
-            out.print(console.forgotten(metrics["general"]))
-        found = {result.label: result for result in results}
-        selection = read_selection(open_store(settings).open(found["select"].ref))
+        out.print(console.scores(scores))
+        if scores.general:
+            out.print(console.forgotten(scores.general))
+        selection = read_selection(store.open(found["select"].ref))
         out.print(f"kept     {kept(settings, selection)}")
         out.print(f"report   {folder / 'report.html'}\nmetrics  {folder / 'metrics.json'}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shlex
 import sys
 from collections import Counter
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from latteflow.tasks.report.compare import Comparison
     from latteflow.tasks.report.history import History
     from latteflow.tasks.report.lineage import Guess, Lineage
+    from latteflow.tasks.report.scores import General, Scores
     from latteflow.tasks.ship.promote import Champion
 
 _PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
@@ -113,34 +115,34 @@ def results(found: Iterable[StageResult]) -> Table:
     return table
 
 
-def scores(metrics: Mapping[str, Any]) -> Table | str:
+def scores(found: Scores) -> Table | str:
     """The accuracies of a run; what can be said without labels, if there are none."""
-    if not metrics["n_test"]:
-        changed = {name: 1 - score["label_free"]["agreement"] for name, score in metrics["methods"].items()}
+    if not found.n_test:
+        changed = {name: 1 - score.label_free.agreement for name, score in found.methods.items() if score.label_free}
         told = ", ".join(f"{share:.1%} by {name}" for name, share in changed.items())
         return f"no labels: images that changed class: {told}; accuracy is unknown"
-    n, seen = metrics["n_test"], metrics["n_seen"]
+    n, seen = found.n_test, found.n_seen
     where = f"on {n} images adapted to" if seen == n else f"on {n} test images, {seen} adapted to" if seen else ""
     table = _table(where or f"on {n} test images", "top-1>", "95 % interval>", "gain over the better zero-shot>")
-    for name, score in {**metrics["zero_shot"]["methods"], **metrics["methods"]}.items():
-        gain = ""
-        if "gain" in score:
-            low, high = score["gain_interval"]
-            gain = f"{100 * score['gain']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-        low, high = score["interval"]
-        table.add_row(name.replace("_", " "), f"{100 * score['top1']:.1f}", f"{100 * low:.1f} - {100 * high:.1f}", gain)
+    for name, score in found.of.items():
+        low, high = score.interval or (math.nan, math.nan)
+        gain = _change(*score.gained) if score.gained else ""
+        top1 = f"{100 * (score.top1 or 0.0):.1f}"
+        table.add_row(name.replace("_", " "), top1, f"{100 * low:.1f} - {100 * high:.1f}", gain)
     return table
 
 
-def forgotten(general: Mapping[str, Any]) -> Table:
+def forgotten(general: General) -> Table:
     """What became of the accuracy on images of another kind."""
-    table = _table(f"on {general['n']} general images", "top-1>", "change>")
-    table.add_row("zero shot", f"{100 * general['top1']:.1f}", "")
-    for name, own in general["methods"].items():
-        low, high = own["change_interval"]
-        change = f"{100 * own['change']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-        table.add_row(name.replace("_", " "), f"{100 * own['top1']:.1f}", change)
+    table = _table(f"on {general.n} general images", "top-1>", "change>")
+    table.add_row("zero shot", f"{100 * general.top1:.1f}", "")
+    for name, own in general.methods.items():
+        table.add_row(name.replace("_", " "), f"{100 * own.top1:.1f}", _change(own.change, *own.change_interval))
     return table
+
+
+def _change(change: float, low: float, high: float) -> str:
+    return f"{100 * change:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def plan(planned: Sequence[Planned]) -> Table:
@@ -233,12 +235,11 @@ def comparison(found: Comparison) -> Table:
     """Two runs on the images that both have."""
     table = _table(f"on {found.labelled} labelled of {found.n} shared images", "A>", "B>", "B minus A>")
     table.add_row("method", found.one.method, found.other.method, "")
-    if found.top1 and found.interval and found.gain is not None:
-        low, high = found.interval
-        gain = f"{100 * found.gain:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    if found.top1 and (own := found.gain):
+        gain = _change(own.gain, *own.gain_interval)
         table.add_row("top-1", *(f"{100 * each:.1f}" for each in found.top1), gain)
-        table.add_row("p, permutation test", "", "", f"{found.permutation_p:.4f}")
-        table.add_row("p, McNemar, first seeds", "", "", f"{found.mcnemar_p:.4f}")
+        table.add_row("p, permutation test", "", "", f"{own.permutation_p:.4f}")
+        table.add_row("p, McNemar, first seeds", "", "", f"{own.mcnemar.p:.4f}")
     table.add_row("same answer", "", "", f"{found.agreement:.1%}")
     table.add_row("settings that differ", "", "", str(len(found.settings)))
     return table

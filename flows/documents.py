@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from latteflow.tasks.ship.promote import Champion
 
 Document = dict[str, Any]
-_SCORES = ("top1", "interval", "gain", "gain_interval")
+_SCORES = {"top1", "interval", "gain", "gain_interval"}
 
 
 def run(domain: Domain, results: Sequence[StageResult]) -> Document:
@@ -45,17 +44,19 @@ def run(domain: Domain, results: Sequence[StageResult]) -> Document:
 
 def _reported(domain: Domain, results: Mapping[str, StageResult]) -> Document:
     from latteflow.tasks.report.report import kept
+    from latteflow.tasks.report.scores import read_scores
     from latteflow.tasks.tune.select import read_selection
 
     folder = Path(domain.output) / domain.name
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    selection = read_selection(open_store(domain).open(results["select"].ref))
+    store = open_store(domain)
+    found = read_scores(store.open(results["evaluate"].ref))
+    selection = read_selection(store.open(results["select"].ref))
     best = selection.best
-    scores = {**metrics["zero_shot"]["methods"], **metrics["methods"]} if metrics["n_test"] else {}
+    told = found.of.items() if found.n_test else ()
     return {
-        "labelled": metrics["n_test"],
-        "adapted_to": metrics["n_seen"],
-        "scores": {name: {key: score[key] for key in _SCORES if key in score} for name, score in scores.items()},
+        "labelled": found.n_test,
+        "adapted_to": found.n_seen,
+        "scores": {name: score.model_dump(mode="json", include=_SCORES, exclude_unset=True) for name, score in told},
         "kept": {
             "method": best.method if best else own_zero_shot(domain.clip.centre),
             "seed": best.seed if best else None,

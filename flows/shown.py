@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
@@ -12,6 +10,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from latteflow.models.judge.metrics import seen_note
 from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.stage import StageResult, open_store
+from latteflow.tasks.report.scores import Scores, read_scores
 
 if TYPE_CHECKING:
     from latteflow.flows.retune import Night
@@ -35,9 +34,11 @@ def stages(domain: Domain, results: Sequence[StageResult]) -> None:
         for each in results
     ]
     create_table_artifact(rows, key=key(domain, "stages"), description=f"Stages of {domain.name}")
-    page = next((each for each in results if each.label == "report"), None)
-    if page is not None:
-        text = _page(domain, page, json.loads((Path(domain.output) / domain.name / "metrics.json").read_text()))
+    by_label = {each.label: each for each in results}
+    if "report" in by_label:
+        store = open_store(domain)
+        where = store.open(by_label["report"].ref).address("report.html")
+        text = _page(domain, where, read_scores(store.open(by_label["evaluate"].ref)))
         create_markdown_artifact(text, key=key(domain, "report"), description=f"Report of {domain.name}")
 
 
@@ -53,16 +54,15 @@ def night(domain: Domain, found: Night) -> None:
     create_markdown_artifact("\n".join(lines), key=key(domain, "night"), description=f"Night of {domain.name}")
 
 
-def _page(domain: Domain, page: StageResult, metrics: Mapping[str, Any]) -> str:
-    where = open_store(domain).open(page.ref).address("report.html")
+def _page(domain: Domain, where: str, scores: Scores) -> str:
     lines = [f"# {domain.name}", "", f"Report: `{where}`", ""]
-    if note := seen_note(metrics["n_seen"], metrics["n_test"]):
+    if note := seen_note(scores.n_seen, scores.n_test):
         lines += [f"Mind that {note}.", ""]
-    if metrics["n_test"]:
+    if scores.n_test:
         lines += ["| method | top-1 | gain over the better zero-shot |", "| --- | --- | --- |"]
         lines += [
-            f"| {name.replace('_', ' ')} | {100 * score['top1']:.1f} | {100 * score['gain']:+.1f} |"
-            for name, score in metrics["methods"].items()
+            f"| {name.replace('_', ' ')} | {100 * (score.top1 or 0.0):.1f} | {100 * (score.gain or 0.0):+.1f} |"
+            for name, score in scores.methods.items()
         ]
     else:
         lines.append("No labels: accuracy is unknown.")

@@ -398,8 +398,10 @@ class _Domain(Classes):
 
 
 def _section_of(name: str, kind: type[Settings]) -> tuple[type[Settings], Any]:
-    who = [method.name for method in readers(name)]
-    return kind, Field(default=kind(), description=f"Of {', '.join(who)}.")
+    who = ", ".join(method.name for method in readers(name))
+    if name in _Domain.model_fields or hasattr(_Domain, name):
+        raise ModelError(f"method {who}: its section cannot be called {name!r}, which a domain has already")
+    return kind, Field(default=kind(), description=f"Of {who}.")
 
 
 if TYPE_CHECKING:

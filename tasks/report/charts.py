@@ -8,8 +8,8 @@ from typing import Any
 from markupsafe import Markup
 
 from latteflow.tasks.report.html import plain
+from latteflow.tasks.report.scores import Bin
 
-Point = tuple[float, float, int]
 INK, MUTED, LINE, ACCENT, LOSS = "#000001", "#000002", "#000003", "#000004", "#000005"
 CSS_COLOURS = {INK: "ink", MUTED: "muted", LINE: "line", ACCENT: "accent", LOSS: "loss"}
 
@@ -104,8 +104,8 @@ def _apart(rows: Sequence[tuple[str, float, float]], n: int = 3) -> set[tuple[st
     return set(chosen)
 
 
-def reliability(as_is: Sequence[Point], matched: Sequence[Point], id: str) -> Markup:
-    """Accuracy of answers by their confidence, ``(confidence, accuracy, n)``, before and after a temperature."""
+def reliability(as_is: Sequence[Bin], matched: Sequence[Bin], id: str) -> Markup:
+    """Accuracy of answers by their confidence, before and after a temperature."""
     import altair as alt
 
     axis = alt.Axis(format="%", values=[0, 0.25, 0.5, 0.75, 1])
@@ -117,9 +117,9 @@ def reliability(as_is: Sequence[Point], matched: Sequence[Point], id: str) -> Ma
         .mark_line(color=MUTED, strokeDash=[4, 4], strokeWidth=1)
         .encode(x=x, y=y)
     )
-    most = max(n for _, _, n in [*as_is, *matched])
+    most = max(each.n for each in [*as_is, *matched])
     for points, colour, shape in ((as_is, LOSS, "square"), (matched, ACCENT, "circle")):
-        data = [{"confidence": c, "accuracy": a, "n": n} for c, a, n in points]
+        data = [{"confidence": each.confidence, "accuracy": each.accuracy, "n": each.n} for each in points]
         chart = alt.Chart(alt.Data(values=data)).encode(x=x, y=y)
         size = alt.Size("n:Q", legend=None, scale=alt.Scale(domain=[0, most], range=[20, 260]))
         layers += chart.mark_line(color=colour, strokeWidth=2)

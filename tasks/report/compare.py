@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from latteflow.models.judge import metrics
 from latteflow.models.settings import ZERO_SHOT, ZERO_SHOTS
 from latteflow.storage.artifacts import Artifact
 from latteflow.storage.errors import DataError
@@ -26,6 +25,7 @@ from latteflow.tasks.report.charts import make_axis
 from latteflow.tasks.report.history import History
 from latteflow.tasks.report.html import html, picture_url, thumbnail
 from latteflow.tasks.report.page import OF_A_CLASS, Change, Changes, sorted_changes
+from latteflow.tasks.report.scores import Gain, read_scores, verdict
 
 SHOWN = 60
 """Images of each kind of change that the page shows."""
@@ -83,8 +83,7 @@ class Comparison:
     Attributes:
         n, labelled: shared images, and those of them with the same label in both.
         top1: of both, on those; None without any.
-        gain, interval: second minus first, with its 95 % paired bootstrap interval.
-        permutation_p, mcnemar_p: see docs/evaluation.md.
+        gain: of the second over the first.
         agreement: share of the shared images with the same answer of the first seeds.
         per_class: accuracy of each class that has labels.
         changed: images with another answer, some of each kind; ``counts`` of all of them, by kind.
@@ -97,10 +96,7 @@ class Comparison:
     n: int
     labelled: int
     top1: tuple[float, float] | None
-    gain: float | None
-    interval: tuple[float, float] | None
-    permutation_p: float | None
-    mcnemar_p: float | None
+    gain: Gain | None
     agreement: float
     per_class: Sequence[Change]
     changed: Sequence[Changed]
@@ -111,10 +107,7 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """better, worse or unclear for the second; unknown without labels."""
-        if self.interval is None:
-            return "unknown"
-        low, high = self.interval
-        return "better" if low > 0 else "worse" if high < 0 else "unclear"
+        return verdict(self.gain.gain_interval if self.gain else None)
 
 
 def read_run(name: str) -> Run:
@@ -139,15 +132,15 @@ def read_run(name: str) -> Run:
         scores = made.artifact
     else:
         scores = history.find(f"evaluate/{fingerprint}")
-    found = json.loads(scores.read("metrics.json"))
-    method = found["zero_shot"]["own"] if method == ZERO_SHOT else method or next(iter(found["methods"]))
-    known = [*found["methods"], ZERO_SHOT, *ZERO_SHOTS]
+    found = read_scores(scores)
+    method = found.zero_shot.own if method == ZERO_SHOT else method or next(iter(found.methods))
+    known = [*found.methods, ZERO_SHOT, *ZERO_SHOTS]
     if method not in known:
         near = difflib.get_close_matches(method, known, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
         raise DataError(f"{name}: no model by {method!r} was evaluated; {hint}")
     table = read_parquet(scores.read("predictions.parquet"))
-    classes = pl.Series(found["classes"], dtype=pl.String)
+    classes = pl.Series(found.classes, dtype=pl.String)
     made_from: dict[str, Artifact] = {}
     for each in history.inventory.reachable([scores]):
         made_from.setdefault(history.label(each), each)
@@ -159,7 +152,7 @@ def read_run(name: str) -> Run:
         labels=pl.col(f"{method}_seeds").list.eval(pl.element().map_elements(classes.__getitem__, pl.String)),
     )
     title = f"{domain.name}, {method.replace('_', ' ')}, evaluation {scores.fingerprint[:12]}, by {file}"
-    return Run(title, method, scores, found["classes"], answers, made_from)
+    return Run(title, method, scores, found.classes, answers, made_from)
 
 
 def compare(one: Run, other: Run) -> Comparison:
@@ -174,16 +167,12 @@ def compare(one: Run, other: Run) -> Comparison:
     if not both.height:
         raise DataError(f"{one.name} and {other.name} share no image: an image is known by its path and its content")
     known = both.filter(pl.col("truth") == pl.col("truth_other"))
-    top1 = gain = interval = permutation_p = mcnemar_p = None
+    top1 = gain = None
     per_class: list[Change] = []
     if known.height:
         right = [_right(known, name) for name in ("labels", "labels_other")]
         top1 = float(right[0].mean()), float(right[1].mean())
-        difference = right[1] - right[0]
-        gain, interval = float(difference.mean()), metrics.bootstrap_interval(difference)
-        permutation_p = metrics.permutation_test(difference)
-        first, second = ((known[name] == known["truth"]).to_numpy() for name in ("label", "label_other"))
-        mcnemar_p = metrics.mcnemar(second, first)
+        gain = Gain.of(right, [(known[name] == known["truth"]).to_numpy() for name in ("label", "label_other")])
         truth = known["truth"].to_numpy()
         for name in dict.fromkeys([*one.classes, *other.classes]):
             own = truth == name
@@ -197,9 +186,6 @@ def compare(one: Run, other: Run) -> Comparison:
         labelled=known.height,
         top1=top1,
         gain=gain,
-        interval=interval,
-        permutation_p=permutation_p,
-        mcnemar_p=mcnemar_p,
         agreement=float(np.mean((both["label"] == both["label_other"]).to_numpy())),
         per_class=per_class,
         changed=changed,
@@ -214,9 +200,7 @@ def compare(one: Run, other: Run) -> Comparison:
 
 def page_of(found: Comparison) -> str:
     """The comparison as one self-contained page."""
-    axis = None
-    if found.gain is not None and found.interval is not None:
-        axis = make_axis([0.0, found.gain, *found.interval], 4)
+    axis = make_axis([0.0, found.gain.gain, *found.gain.gain_interval], 4) if found.gain else None
     classes = sorted({(each.number, each.truth or each.after) for each in found.changed})
     per_class: Changes = sorted_changes(found.per_class, OF_A_CLASS)
     return html("compare.html.j2", c=found, gain_axis=axis, per_class=per_class, classes=classes)

@@ -5,7 +5,6 @@ The only stage that opens the labels, and nothing comes after it but the report.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,14 +22,13 @@ from latteflow.storage.tables import parquet
 from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.features import Features, centred, read_features
 from latteflow.tasks.core.stage import StageResult, open_store, run_stage
+from latteflow.tasks.report import scores as figures
 from latteflow.tasks.report.forgetting import general_answers
 from latteflow.tasks.report.labels import digest_of_labels, read_truth
 from latteflow.tasks.report.slices import Slice, slices
 from latteflow.tasks.tune.models import read_tuned, tuned_features
 
 VERSION = 3
-FORMAT = 3
-"""Of ``metrics.json``: docs/formats.md says what is in it."""
 FLOOR = 1e-300
 """A probability of 0 has a logarithm all the same."""
 CONFUSED = 12
@@ -116,23 +114,19 @@ def evaluate(
         labelled = np.flatnonzero(truth >= 0)
         known_before = set(overlap(store.open(adapted_to.ref), images)["key"])
         n_seen = sum(found.keys[row] in known_before for row in labelled)
-        report = _metrics(domain, said, truth, labelled, found.keys, share=train.share, n_seen=n_seen)
+        scores = _scores(domain, said, truth, labelled, found.keys, share=train.share, n_seen=n_seen)
+        more: dict[str, Any] = {}
         if len(labelled):
             keys, known = [found.keys[row] for row in labelled], truth[labelled]
             before = None if is_own else centred(train.embeds, train.centre)
-            report["slices"] = _slices(slices(images, keys, middle[labelled], before), said, known, labelled)
+            more["slices"] = _slices(slices(images, keys, middle[labelled], before), said, known, labelled)
             if inputs["few_labels"] and len(labelled) > 1:  # one half to learn from, one to be tested on
-                report["few_labels"] = _few_labels(report, few_labels(middle[labelled], known))
+                more["few_labels"] = _few_labels(scores, few_labels(middle[labelled], known))
         if general:
-            report["general"] = _forgotten(domain, models, *(store.open(each.ref) for each in general))
+            more["general"] = _forgotten(domain, models, *(store.open(each.ref) for each in general))
         table = _table(found.keys, [paths[key] for key in found.keys], truth, said)
-        found_out = json.dumps(report, indent=1, allow_nan=False).encode()
-        writer.put(
-            "evaluation",
-            inputs,
-            {"metrics.json": found_out, "predictions.parquet": parquet(table)},
-            rows=table.height,
-        )
+        files = {"metrics.json": scores.model_copy(update=more).written(), "predictions.parquet": parquet(table)}
+        writer.put("evaluation", inputs, files, rows=table.height)
         return {"images": len(found.keys), "labelled": len(labelled)}
 
     return run_stage(store, domain, "evaluate", VERSION, inputs, body)
@@ -187,7 +181,7 @@ def answers(heads: Iterable[Head], other: np.ndarray) -> Answers:
     return Answers(runs, temperatures, matched)
 
 
-def _metrics(
+def _scores(
     domain: Domain,
     said: Mapping[str, Answers],
     truth: np.ndarray,
@@ -196,104 +190,109 @@ def _metrics(
     *,
     share: float,
     n_seen: int,
-) -> dict[str, Any]:
+) -> figures.Scores:
     n, classes, known = len(labelled), len(domain.classes), truth[labelled]
-    scores = {name: _score(each, known, labelled) for name, each in said.items()} if n else {}
+    found = {name: _score(each, known, labelled) for name, each in said.items()} if n else {}
     own = own_zero_shot(domain.clip.centre)
-    plain, middle, estimated = (scores.get(name, {}).get("top1") for name in ZERO_SHOTS)
-    better = max(ZERO_SHOTS, key=lambda name: scores[name]["top1"]) if n else own
-    methods: dict[str, Any] = {}
+    plain, middle, estimated = (found[name].top1 if n else None for name in ZERO_SHOTS)
+    better = max(ZERO_SHOTS, key=lambda name: found[name].top1 or 0.0) if n else own
+    methods: dict[str, figures.Score] = {}
     for name in domain.method:
-        entry = scores.get(name, {"top1": None, "interval": None})
+        score = figures.Score(top1=None, interval=None)
         if n:
-            entry = entry | _compared(said[name], said[better], known, labelled)
-            for label, of_class in entry["per_class"].items():
-                of_class["gain"] = of_class["top1"] - scores[better]["per_class"][label]["top1"]
-        methods[name] = entry | {"label_free": _label_free(said[better].runs[0], said[name].runs[0], classes)}
-    report: dict[str, Any] = {
-        "format": FORMAT,
-        "domain": domain.name,
-        "n_test": n,
-        "n_seen": n_seen,
-        "classes": domain.classes,
-        "centre_share": share,
-        "zero_shot": {
-            "plain": plain,
-            "centred": middle,
-            "estimated": estimated,
-            "own": own,
-            "top1": scores.get(better, {}).get("top1"),
-            "better": better,
-            "methods": {name: scores[name] for name in ZERO_SHOTS if n},
-        },
-        "methods": methods,
-        "label_free": methods[domain.method[0]]["label_free"],
-    }
+            score = found[name].model_copy(update=_compared(found, said, name, better, known, labelled))
+        unlabelled = _label_free(said[better].runs[0], said[name].runs[0], classes)
+        methods[name] = score.model_copy(update={"label_free": unlabelled})
+    more: dict[str, Any] = {}
     if n:
         first = {name: each.runs[0].labels[labelled] for name, each in said.items()}
         matrices = {name: metrics.confusion(labels, known, classes) for name, labels in first.items()}
-        report["confusion"] = {
+        more["confusion"] = {
             name: [[int(i), int(j), int(matrix[i, j])] for i, j in np.argwhere(matrix)]
             for name, matrix in matrices.items()
         }
-        report["confused"] = {
+        more["confused"] = {
             name: _confused(matrix, matrices[better], first[name], known, [keys[row] for row in labelled])
             for name, matrix in matrices.items()
         }
-    return report
+    return figures.Scores(
+        format=figures.FORMAT,
+        domain=domain.name,
+        n_test=n,
+        n_seen=n_seen,
+        classes=domain.classes,
+        centre_share=share,
+        zero_shot=figures.ZeroShot(
+            plain=plain,
+            centred=middle,
+            estimated=estimated,
+            own=own,
+            top1=found[better].top1 if n else None,
+            better=better,
+            methods={name: found[name] for name in ZERO_SHOTS if n},
+        ),
+        methods=methods,
+        label_free=methods[domain.method[0]].label_free,
+        **more,
+    )
 
 
-def _compared(adapted: Answers, before: Answers, truth: np.ndarray, labelled: np.ndarray) -> dict[str, Any]:
-    """An adapted method beside the better zero-shot, on the same images."""
-    gain = adapted.right(truth, labelled) - before.right(truth, labelled)
-    first, zero_shot = (each.runs[0].labels[labelled] == truth for each in (adapted, before))
+def _compared(
+    scores: Mapping[str, figures.Score],
+    said: Mapping[str, Answers],
+    method: str,
+    better: str,
+    truth: np.ndarray,
+    labelled: np.ndarray,
+) -> dict[str, Any]:
+    """What is new in the score of a method beside the better zero-shot, on the same images."""
+    pair = [said[name] for name in (better, method)]
+    right = [each.right(truth, labelled) for each in pair]
+    first = [each.runs[0].labels[labelled] == truth for each in pair]
+    was, of_class = scores[better].per_class, scores[method].per_class
     return {
-        "gain": float(gain.mean()),
-        "gain_interval": metrics.bootstrap_interval(gain),
-        "permutation_p": metrics.permutation_test(gain),
-        "mcnemar": {
-            "p": metrics.mcnemar(first, zero_shot),
-            "only_adapted": int((first & ~zero_shot).sum()),
-            "only_zero_shot": int((zero_shot & ~first).sum()),
+        "per_class": {
+            label: each.model_copy(update={"gain": each.top1 - was[label].top1}) for label, each in of_class.items()
         },
+        **dict(figures.Gain.of(right, first)),
     }
 
 
 def _confused(
     matrix: np.ndarray, before: np.ndarray, predicted: np.ndarray, truth: np.ndarray, keys: Sequence[str]
-) -> list[dict[str, Any]]:
+) -> list[figures.Mistake]:
     """The most frequent mistakes of the first seed, each with some of its images."""
     wrong = matrix * ~np.eye(len(matrix), dtype=bool)
     most = np.argsort(-wrong, axis=None, kind="stable")[:CONFUSED]
     pairs = [divmod(int(place), len(matrix)) for place in most if wrong.flat[place]]
     return [
-        {
-            "truth": true,
-            "answer": answer,
-            "n": int(matrix[true, answer]),
-            "before": int(before[true, answer]),
-            "keys": [keys[row] for row in np.flatnonzero((truth == true) & (predicted == answer))[:CONFUSED_IMAGES]],
-        }
+        figures.Mistake(
+            truth=true,
+            answer=answer,
+            n=int(matrix[true, answer]),
+            before=int(before[true, answer]),
+            keys=[keys[row] for row in np.flatnonzero((truth == true) & (predicted == answer))[:CONFUSED_IMAGES]],
+        )
         for true, answer in pairs
     ]
 
 
 def _slices(
     found: Sequence[Slice], said: Mapping[str, Answers], truth: np.ndarray, labelled: np.ndarray
-) -> list[dict[str, Any]]:
+) -> list[figures.SliceScores]:
     right = {name: each.right(truth, labelled) for name, each in said.items()}
     return [
-        {
-            "by": each.by,
-            "name": each.name,
-            "n": len(each.rows),
-            "top1": {name: float(values[each.rows].mean()) for name, values in right.items()},
-        }
+        figures.SliceScores(
+            by=each.by,
+            name=each.name,
+            n=len(each.rows),
+            top1={name: float(values[each.rows].mean()) for name, values in right.items()},
+        )
         for each in found
     ]
 
 
-def _forgotten(domain: Domain, models: Artifact, images: Artifact, embedded: Artifact) -> dict[str, Any]:
+def _forgotten(domain: Domain, models: Artifact, images: Artifact, embedded: Artifact) -> figures.General:
     """Top-1 on other images before and after, and what changed."""
     found, own = read_features(embedded), domain.of_split("general")
     paths = dict(read_index(images).select("key", "path").iter_rows())
@@ -306,75 +305,73 @@ def _forgotten(domain: Domain, models: Artifact, images: Artifact, embedded: Art
 
     before = (found.zero_shot == truth)[labelled]
     after = {method: right(method) for method in domain.method}
-    return {
-        "n": len(before),
-        "classes": len(own.classes),
-        "top1": float(before.mean()),
-        "interval": metrics.bootstrap_interval(before),
-        "methods": {
-            name: {
-                "top1": float(own.mean()),
-                "change": float((own - before).mean()),
-                "change_interval": metrics.bootstrap_interval(own - before),
-            }
+    return figures.General(
+        n=len(before),
+        classes=len(own.classes),
+        top1=float(before.mean()),
+        interval=metrics.bootstrap_interval(before),
+        methods={
+            name: figures.Forgotten(
+                top1=float(own.mean()),
+                change=float((own - before).mean()),
+                change_interval=metrics.bootstrap_interval(own - before),
+            )
             for name, own in after.items()
         },
-    }
+    )
 
 
-def _few_labels(report: Mapping[str, Any], curves: Mapping[str, list[list[float]]]) -> dict[str, Any]:
-    scores = {**report["zero_shot"]["methods"], **report["methods"]}
-    return {
-        "labels": LABELS,
-        "top1": curves,
-        "worth": {name: worth(curves, score["top1"]) for name, score in scores.items()},
-    }
+def _few_labels(scores: figures.Scores, curves: Mapping[str, list[list[float]]]) -> figures.FewLabels:
+    reached = {name: worth(curves, score.top1 or 0.0) for name, score in scores.of.items()}
+    return figures.FewLabels(labels=LABELS, top1=curves, worth=reached)
 
 
-def _label_free(before: Predictions, after: Predictions, classes: int) -> dict[str, Any]:
+def _label_free(before: Predictions, after: Predictions, classes: int) -> figures.LabelFree:
     """What adapting changed, told without labels."""
-    return {
-        "agreement": float((before.labels == after.labels).mean()),
-        "margin_before": float(before.margin.mean()),
-        "margin_after": float(after.margin.mean()),
-        "entropy_before": float(before.entropy.mean()),
-        "entropy_after": float(after.entropy.mean()),
-        "predicted_before": np.bincount(before.labels, minlength=classes).tolist(),
-        "predicted_after": np.bincount(after.labels, minlength=classes).tolist(),
-    }
+    return figures.LabelFree(
+        agreement=float((before.labels == after.labels).mean()),
+        margin_before=float(before.margin.mean()),
+        margin_after=float(after.margin.mean()),
+        entropy_before=float(before.entropy.mean()),
+        entropy_after=float(after.entropy.mean()),
+        predicted_before=np.bincount(before.labels, minlength=classes).tolist(),
+        predicted_after=np.bincount(after.labels, minlength=classes).tolist(),
+    )
 
 
-def _score(said: Answers, truth: np.ndarray, labelled: np.ndarray) -> dict[str, Any]:
+def _score(said: Answers, truth: np.ndarray, labelled: np.ndarray) -> figures.Score:
     correct = said.right(truth, labelled)
     answered = [run.labels[labelled] for run in said.runs]
-    return {
-        "top1": float(correct.mean()),
-        "interval": metrics.bootstrap_interval(correct),
-        "top5": float(said.right(truth, labelled, 5).mean()),
-        "mean_per_class": metrics.mean_per_class(correct, truth),
-        "macro_f1": float(np.mean([metrics.macro_f1(labels, truth) for labels in answered])),
-        "seeds": [float((labels == truth).mean()) for labels in answered],
-        "calibration": {
-            "as_is": _calibration([run.probabilities[labelled, 0] for run in said.runs], answered, truth),
-            "matched": _calibration([each[labelled] for each in said.matched], answered, truth),
-            "temperatures": list(said.temperatures),
+    return figures.Score(
+        top1=float(correct.mean()),
+        interval=metrics.bootstrap_interval(correct),
+        top5=float(said.right(truth, labelled, 5).mean()),
+        mean_per_class=metrics.mean_per_class(correct, truth),
+        macro_f1=float(np.mean([metrics.macro_f1(labels, truth) for labels in answered])),
+        seeds=[float((labels == truth).mean()) for labels in answered],
+        calibration=figures.Calibration(
+            as_is=_confidence([run.probabilities[labelled, 0] for run in said.runs], answered, truth),
+            matched=_confidence([each[labelled] for each in said.matched], answered, truth),
+            temperatures=said.temperatures,
+        ),
+        per_class={
+            label: figures.OfClass(n=int((truth == label).sum()), top1=float(correct[truth == label].mean()))
+            for label in np.unique(truth).tolist()
         },
-        "per_class": {
-            str(label): {"n": int((truth == label).sum()), "top1": float(correct[truth == label].mean())}
-            for label in np.unique(truth)
-        },
-    }
+    )
 
 
-def _calibration(confidence: Sequence[np.ndarray], answered: Sequence[np.ndarray], truth: np.ndarray) -> dict[str, Any]:
+def _confidence(
+    confidence: Sequence[np.ndarray], answered: Sequence[np.ndarray], truth: np.ndarray
+) -> figures.Confidence:
     """Of the answers of all seeds together."""
     correct = np.concatenate([labels == truth for labels in answered])
     bins = metrics.reliability(np.concatenate(confidence), correct)
-    return {
-        "ece": metrics.calibration_error(bins),
-        "confidence": float(np.concatenate(confidence).mean()),
-        "bins": [each._asdict() for each in bins],
-    }
+    return figures.Confidence(
+        ece=metrics.calibration_error(bins),
+        confidence=float(np.concatenate(confidence).mean()),
+        bins=[figures.Bin(**each._asdict()) for each in bins],
+    )
 
 
 def _table(keys: Sequence[str], paths: Sequence[str], truth: np.ndarray, said: Mapping[str, Answers]) -> pl.DataFrame:

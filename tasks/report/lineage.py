@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from latteflow.storage.tables import read_parquet
 from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.describe.screen import read_screened
 from latteflow.tasks.report.history import SPLIT_STAGES, History
+from latteflow.tasks.report.scores import read_scores
 
 _FUZZY = 20_000
 """Paths that are searched for what was probably meant."""
@@ -131,11 +131,11 @@ def _find(table: pl.DataFrame, names: Sequence[str]) -> dict[str, Any] | None:
 
 def _followed(domain: Domain, artifacts: Mapping[str, Artifact], split: str, row: Mapping[str, Any]) -> Lineage:
     key, images = row["key"], artifacts[f"shard {split}"]
-    classes = domain.classes
+    classes: Sequence[str] = domain.classes
     predictions: list[Guess] = []
     truth = None
     if (scores := artifacts.get("evaluate")) is not None:
-        classes = json.loads(scores.read("metrics.json"))["classes"]
+        classes = read_scores(scores).classes
         for said in read_parquet(scores.read("predictions.parquet")).filter(pl.col("key") == key).iter_rows(named=True):
             truth = None if said["truth"] is None else classes[said["truth"]]
             methods = [name.removesuffix("_probability") for name in said if name.endswith("_probability")]

@@ -16,9 +16,13 @@ from markupsafe import Markup
 from PIL import Image
 
 from latteflow.models.judge import metrics
+from latteflow.models.methods.registry import METHODS, label
+from latteflow.models.settings import ZERO_SHOTS
 from latteflow.tasks.report import charts
 from latteflow.tasks.report.charts import Axis, Placed, make_axis
-from latteflow.tasks.report.html import OPEN_TEXT_LIMIT, TEXT_LIMIT, data_url, html, percent, plain
+from latteflow.tasks.report.html import OPEN_TEXT_LIMIT, TEXT_LIMIT, data_url, html, percent, plain, points
+from latteflow.tasks.report.scores import Mistake, Score, Scores, verdict
+from latteflow.tasks.tune.select import Judged
 
 ROWS_IN_FULL = 24
 """Up to this many classes every list is whole; above, the ends are shown and the whole list can be opened."""
@@ -30,11 +34,11 @@ MATRIX_CELLS_ON_A_PHONE = 12
 TOP_CONFUSIONS = 15
 QUARANTINE_ROWS = 40
 WEAKEST = 3
+CONFUSED, MISTAKEN = 8, 3
+"""Pairs of classes that are mistaken, of each method, and images of each, with pictures."""
 
 OF_A_CLASS = Axis(0, 1, [0, 0.25, 0.5, 0.75, 1])
 """Accuracies of classes are shown on one axis, whatever they are."""
-
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,136 +51,12 @@ class Component:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """How sure answers are and how often right; ``matched`` is after a temperature that was set without labels.
-
-    Errors are expected calibration errors; of the bins each is ``(confidence, share that is right, answers)``.
-    """
-
-    confidence: float
-    error: float
-    matched_error: float
-    temperature: float
-    bins: Sequence[charts.Point]
-    matched_bins: Sequence[charts.Point]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """One row of the comparison. Rates are shares in [0, 1]; None where there are no labels.
-
-    ``interval`` is the 95 % bootstrap interval of ``top1``. ``permutation_p`` and ``mcnemar_p`` compare with the better
-    baseline. An id that starts with ``zero_shot`` is a baseline.
-    """
-
-    id: str
-    label: str
-    top1: float | None = None
-    interval: Interval | None = None
-    top5: float | None = None
-    mean_per_class: float | None = None
-    macro_f1: float | None = None
-    permutation_p: float | None = None
-    mcnemar_p: float | None = None
-    calibration: Calibration | None = None
-    seeds: Sequence[float] = ()
-    note: str = ""
-
-    @property
-    def is_baseline(self) -> bool:
-        return self.id.startswith("zero_shot")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judged:
-    """What the gate thinks of one adapted model; ``estimates`` by name, see :mod:`models.judge.selection`."""
-
-    model: str
-    accepted: bool
-    reason: str
-    estimates: Mapping[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassRow:
-    """Accuracy of one class in [0, 1] with the better baseline and after adaptation; None without test images."""
-
-    name: str
-    n: int
-    zero_shot: float | None
-    adapted: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Mistaken:
     """One image of a confused pair; ``text`` is about it or about the training image nearest to it."""
 
     image: bytes
     path: str
     text: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Confused:
-    """A pair of classes with images of one that are taken for the other: ``n`` of them, ``before`` by the baseline."""
-
-    truth: str
-    predicted: str
-    n: int
-    before: int
-    shown: Sequence[Mistaken] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Detail:
-    """What labels say of an adapted method. ``confusion`` counts, rows = truth, columns = answers, as ``classes``."""
-
-    id: str
-    per_class: Sequence[ClassRow] = ()
-    confusion: Sequence[Sequence[int]] = ()
-    confused: Sequence[Confused] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class SliceRow:
-    """Accuracy of the methods, by id, on ``n`` images that have something in common."""
-
-    by: str
-    name: str
-    n: int
-    top1: Mapping[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FewLabels:
-    """What classifiers reach that learn from ``labels`` images of each class: for each learner the draws' accuracies.
-
-    ``worth`` is the least number of labels that reach a method; None where none does.
-    """
-
-    labels: Sequence[int]
-    top1: Mapping[str, Sequence[Sequence[float]]]
-    worth: Mapping[str, int | None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ForgottenRow:
-    """Top-1 of an adapted model on images of another kind, and how it changed."""
-
-    id: str
-    top1: float
-    change: float
-    change_interval: Interval
-
-
-@dataclass(frozen=True, kw_only=True)
-class General:
-    """``n`` labelled images of another kind: top-1 of the untouched model, and what adapting made of it."""
-
-    n: int
-    classes: int
-    top1: float
-    methods: Sequence[ForgottenRow]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,59 +207,24 @@ class StageRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelFree:
-    """What can be said without labels, before (better baseline) and after adaptation.
-
-    ``agreement`` is the share of images whose class did not change, ``margin`` the mean of top-1 minus top-2
-    probability, ``entropy`` the mean in nats, ``predicted`` the images per predicted class, in the classes' order.
-    """
-
-    agreement: float
-    margin_before: float
-    margin_after: float
-    entropy_before: float
-    entropy_after: float
-    predicted_before: Sequence[int]
-    predicted_after: Sequence[int]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Report:
-    """Everything the page says.
+    """Everything the page says: what was evaluated, and what else a run has to show.
 
-    ``gain_interval`` is the 95 % interval of the paired difference in top-1 between the methods ``adapted`` and
-    ``best_baseline``, as a share (0.01 = one point). ``confusion_before`` is of that baseline, and ``details`` of
-    adapted methods. ``n_test`` = 0 means no labels: then accuracies are None and ``examples_changed`` is shown.
-
-    Raises:
-        ValueError: with every contradiction in the data, among them a ``best_baseline`` that is not the best.
+    Attributes:
+        selection: what was kept without labels, and why, as the end of a sentence.
+        judged: what the gate thinks of each adapted model.
+        mistaken: by key, the first MISTAKEN images of the first CONFUSED pairs of each method.
+        examples_changed: shown where there are no labels, the other two where there are.
     """
 
-    domain: str
-    title: str
-    classes: Sequence[str]
+    scores: Scores
     n_train: int
-    n_test: int
-    n_seen: int = 0
-    """Of the labelled images, those that the models were adapted to."""
     model: Component
     describer: Component
-    centre_share: float
-    """How much of the images' mean embedding is subtracted, 0 to 1."""
-    methods: Sequence[Method]
-    adapted: str
-    best_baseline: str
     counts: Counts
-    label_free: LabelFree
-    gain_interval: Interval | None = None
     selection: str = ""
     judged: Sequence[Judged] = ()
-    """What was kept without labels, and why, as the end of a sentence."""
-    confusion_before: Sequence[Sequence[int]] = ()
-    details: Sequence[Detail] = ()
-    slices: Sequence[SliceRow] = ()
-    few_labels: FewLabels | None = None
-    general: General | None = None
+    mistaken: Mapping[str, Mistaken] = field(default_factory=dict)
     atlas: Sequence[Placed] = ()
     examples_better: Sequence[Example] = ()
     examples_worse: Sequence[Example] = ()
@@ -393,48 +238,6 @@ class Report:
     versions: Mapping[str, str] = field(default_factory=dict)
     seeds: Sequence[int] = ()
 
-    def __post_init__(self) -> None:
-        if problems := list(_problems(self)):
-            raise ValueError("the report contradicts itself: " + "; ".join(problems))
-
-    def method(self, id: str) -> Method:
-        return next(m for m in self.methods if m.id == id)
-
-
-def _problems(report: Report) -> Iterable[str]:
-    n_classes = len(report.classes)
-    by_id = {m.id: m for m in report.methods}
-    if n_classes < 2:
-        yield f"{n_classes} classes, at least 2 are needed"
-    for role in ("adapted", "best_baseline"):
-        if getattr(report, role) not in by_id:
-            yield f"{role} is {getattr(report, role)!r}, which is none of the methods {sorted(by_id)}"
-    for role in ("predicted_before", "predicted_after"):
-        if (n := len(getattr(report.label_free, role))) != n_classes:
-            yield f"{role} has {n} entries for {n_classes} classes"
-    matrices = {"confusion_before": report.confusion_before} | {
-        f"confusion of {d.id}": d.confusion for d in report.details
-    }
-    for role, matrix in matrices.items():
-        if len(matrix) and {len(matrix), *map(len, matrix)} != {n_classes}:
-            yield f"{role} is not {n_classes} x {n_classes}"
-    if len({len(matrix) > 0 for matrix in matrices.values()}) > 1:
-        yield "one confusion matrix without the others: give all or none"
-    for detail in report.details:
-        if detail.id not in by_id:
-            yield f"details are of {detail.id!r}, which is none of the methods {sorted(by_id)}"
-    if report.n_test == 0:
-        return
-    if report.gain_interval is None:
-        yield f"{report.n_test} labelled images but no gain_interval"
-    top1 = {m.id: m.top1 for m in report.methods if m.top1 is not None}
-    for role in ("adapted", "best_baseline"):
-        if getattr(report, role) in by_id and getattr(report, role) not in top1:
-            yield f"{report.n_test} labelled images but no top1 of {getattr(report, role)!r}"
-    best = max((m for m in report.methods if m.is_baseline and m.id in top1), key=lambda m: top1[m.id], default=None)
-    if best and top1[best.id] > top1.get(report.best_baseline, math.inf):
-        yield f"best_baseline is {report.best_baseline!r}, but {best.id!r} is better ({top1[best.id]:.4f})"
-
 
 def render(report: Report) -> str:
     """The page as one HTML string that needs nothing else: no script for charts, no font, no request.
@@ -445,6 +248,7 @@ def render(report: Report) -> str:
     return html(
         "page.html.j2",
         r=report,
+        scores=report.scores,
         text_limit=TEXT_LIMIT,
         open_text_limit=OPEN_TEXT_LIMIT,
         quarantine_limit=QUARANTINE_ROWS,
@@ -499,54 +303,83 @@ class Confusion:
     after: int
 
 
+@dataclass(frozen=True)
+class Method:
+    """One row of the comparison."""
+
+    id: str
+    score: Score
+
+    @property
+    def label(self) -> str:
+        return label(self.id)
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.id in ZERO_SHOTS
+
+    @property
+    def seeds(self) -> Sequence[float]:
+        """Top-1 of each seed, where anything is drawn."""
+        return self.score.seeds if not self.is_baseline and METHODS[self.id].is_seeded else ()
+
+    @property
+    def note(self) -> str:
+        if self.score.gained is None:
+            return ""
+        gain, low, high = map(points, self.score.gained)
+        return f"{gain} points ({low} to {high}) over the better baseline"
+
+
 def _view(report: Report) -> dict[str, Any]:
     """Everything derived, so that the template only places it."""
-    adapted, baseline = report.method(report.adapted), report.method(report.best_baseline)
-    labelled = report.n_test > 0
-    free = report.label_free
-    n_predicted = sum(free.predicted_after)
-    gain = adapted.top1 - baseline.top1 if adapted.top1 is not None and baseline.top1 is not None else None
-    verdict, gain_axis, methods_axis = "unknown", None, None
-    if labelled and gain is not None and report.gain_interval is not None:
-        low, high = report.gain_interval
-        verdict = "better" if low > 0 else "worse" if high < 0 else "unclear"
-        gain_axis = make_axis([0.0, gain, low, high], 4)
+    scores = report.scores
+    methods = [Method(id, scores.of.get(id, Score())) for id in (*ZERO_SHOTS, *scores.methods)]
+    adapted = next(m for m in methods if not m.is_baseline)
+    baseline = next(m for m in methods if m.id == scores.zero_shot.better)
+    free = scores.label_free
+    gain_axis, methods_axis = None, None
+    if adapted.score.gained is not None:
+        gain_axis = make_axis([0.0, *adapted.score.gained], 4)
         methods_axis = make_axis(
-            v for m in report.methods for v in (m.top1, *(m.interval or ()), *m.seeds) if v is not None
+            v for m in methods for v in (m.score.top1, *(m.score.interval or ()), *m.seeds) if v is not None
         )
     shares = [[n / max(sum(counts), 1) for n in counts] for counts in (free.predicted_before, free.predicted_after)]
     history = {key: list(values) for key, values in report.history.items() if len(values)}
+    own = methods[len(ZERO_SHOTS) :] if scores.n_test else []
+    calibrated = [(m, m.score.calibration) for m in methods if m.score.calibration]
     return {
+        "title": f"{scores.domain}: CLIP adapted without labels",
+        "label": label,
+        "methods": methods,
         "adapted": adapted,
         "baseline": baseline,
-        "labelled": labelled,
-        "verdict": verdict,
-        "headline": _headline(verdict, report.n_seen, report.n_test),
-        "seen_note": metrics.seen_note(report.n_seen, report.n_test),
-        "gain": gain,
+        "labelled": scores.n_test > 0,
+        "verdict": verdict(adapted.score.gain_interval),
+        "headline": _headline(verdict(adapted.score.gain_interval), scores.n_seen, scores.n_test),
+        "seen_note": metrics.seen_note(scores.n_seen, scores.n_test),
         "gain_axis": gain_axis,
         "methods_axis": methods_axis,
-        "has_top5": len(report.classes) > 5,  # else every class is among the best five
-        "n_predicted": n_predicted,
+        "has_top5": len(scores.classes) > 5,  # else every class is among the best five
+        "n_predicted": sum(free.predicted_after),
         "never_before": sum(n == 0 for n in free.predicted_before),
         "never_after": sum(n == 0 for n in free.predicted_after),
-        "details": [_detailed(report, detail, number) for number, detail in enumerate(report.details)],
-        "calibrated": [m for m in report.methods if m.calibration],
+        "details": [_detailed(report, m, baseline, number) for number, m in enumerate(own)],
+        "calibrated": calibrated,
         "diagrams": [
-            charts.reliability(m.calibration.bins, m.calibration.matched_bins, f"reliability-{number}")
-            for number, m in enumerate(report.methods)
-            if m.calibration
+            charts.reliability(found.as_is.bins, found.matched.bins, f"reliability-{methods.index(m)}")
+            for m, found in calibrated
         ],
-        "learning": _learning(report),
+        "learning": _learning(scores, baseline, adapted),
         "map": charts.atlas(report.atlas) if report.atlas else "",
         "predicted": sorted_changes(
-            (Change(c, None, b, a) for c, b, a in zip(report.classes, *shares, strict=True)),
+            (Change(c, None, b, a) for c, b, a in zip(scores.classes, *shares, strict=True)),
             make_axis([0.0, *shares[0], *shares[1]]),
         ),
         "captions": _captions(report.screening) if report.screening else None,
         "reasons": sorted(Counter(q.reason for q in report.quarantine).items(), key=lambda item: (-item[1], item[0])),
         "total_s": sum(s.seconds for s in report.stages),
-        "weakest": _weakest(report),
+        "weakest": _weakest(_changes(scores, baseline, adapted)),
         "longest_s": max((s.seconds for s in report.stages), default=0) or 1,
         "stage_fingerprints": [(s.name, s.fingerprint) for s in report.stages if s.fingerprint],
         "history": history,
@@ -563,9 +396,9 @@ _VERDICTS = {
 }
 
 
-def _headline(verdict: str, n_seen: int, n_test: int) -> str:
+def _headline(found: str, n_seen: int, n_test: int) -> str:
     """The verdict; before it, if so, that the images are those it was adapted to."""
-    said = _VERDICTS[verdict]
+    said = _VERDICTS[found]
     if not n_seen:
         return f"{said.capitalize()}."
     share = "" if n_seen == n_test else f", {percent(n_seen / n_test)} of which"
@@ -598,6 +431,16 @@ def _captions(screening: Screening) -> Captions:
 
 
 @dataclass(frozen=True)
+class Confused:
+    """A pair of classes with images of one that are taken for the other."""
+
+    truth: str
+    predicted: str
+    mistake: Mistake
+    shown: Sequence[Mistaken]
+
+
+@dataclass(frozen=True)
 class Detailed:
     """What labels say of a method. ``tag`` keeps ids apart: empty for the first, which links elsewhere lead to."""
 
@@ -610,43 +453,69 @@ class Detailed:
     confused: Sequence[Confused]
 
 
-def _detailed(report: Report, detail: Detail, number: int) -> Detailed:
-    tag = f"{number}-" if number else ""
-    known = [(r.name, r.zero_shot, r.adapted) for r in detail.per_class if None not in (r.zero_shot, r.adapted)]
+def _detailed(report: Report, method: Method, baseline: Method, number: int) -> Detailed:
+    scores, tag = report.scores, f"{number}-" if number else ""
+    names = scores.classes
+    rows = _changes(scores, baseline, method)
+    before, after = (_matrix(scores, each) for each in (baseline, method))
+    known = [(row.name, row.before, row.after) for row in rows if row.before is not None and row.after is not None]
     return Detailed(
-        method=report.method(detail.id),
+        method=method,
         tag=tag,
-        per_class=sorted_changes((Change(c.name, c.n, c.zero_shot, c.adapted) for c in detail.per_class), OF_A_CLASS),
-        scatter=charts.scatter(known, f"{tag}scatter") if len(detail.per_class) > ROWS_IN_FULL else Markup(""),  # type: ignore[arg-type]
-        matrices=_matrices(report.confusion_before, detail.confusion),
-        confusions=_confusions(report, detail),
-        confused=detail.confused,
+        per_class=sorted_changes(rows, OF_A_CLASS),
+        scatter=charts.scatter(known, f"{tag}scatter") if len(rows) > ROWS_IN_FULL else Markup(""),
+        matrices=_matrices(before, after),
+        confusions=_confusions(names, before, after),
+        confused=[
+            Confused(names[m.truth], names[m.answer], m, [report.mistaken[key] for key in m.keys[:MISTAKEN]])
+            for m in scores.confused.get(method.id, ())[:CONFUSED]
+        ],
     )
 
 
-def _weakest(report: Report) -> list[ClassRow]:
+def _changes(scores: Scores, baseline: Method, method: Method) -> list[Change]:
+    """Of each class, whether it has images or not."""
+    before, after = baseline.score.per_class, method.score.per_class
+    return [
+        Change(
+            name,
+            after[number].n if number in after else 0,
+            before[number].top1 if number in before else None,
+            after[number].top1 if number in after else None,
+        )
+        for number, name in enumerate(scores.classes)
+    ]
+
+
+def _matrix(scores: Scores, method: Method) -> list[list[int]]:
+    """Images by true class (row) and answer."""
+    matrix = [[0] * len(scores.classes) for _ in scores.classes]
+    for truth, answer, count in scores.confusion.get(method.id, ()):
+        matrix[truth][answer] = count
+    return matrix
+
+
+def _weakest(rows: Sequence[Change]) -> list[Change]:
     """The classes that the adapted method knows worst."""
-    known = [row for row in report.details[0].per_class if row.adapted is not None] if report.details else []
-    return sorted(known, key=lambda row: (row.adapted or 0.0, row.name))[:WEAKEST]
+    known = [row for row in rows if row.after is not None]
+    return sorted(known, key=lambda row: (row.after or 0.0, row.name))[:WEAKEST]
 
 
-def _learning(report: Report) -> Markup:
-    if report.few_labels is None:
+def _learning(scores: Scores, *shown: Method) -> Markup:
+    if scores.few_labels is None:
         return Markup("")
-    shown = [report.method(id) for id in (report.best_baseline, report.adapted)]
-    levels = [(m.label, m.top1, not m.is_baseline) for m in shown if m.top1 is not None]
-    curves = {name.replace("_", " "): draws for name, draws in report.few_labels.top1.items()}
-    return charts.learning(report.few_labels.labels, curves, levels)
+    levels = [(m.label, m.score.top1, not m.is_baseline) for m in shown if m.score.top1 is not None]
+    curves = {name.replace("_", " "): draws for name, draws in scores.few_labels.top1.items()}
+    return charts.learning(scores.few_labels.labels, curves, levels)
 
 
-def _confusions(report: Report, detail: Detail) -> list[Confusion]:
+def _confusions(classes: Sequence[str], before: list[list[int]], after: list[list[int]]) -> list[Confusion]:
     """The mistakes that are most frequent before or after, most frequent first."""
-    before, after = report.confusion_before, detail.confusion
     found = [
-        Confusion(truth, predicted, int(before[i][j]), int(after[i][j]))
-        for i, truth in enumerate(report.classes)
-        for j, predicted in enumerate(report.classes)
-        if i != j and len(after) and (before[i][j] or after[i][j])
+        Confusion(truth, predicted, before[i][j], after[i][j])
+        for i, truth in enumerate(classes)
+        for j, predicted in enumerate(classes)
+        if i != j and (before[i][j] or after[i][j])
     ]
     return sorted(found, key=lambda c: (-max(c.before, c.after), -c.after, c.truth, c.predicted))[:TOP_CONFUSIONS]
 
@@ -669,14 +538,11 @@ class Matrix:
     picture: Markup
 
 
-def _matrices(*confusions: Sequence[Sequence[int]]) -> list[Matrix]:
+def _matrices(before: list[list[int]], after: list[list[int]]) -> list[Matrix]:
     """After, before and their difference; shades say right or wrong (better or worse) and the share of the row."""
-    before, after = ([[int(n) for n in row] for row in matrix] for matrix in confusions)
-    if not after:
-        return []
     change = [[a - b for a, b in zip(*rows, strict=True)] for rows in zip(after, before, strict=True)]
     matrices = []
-    for id, label, counts in (
+    for id, name, counts in (
         ("after", "After adaptation", after),
         ("before", "Zero-shot", before),
         ("change", "Change", change),
@@ -688,8 +554,8 @@ def _matrices(*confusions: Sequence[Sequence[int]]) -> list[Matrix]:
             if n
         }
         rows = [[Cell(n, shades.get((i, j), "")) for j, n in enumerate(row)] for i, row in enumerate(counts)]
-        picture = _picture(shades, len(counts), label) if len(counts) > MATRIX_CELLS_ON_A_PHONE else Markup("")
-        matrices.append(Matrix(id, label, rows if len(counts) <= MATRIX_CELLS_WITH_NUMBERS else [], picture))
+        picture = _picture(shades, len(counts), name) if len(counts) > MATRIX_CELLS_ON_A_PHONE else Markup("")
+        matrices.append(Matrix(id, name, rows if len(counts) <= MATRIX_CELLS_WITH_NUMBERS else [], picture))
     return matrices
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +12,8 @@ import numpy as np
 import polars as pl
 
 from latteflow.models.judge.flat import flat
-from latteflow.models.methods.registry import METHODS, label
-from latteflow.models.settings import ZERO_SHOTS, own_zero_shot
+from latteflow.models.methods.registry import label
+from latteflow.models.settings import own_zero_shot
 from latteflow.models.texts.differences import RULES
 from latteflow.models.texts.screening import FLAGS, FLOOR_WEIGHT
 from latteflow.models.towers import clip
@@ -31,6 +30,7 @@ from latteflow.tasks.describe.screen import read_screened, usable
 from latteflow.tasks.describe.texts import describer_identity
 from latteflow.tasks.report import html, page
 from latteflow.tasks.report.charts import Placed
+from latteflow.tasks.report.scores import read_scores
 from latteflow.tasks.report.slices import nearest
 from latteflow.tasks.tune.models import read_history, read_tuned, tuned_features
 from latteflow.tasks.tune.select import Selection, read_selection
@@ -48,8 +48,6 @@ PAIRS_KEPT, PAIRS_OF_A_RULE = 8, 4
 """Texts about pairs that the page shows."""
 MEMBERS = 4
 """Pictures of a group."""
-CONFUSED, CONFUSED_IMAGES = 8, 3
-"""Pairs of classes that are mistaken, of each method, and images of each, with pictures."""
 ON_THE_MAP = 2_000
 CAPTION_THUMBNAIL = 96
 DESCRIBER_NOTES = {
@@ -98,41 +96,25 @@ class _Findings:
         self._train = self._open["shard train"]
         self._test = self._open.get("shard test", self._train)
         self._embedded = by_label["embed train"]
-        self._metrics = json.loads(self._open["evaluate"].read("metrics.json"))
+        self._scores = read_scores(self._open["evaluate"])
         self._table = read_parquet(self._open["evaluate"].read("predictions.parquet"))
         self._screened = {kind: read_screened(self._open["screen"], kind) for kind in ("images", "groups")}
         used = usable(self._screened["images"])
         self._texts = dict(zip(used["member_keys"].list.first(), used["text"], strict=True))
         self._selection = read_selection(self._open["select"])
-        self._adapted, self._better = domain.method[0], self._metrics["zero_shot"]["better"]
-        self._scores = {**self._metrics["zero_shot"]["methods"], **self._metrics["methods"]}
+        self._adapted, self._better = domain.method[0], self._scores.zero_shot.better
 
     def report(self) -> page.Report:
-        domain, found = self._domain, self._metrics
         better, worse, changed = self._examples()
         return page.Report(
-            domain=domain.name,
-            title=f"{domain.name}: CLIP adapted without labels",
-            classes=domain.classes,
+            scores=self._scores,
             n_train=self._open["embed train"].counts["images"],
-            n_test=found["n_test"],
-            n_seen=found["n_seen"],
             model=self._model(),
             describer=self._describer(),
-            centre_share=found["centre_share"],
-            methods=self._methods(),
-            adapted=self._adapted,
-            best_baseline=self._better,
-            selection=kept(domain, self._selection),
-            judged=self._judged(),
             counts=self._counts(),
-            label_free=page.LabelFree(**found["label_free"]),
-            gain_interval=tuple(found["methods"][self._adapted]["gain_interval"]) if found["n_test"] else None,
-            confusion_before=self._confusion(self._better) if found["n_test"] else (),
-            details=self._details() if found["n_test"] else (),
-            slices=[page.SliceRow(**each) for each in found.get("slices", ())],
-            few_labels=page.FewLabels(**found["few_labels"]) if "few_labels" in found else None,
-            general=self._general(),
+            selection=kept(self._domain, self._selection),
+            judged=self._selection.models,
+            mistaken=self._mistaken(),
             atlas=self._atlas(),
             examples_better=better,
             examples_worse=worse,
@@ -144,7 +126,7 @@ class _Findings:
             history=self._history(),
             lineage={stage.label: stage.ref.fingerprint for stage in self._stages},
             versions=self._open["evaluate"].manifest["versions"],
-            seeds=domain.seeds,
+            seeds=self._domain.seeds,
         )
 
     def _model(self) -> page.Component:
@@ -158,88 +140,13 @@ class _Findings:
         note = DESCRIBER_NOTES.get(self._domain.describer.kind, "")
         return page.Component(name=str(who["model"]), revision=str(who["revision"]), note=note)
 
-    def _methods(self) -> list[page.Method]:
-        shown = ("top1", "interval", "top5", "mean_per_class", "macro_f1", "permutation_p")
-        methods = []
-        for name in (*ZERO_SHOTS, *self._domain.method):
-            score = self._scores.get(name, {})
-            has_seeds = name in self._domain.method and METHODS[name].is_seeded
-            seeds = score.get("seeds", ()) if has_seeds else ()
-            found = {key: score[key] for key in shown if score.get(key) is not None}
-            if "mcnemar" in score:
-                found["mcnemar_p"] = score["mcnemar"]["p"]
-            if "calibration" in score:
-                found["calibration"] = _calibration(score["calibration"])
-            methods.append(page.Method(id=name, label=label(name), seeds=seeds, note=_gain(score), **found))
-        return methods
-
-    def _judged(self) -> list[page.Judged]:
-        def name(method: str, seed: int | None) -> str:
-            return label(method) if seed is None else f"{label(method)}, seed {seed}"
-
-        return [
-            page.Judged(
-                model=name(each.method, each.seed),
-                accepted=each.accepted,
-                reason=each.reason,
-                estimates=each.estimates,
-            )
-            for each in self._selection.models
-        ]
-
-    def _details(self) -> list[page.Detail]:
-        confused = {name: self._metrics["confused"][name][:CONFUSED] for name in self._domain.method}
-        keys = [key for pairs in confused.values() for pair in pairs for key in pair["keys"][:CONFUSED_IMAGES]]
+    def _mistaken(self) -> dict[str, page.Mistaken]:
+        """What the page shows of pairs of classes that are confused."""
+        pairs = [pair for name in self._scores.methods for pair in self._scores.confused.get(name, ())[: page.CONFUSED]]
+        keys = sorted({key for pair in pairs for key in pair.keys[: page.MISTAKEN]})
         paths, pictures = self._thumbnails(self._test, keys)
-        texts = {key: text for key, (_, text) in self._told(sorted(set(keys))).items()}
-        names = self._domain.classes
-        return [
-            page.Detail(
-                id=method,
-                per_class=self._per_class(method),
-                confusion=self._confusion(method),
-                confused=[
-                    page.Confused(
-                        truth=names[pair["truth"]],
-                        predicted=names[pair["answer"]],
-                        n=pair["n"],
-                        before=pair["before"],
-                        shown=[
-                            page.Mistaken(image=pictures[key], path=paths[key], text=texts[key])
-                            for key in pair["keys"][:CONFUSED_IMAGES]
-                        ],
-                    )
-                    for pair in confused[method]
-                ],
-            )
-            for method in self._domain.method
-        ]
-
-    def _confusion(self, method: str) -> list[list[int]]:
-        n = len(self._domain.classes)
-        matrix = [[0] * n for _ in range(n)]
-        for truth, answer, count in self._metrics["confusion"][method]:
-            matrix[truth][answer] = count
-        return matrix
-
-    def _per_class(self, method: str) -> list[page.ClassRow]:
-        before, after = (self._scores[name]["per_class"] for name in (self._better, method))
-        return [
-            page.ClassRow(
-                name=name,
-                n=after[str(number)]["n"] if str(number) in after else 0,
-                zero_shot=before[str(number)]["top1"] if str(number) in before else None,
-                adapted=after[str(number)]["top1"] if str(number) in after else None,
-            )
-            for number, name in enumerate(self._domain.classes)
-        ]
-
-    def _general(self) -> page.General | None:
-        found = self._metrics.get("general")
-        if found is None:
-            return None
-        rows = [page.ForgottenRow(id=name, **own) for name, own in found["methods"].items()]
-        return page.General(n=found["n"], classes=found["classes"], top1=found["top1"], methods=rows)
+        told = self._told(keys)
+        return {key: page.Mistaken(image=pictures[key], path=paths[key], text=told[key][1]) for key in keys}
 
     def _atlas(self) -> list[Placed]:
         """Images and prototypes of the first model on a plane; the images are a draw by key, which is a digest."""
@@ -263,7 +170,7 @@ class _Findings:
         before, after = row[self._better], row[self._adapted]
         told = f"{names[after]} ({html.percent(row[f'{self._adapted}_probability'], 0)}), before {names[before]}"
         if truth is None:
-            return ("gain" if before != after and not self._metrics["n_test"] else "same"), f"{told}: {row['path']}"
+            return ("gain" if before != after and not self._scores.n_test else "same"), f"{told}: {row['path']}"
         kind = "same" if (before == truth) == (after == truth) else "gain" if after == truth else "loss"
         return kind, f"{told}, labelled {names[truth]}: {row['path']}"
 
@@ -411,7 +318,7 @@ class _Findings:
         picks = [
             labelled.filter(pl.col(after) == pl.col("truth")).head(EXAMPLES),
             labelled.filter(pl.col(before) == pl.col("truth")).head(EXAMPLES),
-            moved.head(0 if self._metrics["n_test"] else EXAMPLES),
+            moved.head(0 if self._scores.n_test else EXAMPLES),
         ]
         chosen = pl.concat(picks)["key"].to_list()
         _, pictures = self._thumbnails(self._test, chosen, THUMBNAIL)
@@ -453,21 +360,6 @@ class _Findings:
         return read_features(self._open.get("embed test", self._open["embed train"]))
 
 
-def _calibration(found: Mapping[str, Any]) -> page.Calibration:
-    bins = {
-        name: [(each["confidence"], each["accuracy"], each["n"]) for each in found[name]["bins"]]
-        for name in ("as_is", "matched")
-    }
-    return page.Calibration(
-        confidence=found["as_is"]["confidence"],
-        error=found["as_is"]["ece"],
-        matched_error=found["matched"]["ece"],
-        temperature=float(np.mean(found["temperatures"])),
-        bins=bins["as_is"],
-        matched_bins=bins["matched"],
-    )
-
-
 def _tokens(artifact: Artifact) -> tuple[int, int] | None:
     """Of the prompts and the answers of the texts in an artifact; None where no language model wrote any."""
     if artifact.stage not in ("describe", "group", "pair"):
@@ -487,14 +379,6 @@ def _cost(domain: Domain, tokens: tuple[int, int]) -> str:
         return ""
     whole = sum(count * (price or 0.0) for count, price in zip(tokens, prices, strict=True)) / 1e6
     return f"{whole:.2f} {domain.prices.currency}"
-
-
-def _gain(score: Mapping[str, Any]) -> str:
-    """Of an adapted method over the better zero-shot, where there are labels."""
-    if "gain" not in score:
-        return ""
-    low, high = score["gain_interval"]
-    return f"{html.points(score['gain'])} points ({html.points(low)} to {html.points(high)}) over the better baseline"
 
 
 def _effect(flag: str) -> str:

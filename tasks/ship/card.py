@@ -6,6 +6,7 @@ Names from outside appear as JSON strings in code, where nothing in them is mark
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from latteflow.tasks.core.domain import Domain
 
 if TYPE_CHECKING:
     import polars as pl
+
+    from latteflow.tasks.report.scores import Score, Scores
 
 _USE = """\
 ## Use
@@ -40,7 +43,7 @@ def model_card(
     seed: int | None,
     lineage: Mapping[str, Artifact],
     verdict: str,
-    metrics: Mapping[str, Any] | None,
+    scores: Scores | None,
     artifacts: Mapping[str, str],
     parity: Mapping[str, float],
     formats: Sequence[str],
@@ -52,7 +55,7 @@ def model_card(
     Args:
         lineage: the artifacts that it was made from, by stage.
         verdict: of the gate without labels; empty if it was not asked.
-        metrics: of the run, as in ``metrics.json``; None where it was not evaluated.
+        scores: of the run; None where it was not evaluated.
         artifacts: fingerprints of further stages.
         parity: how far other readers of the model differ, by their name.
         formats: beside the folder's own.
@@ -87,7 +90,7 @@ tags: [clip, image-classification, latteflow]
 | classes | {len(domain.classes)}, listed below |
 
 ## Accuracy
-{_accuracy(method, seed, metrics)}
+{_accuracy(method, seed, scores)}
 
 {gate}
 
@@ -208,33 +211,31 @@ def _texts(lineage: Mapping[str, Artifact]) -> str:
     return f"| texts | {texts:,}, of which {dropped:,} were not used |\n"
 
 
-def _accuracy(method: str, seed: int | None, metrics: Mapping[str, Any] | None) -> str:
-    if metrics is None or not metrics["n_test"]:
+def _accuracy(method: str, seed: int | None, scores: Scores | None) -> str:
+    if scores is None or not scores.n_test:
         return "Unknown: it was not measured against labels."
-    zero = metrics["zero_shot"]
-    name = zero["own"] if method == ZERO_SHOT else method
-    found = {**zero["methods"], **metrics["methods"]}[name]
-    low, high = found["interval"]
-    note = seen_note(metrics["n_seen"], metrics["n_test"])
+    found = scores.of[scores.zero_shot.own if method == ZERO_SHOT else method]
+    low, high = found.interval or (math.nan, math.nan)
+    note = seen_note(scores.n_seen, scores.n_test)
     lines = [
         *([f"Mind that {note}.\n"] if note else []),
         "| on labelled images | |",
         "| --- | --- |",
-        f"| images | {metrics['n_test']:,} |",
-        f"| top-1{_of_seeds(found, seed)} | {found['top1']:.1%} ({low:.1%} to {high:.1%}) |",
-        *([f"| top-5 | {found['top5']:.1%} |"] if len(metrics["classes"]) > 5 else []),
-        f"| mean over classes | {found['mean_per_class']:.1%} |",
-        f"| the better zero-shot | {zero['top1']:.1%} |",
+        f"| images | {scores.n_test:,} |",
+        f"| top-1{_of_seeds(found, seed)} | {found.top1:.1%} ({low:.1%} to {high:.1%}) |",
+        *([f"| top-5 | {found.top5:.1%} |"] if len(scores.classes) > 5 else []),
+        f"| mean over classes | {found.mean_per_class:.1%} |",
+        f"| the better zero-shot | {scores.zero_shot.top1:.1%} |",
     ]
-    if "gain" in found:
-        low, high = found["gain_interval"]
-        lines.append(f"| gain over that, points | {100 * found['gain']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}) |")
+    if found.gained is not None:
+        gain, low, high = found.gained
+        lines.append(f"| gain over that, points | {100 * gain:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}) |")
     return "\n".join(lines)
 
 
-def _of_seeds(found: Mapping[str, Any], seed: int | None) -> str:
-    seeds = found["seeds"]
-    return f", mean of the {len(seeds)} seeds of the method" if seed is not None and len(seeds) > 1 else ""
+def _of_seeds(found: Score, seed: int | None) -> str:
+    several = seed is not None and len(found.seeds) > 1
+    return f", mean of the {len(found.seeds)} seeds of the method" if several else ""
 
 
 def _use(method: str, domain: Domain, formats: Sequence[str]) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -27,6 +26,7 @@ from latteflow.tasks.core.decode import opened
 from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.features import Features, centred, read_features
 from latteflow.tasks.core.stage import StageResult, open_store
+from latteflow.tasks.report.scores import Scores, read_scores
 from latteflow.tasks.ship.card import model_card
 from latteflow.tasks.tune.heldout import held_out_scores, why_not
 from latteflow.tasks.tune.models import ADAPTER, Tuned, chosen_model, part_name, tuned_clip, tuned_features
@@ -50,12 +50,12 @@ class RunRecord:
 
     Attributes:
         verdict: of the gate without labels, a sentence.
-        metrics: the content of ``metrics.json``; None where the model was not evaluated.
+        scores: None where the model was not evaluated.
         artifacts: fingerprints of further stages, by label.
     """
 
     verdict: str = ""
-    metrics: Mapping[str, Any] | None = None
+    scores: Scores | None = None
     artifacts: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -224,7 +224,7 @@ class _Export:
             seed=self.seed,
             lineage=self.lineage,
             verdict=record.verdict,
-            metrics=record.metrics,
+            scores=record.scores,
             artifacts=record.artifacts,
             parity=parity,
             formats=formats,
@@ -284,5 +284,5 @@ class _Export:
 
 def record_of(selected: Artifact, evaluated: Artifact, verdict: str) -> RunRecord:
     """What a whole run says of its models, for the card."""
-    metrics = json.loads(evaluated.read("metrics.json"))
-    return RunRecord(verdict, metrics, {"select": selected.fingerprint, "evaluate": evaluated.fingerprint})
+    fingerprints = {"select": selected.fingerprint, "evaluate": evaluated.fingerprint}
+    return RunRecord(verdict, read_scores(evaluated), fingerprints)

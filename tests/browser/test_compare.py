@@ -8,6 +8,7 @@ import pytest
 from latteflow.tasks.report.compare import Changed, Comparison, Run, page_of
 from latteflow.tasks.report.html import picture_url
 from latteflow.tasks.report.page import Change
+from latteflow.tasks.report.scores import Gain, McNemar
 from tests.tasks.report.test_page import ATTRIBUTE, SCRIPT, picture
 
 HARM = f"{SCRIPT}</script></style>{ATTRIBUTE} \u202egpj.exe\u200b"
@@ -22,9 +23,11 @@ def comparison(texts: tuple[str, str]) -> Comparison:
         for kind in ("better", "worse")
     ]
     runs = [Run(f"run {text}", "latteclip", None, texts, None, {}) for text in texts]  # type: ignore[arg-type]
+    tests = {"permutation_p": 0.012, "mcnemar": McNemar(p=0.0001, only_adapted=9, only_zero_shot=1)}
+    gain = Gain(gain=0.04, gain_interval=(0.01, 0.07), **tests)
     return Comparison(
-        *runs, n=1200, labelled=1000, top1=(0.5, 0.54), gain=0.04, interval=(0.01, 0.07), permutation_p=0.012,
-        mcnemar_p=0.0001, agreement=0.83, per_class=[Change(text, 500, 0.5, 0.54) for text in texts], changed=changed,
+        *runs, n=1200, labelled=1000, top1=(0.5, 0.54), gain=gain, agreement=0.83,
+        per_class=[Change(text, 500, 0.5, 0.54) for text in texts], changed=changed,
         counts={"better": 120, "worse": 80, "other": 4}, settings=[(text, text, "") for text in texts],
         lineage=[(text, text, text) for text in texts],
     )  # fmt: skip

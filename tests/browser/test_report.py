@@ -43,18 +43,8 @@ def hostile_ranking() -> str:
 PREVIEW, RANKING = "hostile preview", "hostile ranking"
 
 
-def two_methods() -> Any:
-    """A report in which two methods are looked at."""
-    report = data.make_report()
-    other = data.replace(report.methods[-1], id="clamp", label="CLAMP")
-    second = data.replace(report.details[0], id="clamp")
-    return data.replace(
-        report, methods=[*report.methods, other], details=[*report.details, second], slices=[], history={}
-    )
-
-
 REPORTS = {
-    "two methods": two_methods,
+    "two methods": lambda: data.two_methods(data.make_report()),
     "labelled": lambda: data.make_report(),
     "few": lambda: data.make_report(3, 18, n_seen=18),
     "unlabelled": lambda: data.make_report(n_test=0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from latteflow.models.methods.latteclip import OF_TEXTS, LatteClipSettings, made_from, trains_towers
@@ -37,26 +38,24 @@ def _class_descriptions(given: Given) -> Adapted:
     return Adapted(prototypes=given.data.class_features, scale=given.scale)
 
 
+_FLYP = Method(
+    name="flyp",
+    label="FLYP",
+    how="FLYP (arXiv 2212.00638) on zero-shot pseudo-labels",
+    adapt=_flyp,
+    reads="sentences",
+    sections=_SECTIONS,
+    made_from=made_from,
+    trains_towers=trains_towers,
+)
 METHODS = (
-    Method(
-        name="flyp",
-        label="FLYP",
-        how="FLYP (arXiv 2212.00638) on zero-shot pseudo-labels",
-        adapt=_flyp,
-        reads="sentences",
-        sections=_SECTIONS,
-        made_from=made_from,
-        trains_towers=trains_towers,
-    ),
-    Method(
+    _FLYP,
+    replace(
+        _FLYP,
         name="wise_ft",
         label="FLYP averaged with zero-shot",
         how="the mean of FLYP's weights and zero-shot's (arXiv 2109.01903)",
         adapt=_wise_ft,
-        reads="sentences",
-        sections=_SECTIONS,
-        made_from=made_from,
-        trains_towers=trains_towers,
     ),
     Method(
         name="self_training",

@@ -1,10 +1,15 @@
 """The domain file: every mistake said at once, with its line and what was probably meant."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from latteflow.tasks.core.domain import Domain
+from latteflow.models.errors import ModelError
+from latteflow.models.methods.latteclip import LatteClipSettings
+from latteflow.models.methods.method import Section
+from latteflow.models.methods.registry import METHODS
+from latteflow.tasks.core.domain import Domain, _section_of
 from latteflow.tasks.core.errors import ConfigError
 
 GOOD = """\
@@ -24,6 +29,14 @@ def test_three_lines_are_enough(tmp_path: Path) -> None:
     assert domain.source == [str(tmp_path / "images")]
     assert domain.clip.model == "embedded"
     assert domain.prompts() == [["a photo of a robin."], ["a photo of a wren."]]
+
+
+@pytest.mark.parametrize("name", ["store", "general"])
+def test_a_section_of_a_package_takes_no_name_of_ours(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = {name: Section(LatteClipSettings)}
+    monkeypatch.setitem(METHODS, "medoids", replace(METHODS["latteclip"], name="medoids", sections=section))  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=f"method medoids: its section cannot be called '{name}'"):
+        _section_of(name, LatteClipSettings)
 
 
 def test_a_home_that_nobody_has_is_a_folder_of_that_name(tmp_path: Path) -> None:

@@ -31,9 +31,9 @@ def test_two_runs_of_a_domain(file: Path, capsys: pytest.CaptureFixture[str]) ->
     newest = read_run(str(file))
     old = next(p.name for p in store.iterdir() if len(p.name) == 64 and p.name != newest.scores.fingerprint)
     found = compare(read_run(f"{file}@{old[:10]}"), newest)
-    assert found.n == found.labelled == 12 and found.top1 is not None and found.interval is not None
-    assert found.gain == pytest.approx(found.top1[1] - found.top1[0])
-    assert found.interval[0] <= found.gain <= found.interval[1]
+    assert found.n == found.labelled == 12 and found.top1 is not None and found.gain is not None
+    assert found.gain.gain == pytest.approx(found.top1[1] - found.top1[0])
+    assert found.gain.gain_interval[0] <= found.gain.gain <= found.gain.gain_interval[1]
     assert sum(row.n or 0 for row in found.per_class) == 12
     assert sum(found.counts.values()) == round(12 * (1 - found.agreement)) == len(found.changed)
     settings = {name: (one, other) for name, one, other in found.settings}

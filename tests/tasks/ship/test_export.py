@@ -166,7 +166,7 @@ def test_names_from_outside_are_not_markup(domain: Domain) -> None:
     harm = 'a|b`c\n# Not a heading <script>alert(1)</script> ![x](http://example.invalid)"'
     hostile = domain.model_copy(update={"classes": [harm, "b"], "clip": ClipSettings(model=harm)})
     card = model_card(
-        hostile, method="latteclip", seed=0, lineage=lineage, verdict="", metrics=None, artifacts={}, parity={},
+        hostile, method="latteclip", seed=0, lineage=lineage, verdict="", scores=None, artifacts={}, parity={},
         formats=[], temperature=1.0, unknown="",
     )  # fmt: skip
     assert not re.search(r"^# Not", card, re.MULTILINE)
