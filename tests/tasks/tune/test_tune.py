@@ -16,6 +16,7 @@ from latteflow.storage.tables import read_parquet
 from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.errors import ConfigError
 from latteflow.tasks.core.stage import StageResult, open_store, statistic
+from latteflow.tasks.report.scores import Scores
 from latteflow.tasks.ship.export import export_tuned
 from latteflow.tasks.tune.models import read_history, read_tuned
 
@@ -82,7 +83,7 @@ def test_every_method_is_scored_and_shown(domain: Domain) -> None:
     page = (folder / "report.html").read_text()
     for label in ("LatteCLIP plus", "anchored transduction", "FLYP", "self-training", "PC-CLIP"):
         assert f"<bdi>{label}</bdi>" in page
-    assert scores(metrics).row_count == 10  # type: ignore[union-attr]
+    assert scores(Scores.model_validate(metrics)).row_count == 10  # type: ignore[union-attr]
     files = store.open(results["tune"].ref)
     assert read_history(files, "transduction", None) == [] and len(read_history(files, "flyp", 1)) == 2
     with pytest.raises(DataError, match="transduction has one model, no seeds"):
