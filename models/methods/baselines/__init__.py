@@ -47,6 +47,7 @@ METHODS = (
         sections=_SECTIONS,
         made_from=made_from,
         trains_towers=trains_towers,
+        streams=True,
     ),
     Method(
         name="wise_ft",
@@ -57,6 +58,7 @@ METHODS = (
         sections=_SECTIONS,
         made_from=made_from,
         trains_towers=trains_towers,
+        streams=True,
     ),
     Method(
         name="self_training",
@@ -66,6 +68,7 @@ METHODS = (
         reads="sentences",
         sections=_SECTIONS,
         works_on_features=True,
+        streams=True,
     ),
     Method(
         name="class_descriptions",
@@ -75,5 +78,6 @@ METHODS = (
         reads="class_texts",
         is_seeded=False,
         learns_from_images=False,
+        streams=True,
     ),
 )
