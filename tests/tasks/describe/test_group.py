@@ -54,3 +54,11 @@ def test_a_night_asks_for_its_own_groups_alone() -> None:
     known = {group.members for group in look_alikes(old, 4)}
     groups = look_alikes(old | images(200, 100, 1), 4)
     assert len({group.members for group in groups} - known) == 200
+
+
+def test_a_domain_in_one_shard_keeps_nearly_all_texts_of_before() -> None:
+    """When groups were rings by key."""
+    labels = {key: number % 2 for number, key in enumerate(sorted(images(50, 1, 0)))}
+    rings = [[key for key in labels if labels[key] == label] for label in (0, 1)]
+    before = {tuple(sorted((ring * 2)[at : at + 4])) for ring in rings for at in range(len(ring))}
+    assert len({group.members for group in look_alikes(labels, 4)} - before) == 2 * 3
