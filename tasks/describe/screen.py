@@ -207,7 +207,9 @@ def usable(table: pl.DataFrame) -> pl.DataFrame:
 
     Among equals the lowest index. Rows keep their order; a group that occurs twice stays twice.
     """
-    rows = table.with_columns(members=pl.col("member_keys").list.join(" "))
+    members = pl.col("member_keys").list.join(" ").cast(pl.Categorical).to_physical()
+    rows = table.select("index", "weight", members=members).with_row_index("row")  # the texts are not copied again
     best = rows.filter(pl.col("weight") > 0).sort("weight", "index", descending=[True, False])
     chosen = best.unique("members", keep="first", maintain_order=True)
-    return rows.join(chosen, on=["members", "index"], how="semi", maintain_order="left").drop("members")
+    kept = rows.join(chosen, on=["members", "index"], how="semi", maintain_order="left")["row"]
+    return table if len(kept) == table.height else table[kept]
