@@ -237,7 +237,7 @@ def ceiling(*, groups: bool) -> Predict:
     def predict(case: Case, seed: int) -> Tensor:
         train, features, settings = case.train, case.features(case.train), TransductionSettings()
         texts, has_text = pooled(train) if groups else (train.texts, train.has_text)
-        said = text_logits(case.class_texts, texts, has_text)
+        said = text_logits(case.class_texts, texts, has_text)[:]
         said *= (case.scale * features @ case.class_texts.T).std()
         found = []
         for weight in WEIGHTS:

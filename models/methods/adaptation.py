@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from latteflow.models.methods.training import Stats
+from latteflow.models.rows import Matrix, Rows, in_memory, through
 from latteflow.models.vectors import at_least_float32, unit
 
 Pixels = Callable[[Tensor, Tensor | None], Tensor]
@@ -22,7 +23,9 @@ Data = TypeVar("Data", "PairData", "CaptionData", "TuneData")
 def _moved(data: Data, device: torch.device) -> Data:
     values = {f.name: getattr(data, f.name) for f in fields(data)}
     moved: Any = {
-        name: value.to(device) for name, value in values.items() if isinstance(value, (Tensor, PairData, CaptionData))
+        name: value.to(device)
+        for name, value in values.items()
+        if isinstance(value, (Tensor, Rows, PairData, CaptionData))
     }
     return replace(data, **moved)
 
@@ -64,7 +67,7 @@ class CaptionData:
     """
 
     texts: Sequence[str]
-    teacher: Tensor
+    teacher: Matrix
     image_texts: Tensor
     group_texts: Sequence[Sequence[int]]
     class_names: Sequence[int]
@@ -78,7 +81,8 @@ class CaptionData:
 class TuneData:
     """What is known of a domain of n images. There is no place for a label.
 
-    Texts are int64 tokens, padded with 0 and read by the CLIP, or floating-point text embeds.
+    Texts are int64 tokens, padded with 0 and read by the CLIP, or floating-point text embeds. Embeds of images and of
+    their texts may be on disk (:class:`models.rows.Rows`), for a method that says it streams.
 
     Args:
         pseudo_labels: `z`, zero-shot class of each image, `(n,)` int64.
@@ -103,12 +107,12 @@ class TuneData:
 
     pseudo_labels: Tensor
     class_texts: Tensor
-    image_texts: Tensor | None = None
+    image_texts: Matrix | None = None
     has_image_text: Tensor | None = None
-    group_texts: Tensor | None = None
+    group_texts: Matrix | None = None
     group_classes: Tensor | None = None
     independent_texts: bool = True
-    image_embeds: Tensor | None = None
+    image_embeds: Matrix | None = None
     centre: Tensor | None = None
     pixels: Pixels | None = None
     pairs: PairData | None = None
@@ -157,19 +161,37 @@ class TuneData:
             raise ValueError("pixels, pairs and captions are about images by their number; take the others only")
         names = ("pseudo_labels", "image_texts", "has_image_text", "image_embeds")
         known: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return replace(self, **{name: tensor[rows] for name, tensor in known.items() if tensor is not None})
+        taken: dict[str, Any] = {
+            name: each.take(rows) if isinstance(each, Rows) else each[rows]
+            for name, each in known.items()
+            if each is not None
+        }
+        return replace(self, **taken)
+
+    def in_memory(self) -> TuneData:
+        """The same without anything on disk."""
+        names = ("image_texts", "group_texts", "image_embeds")
+        known = {name: getattr(self, name) for name in names}
+        captions = self.captions and replace(self.captions, teacher=in_memory(self.captions.teacher))
+        loaded: dict[str, Any] = {name: in_memory(each) for name, each in known.items() if each is not None}
+        return replace(self, **loaded, captions=captions)
 
     @property
-    def image_features(self) -> Tensor:
-        """Unit rows of the cached images, centred, `(n, dim)`.
+    def image_features(self) -> Matrix:
+        """Unit rows of the cached images, centred, `(n, dim)`; on disk where the embeds are.
 
         Raises:
             ValueError: there are no cached images.
         """
         if self.image_embeds is None:
             raise ValueError("cached image_embeds are needed, and there are none")
-        embeds = at_least_float32(self.image_embeds)
-        return unit(embeds if self.centre is None else embeds - self.centre)
+        centre = self.centre
+
+        def features(embeds: Tensor) -> Tensor:
+            embeds = at_least_float32(embeds)
+            return unit(embeds if centre is None else embeds - centre)
+
+        return through(self.image_embeds, features)
 
     @property
     def class_features(self) -> Tensor:
@@ -208,6 +230,6 @@ class Adapted:
     text_map: Tensor | None = None
     clip: nn.Module | None = None
     history: list[Stats] = field(default_factory=list)
-    assignments: Tensor | None = None
+    assignments: Matrix | None = None
     adapter: bytes | None = None
     text_weight: float | None = None

@@ -116,6 +116,8 @@ class Method:
         works_on_features: True where towers cannot be trained, so that a domain file which asks for it is refused.
         reads_for_others: whether other methods can have their texts read by its text tower (`texts_from`).
         adapter: of a method whose text tower is no CLIP's.
+        streams: whether it takes embeds of images and texts as :class:`models.rows.Rows`, which may be on disk; if not,
+            they are tensors, however many there are.
         mistake: what is wrong with the sections, as the domain file's reader is to be told; empty if nothing is.
     """
 
@@ -133,6 +135,7 @@ class Method:
     works_on_features: bool = False
     reads_for_others: bool = False
     adapter: Adapter | None = None
+    streams: bool = False
     mistake: Callable[[Sections], str] = lambda sections: ""
 
     @property

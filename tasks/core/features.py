@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 
 from latteflow.storage.artifacts import Artifact
+from latteflow.storage.errors import DataError
 from latteflow.storage.tables import read_parquet, read_safetensors
+
+if TYPE_CHECKING:
+    from latteflow.models.rows import Filled, Matrix
+
+MOST_BYTES = 1 << 27
+"""Of a matrix that training keeps in memory; a larger one is a temporary file."""
 
 
 @dataclass(frozen=True)
@@ -66,18 +75,83 @@ def centred(embeds: np.ndarray, centre: np.ndarray) -> np.ndarray:
 
 
 def read_features(embedded: Artifact) -> Features:
-    """The features of an `embed` artifact."""
+    """The features of an `embed` artifact, all in memory.
+
+    Raises:
+        DataError: images and features are not about the same images.
+    """
     labels = read_parquet(embedded.read("zero_shot.parquet"))
-    frames = [read_parquet(embedded.read(name)) for name in embedded.names(".features.parquet")]
-    rows = labels.join(pl.concat(frames), on="key", how="left", maintain_order="left")
     classes = read_safetensors(embedded.read("classes.safetensors"))
+    features = np.empty((labels.height, classes["text_features"].shape[1]), np.float32)
+    norms = np.empty(labels.height, np.float32)
+    for at, rows in by_shard(embedded, labels["key"]):
+        features[at], norms[at] = rows["feature"].to_numpy(), rows["norm"].to_numpy()
     return Features(
-        keys=rows["key"].to_list(),
-        features=rows["feature"].to_numpy(),
-        norms=rows["norm"].to_numpy(),
+        keys=labels["key"].to_list(),
+        features=features,
+        norms=norms,
         class_features=classes["text_features"],
         centre=classes["centre"],
         share=float(classes["share"][0]),
-        zero_shot=rows["label"].to_numpy(),
-        confidence=rows["probabilities"].list.first().to_numpy(),
+        zero_shot=labels["label"].to_numpy(),
+        confidence=labels["probabilities"].list.first().to_numpy(),
     )
+
+
+@dataclass(frozen=True)
+class Embeds:
+    """What training takes from an `embed` artifact; see :class:`Features`.
+
+    Attributes:
+        embeds: image embeddings, not centred, ``(n, dim)``; on disk where there are many.
+        shift: what the domain's models subtract from them, ``(dim,)``.
+    """
+
+    keys: pl.Series
+    embeds: Matrix
+    class_features: np.ndarray
+    shift: np.ndarray
+    zero_shot: np.ndarray
+
+
+def read_embeds(embedded: Artifact) -> Embeds:
+    """The embeddings of an `embed` artifact, read shard by shard.
+
+    Raises:
+        DataError: images and features are not about the same images.
+    """
+    import torch
+
+    labels = read_parquet(embedded.read("zero_shot.parquet"), ["key", "label"])
+    classes = read_safetensors(embedded.read("classes.safetensors"))
+    embeds = matrix(labels.height, classes["text_features"].shape[1])
+    for at, rows in by_shard(embedded, labels["key"]):
+        embeds[at] = torch.from_numpy(rows["feature"].to_numpy() * rows["norm"].to_numpy()[:, None])
+    shift = float(classes["share"][0]) * classes["centre"]
+    return Embeds(labels["key"], embeds, classes["text_features"], shift, labels["label"].to_numpy())
+
+
+def matrix(n: int, width: int) -> Filled:
+    """A matrix of float32 to be filled by stretches, in memory or, where that is much, on disk."""
+    import torch
+
+    from latteflow.models.rows import Stored
+
+    return Stored(n, width) if 4 * n * width > MOST_BYTES else torch.empty(n, width)
+
+
+def by_shard(embedded: Artifact, keys: pl.Series) -> Iterator[tuple[slice, pl.DataFrame]]:
+    """Where the images of each shard stand among the keys, which are in the order of shards, and their features.
+
+    Raises:
+        DataError: the features of an image are missing.
+    """
+    first = 0
+    for name in embedded.names(".features.parquet"):
+        found = read_parquet(embedded.read(name))
+        asked = keys[first : first + found.height].to_frame("key")
+        rows = asked.join(found, on="key", how="inner", maintain_order="left")
+        yield slice(first, first + rows.height), rows
+        first += rows.height
+    if first != len(keys):
+        raise DataError(f"embed has features of {first} of {len(keys)} images; run it again with --refresh embed")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -14,8 +17,11 @@ from latteflow.storage.artifacts import Artifact, ArtifactWriter
 from latteflow.storage.shards import read_index
 from latteflow.storage.tables import parquet, read_parquet
 from latteflow.tasks.core.domain import Domain
-from latteflow.tasks.core.features import Features, read_features
+from latteflow.tasks.core.features import Features, matrix, read_features
 from latteflow.tasks.core.stage import StageResult, open_store, run_stage
+
+if TYPE_CHECKING:
+    from latteflow.models.rows import Matrix
 
 VERSION = 2
 _COLUMNS = ("caption_key", "member_keys", "index", "label", "text", "detail", "flags", "weight")
@@ -149,28 +155,51 @@ def _counts(table: pl.DataFrame) -> dict[str, int]:
     }
 
 
-def read_screened(artifact: Artifact, kind: str) -> pl.DataFrame:
+def read_screened(artifact: Artifact, kind: str, columns: list[str] | None = None) -> pl.DataFrame:
     """The table of image, group or class texts.
 
     Args:
         kind: images, groups or classes.
+        columns: by default all.
     """
-    return read_parquet(artifact.read(f"{kind}.parquet"))
+    return read_parquet(artifact.read(f"{kind}.parquet"), columns)
 
 
-def read_text_features(artifact: Artifact, kind: str, texts: Sequence[str]) -> np.ndarray:
+def read_text_features(artifact: Artifact, kind: str, texts: Sequence[str] | pl.Series) -> Matrix:
     """Unit features of some of the texts, ``(len(texts), dim)`` float32; zeros for a text that is not among them.
 
     Args:
         kind: images or groups.
     """
-    table = read_parquet(artifact.read(f"{kind}.features.parquet"))
-    known = table["feature"].to_numpy()
-    place = {text: row for row, text in enumerate(table["text"])}
-    found = np.zeros((len(texts), known.shape[1]), np.float32)
-    rows = [row for row, text in enumerate(texts) if text in place]
-    found[rows] = known[[place[texts[row]] for row in rows]]
-    return found
+    from latteflow.models.rows import take
+
+    distinct, features = _text_features(artifact, kind)
+    known = distinct.to_frame("text").with_row_index("row")
+    asked = pl.DataFrame({"text": texts}, schema={"text": pl.String})
+    rows = asked.join(known, on="text", how="left", maintain_order="left")["row"]
+    return take(features, rows.cast(pl.Int64).fill_null(-1).to_torch())
+
+
+def _text_features(artifact: Artifact, kind: str) -> tuple[pl.Series, Matrix]:
+    """The distinct texts about images or groups, and their unit features, ``(texts, dim)``; on disk where many."""
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = artifact.fetch(f"{kind}.features.parquet", Path(folder))
+        texts = pl.read_parquet(path, columns=["text"])["text"]
+        feature = pl.read_parquet_schema(path)["feature"]
+        assert isinstance(feature, pl.Array)
+        found, first = matrix(len(texts), feature.size), 0
+        if isinstance(found, torch.Tensor):
+            return texts, pl.read_parquet(path, columns=["feature"])["feature"].to_torch()
+        import pyarrow.parquet as pq  # which takes memory itself
+
+        with pq.ParquetFile(path, buffer_size=1 << 20) as file:
+            for batch in file.iter_batches(1 << 14, columns=["feature"]):
+                rows = batch.column(0).flatten().to_numpy().reshape(len(batch), -1)
+                found[first : first + len(batch)] = torch.from_numpy(rows.copy())
+                first += len(batch)
+    return texts, found
 
 
 def usable(table: pl.DataFrame) -> pl.DataFrame:
@@ -178,7 +207,9 @@ def usable(table: pl.DataFrame) -> pl.DataFrame:
 
     Among equals the lowest index. Rows keep their order; a group that occurs twice stays twice.
     """
-    rows = table.with_columns(members=pl.col("member_keys").list.join(" "))
+    members = pl.col("member_keys").list.join(" ").cast(pl.Categorical).to_physical()
+    rows = table.select("index", "weight", members=members).with_row_index("row")  # the texts are not copied again
     best = rows.filter(pl.col("weight") > 0).sort("weight", "index", descending=[True, False])
     chosen = best.unique("members", keep="first", maintain_order=True)
-    return rows.join(chosen, on=["members", "index"], how="semi", maintain_order="left").drop("members")
+    kept = rows.join(chosen, on=["members", "index"], how="semi", maintain_order="left")["row"]
+    return table if len(kept) == table.height else table[kept]

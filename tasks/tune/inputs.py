@@ -18,7 +18,7 @@ from latteflow.models.settings import TagsSettings
 from latteflow.models.towers import clip
 from latteflow.storage.errors import DataError
 from latteflow.tasks.core.domain import Domain
-from latteflow.tasks.core.features import read_features
+from latteflow.tasks.core.features import read_embeds
 from latteflow.tasks.core.stage import StageResult, open_store
 from latteflow.tasks.describe.pair import read_class_pairs, read_pairs
 from latteflow.tasks.describe.screen import read_screened, read_text_features, usable
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from latteflow.models.methods.adaptation import TuneData
+    from latteflow.models.rows import Matrix
 
 log = logging.getLogger("latteflow.tasks")
 TextFeatures = Callable[[Sequence[str]], np.ndarray]
@@ -69,16 +70,20 @@ class Inputs:
         elif tower is not None:
             self.clip = text_reader(domain, tuned_from(tower))
             self._text_features = self.clip.text_features
-        self._found = read_features(store.open(stages.embedded.ref))
+        self._found = read_embeds(store.open(stages.embedded.ref))
         self.centre = self._found.shift
 
     def of(self, method: Method) -> TuneData:
         """What a method is given, by what it reads."""
+        found: TuneData
         if method.reads == "pairs":
-            return self._pairs(as_features=not self.trains_towers(method))
-        found: TuneData = getattr(self, f"_{method.reads}")
+            found = self._pairs(as_features=not self.trains_towers(method))
+        else:
+            found = getattr(self, f"_{method.reads}")
+        if not method.streams:
+            found = found.in_memory()
         if method.reads in ("sentences", "texts") and self.trains_towers(method):
-            return replace(found, pixels=PixelReader(self._images, self._found.keys, self.clip.preprocess))
+            return replace(found, pixels=PixelReader(self._images, self._found.keys.to_list(), self.clip.preprocess))
         return found
 
     def trains_towers(self, method: Method) -> bool:
@@ -97,7 +102,7 @@ class Inputs:
         return TuneData(
             pseudo_labels=torch.from_numpy(self._found.zero_shot.copy()),
             class_texts=torch.from_numpy(self._found.class_features),
-            image_embeds=torch.from_numpy(self._found.embeds),
+            image_embeds=self._found.embeds,
             centre=torch.from_numpy(self.centre),
         )
 
@@ -110,21 +115,23 @@ class Inputs:
     @functools.cached_property
     def _texts(self) -> TuneData:
         """The same with the texts of images and groups."""
-        import torch
-
         captions, groups = self._usable()
-        texts = dict(zip(captions["member_keys"].list.first(), captions["text"], strict=True))
-        ordered = [texts.get(key, "") for key in self._found.keys]
+        own = captions.select("text", key=pl.col("member_keys").list.first())
+        ordered = self._found.keys.to_frame("key").join(own, on="key", how="left", maintain_order="left")["text"]
+        ordered = ordered.fill_null("")
 
-        def features(kind: str) -> TextFeatures:
-            return self._text_features if self.has_own_tower else self._screened_features(kind)
+        def read(kind: str, texts: pl.Series) -> Matrix:
+            # Of texts that another tower reads, or that are to be tokens, there are as many as there is memory.
+            if self.has_own_tower or (self.settings.trains_towers and self.settings.trains_texts):
+                return self._read(texts.to_list(), self._text_features)
+            return self._screened_features(kind, texts)
 
         return replace(
             self._sentences,
-            image_texts=self._read(ordered, features("images")),
-            has_image_text=torch.tensor([text != "" for text in ordered]),
-            group_texts=self._read(groups["text"].to_list(), features("groups")) if groups.height else None,
-            group_classes=torch.tensor(groups["label"].to_list()) if groups.height else None,
+            image_texts=read("images", ordered),
+            has_image_text=(ordered != "").to_torch(),
+            group_texts=read("groups", groups["text"]) if groups.height else None,
+            group_classes=groups["label"].to_torch() if groups.height else None,
             independent_texts=independent_texts(self.domain),
         )
 
@@ -134,21 +141,23 @@ class Inputs:
         import torch
 
         from latteflow.models.methods.adaptation import CaptionData
+        from latteflow.models.rows import together
 
         captions, groups = self._usable()
         names = self.domain.prompt_names
         row = {name: number for number, name in enumerate(names)}
         number: dict[str, int] = {}
-        teacher = []
-        kinds: list[tuple[Sequence[str], TextFeatures]] = [
-            (captions["text"].to_list(), self._screened_features("images")),
-            (groups["text"].to_list(), self._screened_features("groups")),
-            (names, lambda new: self._found.class_features[[row[name] for name in new]]),
+        teacher: list[Matrix] = []
+        class_features = torch.from_numpy(self._found.class_features)
+        kinds: list[tuple[Sequence[str], Callable[[pl.Series], Matrix]]] = [
+            (captions["text"].to_list(), functools.partial(self._screened_features, "images")),
+            (groups["text"].to_list(), functools.partial(self._screened_features, "groups")),
+            (names, lambda new: class_features[[row[name] for name in new]]),
         ]
         for texts, features in kinds:
             new = [text for text in dict.fromkeys(texts) if text not in number]
             number |= {text: len(number) + place for place, text in enumerate(new)}
-            teacher.append(features(new))
+            teacher.append(features(pl.Series(new, dtype=pl.String)))
         of_image: dict[str, list[int]] = {}
         for keys, text in zip(groups["member_keys"].to_list(), groups["text"], strict=True):
             for key in keys:
@@ -156,7 +165,7 @@ class Inputs:
         own = dict(zip(captions["member_keys"].list.first(), captions["text"], strict=True))
         found = CaptionData(
             texts=list(number),
-            teacher=torch.from_numpy(np.concatenate(teacher)),
+            teacher=together(teacher),
             image_texts=torch.tensor([number[own[key]] if key in own else -1 for key in self._found.keys]),
             group_texts=[of_image.get(key, []) for key in self._found.keys],
             class_names=[number[name] for name in names],
@@ -225,11 +234,12 @@ class Inputs:
 
     def _usable(self) -> tuple[pl.DataFrame, pl.DataFrame]:
         """The texts about images and about groups that passed the screen."""
-        captions, groups = (usable(read_screened(self._screened, kind)) for kind in ("images", "groups"))
+        columns = ["member_keys", "index", "label", "text", "weight"]
+        captions, groups = (usable(read_screened(self._screened, kind, columns)) for kind in ("images", "groups"))
         return captions, groups
 
-    def _screened_features(self, kind: str) -> TextFeatures:
-        return functools.partial(read_text_features, self._screened, kind)
+    def _screened_features(self, kind: str, texts: pl.Series) -> Matrix:
+        return read_text_features(self._screened, kind, texts)
 
     def _class_sentences(self) -> list[str]:
         return [text for prompts in self.domain.prompts() for text in prompts]

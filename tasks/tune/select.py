@@ -153,20 +153,22 @@ class Views:
         import torch
 
         from latteflow.models.methods.latteclip_plus.beliefs import beliefs
+        from latteflow.models.rows import in_memory
 
         if not independent_texts(self._domain):
             return None
         captions = usable(read_screened(screened, "images"))
         own = dict(zip(captions["member_keys"].list.first(), captions["text"], strict=True))
         texts = [own.get(key, "") for key in self.keys]
-        return beliefs(
+        said = beliefs(
             torch.from_numpy(self.space),
             torch.from_numpy(self._found.class_features),
-            torch.from_numpy(read_text_features(screened, "images", texts)),
+            in_memory(read_text_features(screened, "images", texts)),
             torch.tensor([text != "" for text in texts]),
             scale,
             self._domain.of(TransductionSettings).neighbours,
         ).logits
+        return None if said is None else in_memory(said)
 
     def logits(self, models: Artifact, method: str, seed: int | None) -> np.ndarray:
         """By a model of a `tune` artifact, ``(n, classes)``."""

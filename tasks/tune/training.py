@@ -16,8 +16,8 @@ from latteflow.storage.errors import DataError, NotFound
 from latteflow.storage.objects import ObjectStore
 
 PROGRESS_S = 10.0
-Files = Mapping[str, bytes]
-"""Bytes by file name."""
+Files = Mapping[str, bytes | Path]
+"""Bytes, or a local file with them, by file name."""
 log = logging.getLogger("latteflow.tasks")
 
 
@@ -143,7 +143,7 @@ def _one(rank: int, n: int, folder: str, work: Callable[..., Files], args: tuple
     if rank == 0:
         Path(folder, "answer").mkdir()
         for name, data in answer.items():
-            Path(folder, "answer", name).write_bytes(data)
+            Path(folder, "answer", name).write_bytes(data if isinstance(data, bytes) else data.read_bytes())
 
 
 @contextlib.contextmanager

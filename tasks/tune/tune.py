@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from latteflow.models.methods.latteclip import LatteClipSettings
 from latteflow.models.methods.method import Method
@@ -16,12 +17,17 @@ from latteflow.models.settings import NOT_OF_THE_MODEL
 from latteflow.models.towers import clip
 from latteflow.storage.artifacts import ArtifactWriter, Part
 from latteflow.storage.fingerprint import fingerprint
-from latteflow.storage.tables import safetensors
+from latteflow.storage.tables import safetensors, write_safetensors
 from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.stage import StageResult, open_store, run_stage
 from latteflow.tasks.tune.inputs import Inputs, Stages, independent_texts
 from latteflow.tasks.tune.models import ADAPTER, part_name
 from latteflow.tasks.tune.training import Files, Progress, StoredCheckpoint, checkpoint, in_processes
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from latteflow.models.methods.adaptation import Adapted
 
 VERSION = 1
 log = logging.getLogger("latteflow.tasks")
@@ -83,14 +89,14 @@ def tune(
                 tower = _tower(writer, parts, each)
                 identity = fingerprint("tune", VERSION, {"part": each.name, **each.inputs})
                 key = f"{domain.name}/tune/checkpoints/{identity}.safetensors"
-                with checkpoint(store.objects, key) as kept:
+                with checkpoint(store.objects, key) as kept, tempfile.TemporaryDirectory() as folder:
                     if domain.training.processes > 1:
                         processes = domain.training.processes
-                        files = in_processes(processes, _train_here, domain, stages, each, key, tower)
+                        files = in_processes(processes, _train_here, domain, stages, each, key, tower, folder)
                     else:
                         inputs = {each.reader_part: inputs.get(each.reader_part) or Inputs(domain, stages, tower)}
-                        files = _train(inputs[each.reader_part], each, kept)
-                part = writer.put(each.name, each.inputs, files)
+                        files = _train(inputs[each.reader_part], each, kept, folder)
+                    part = writer.put(each.name, each.inputs, files)
             parts[each.name] = part
         return {"models": len(parts)}
 
@@ -167,20 +173,20 @@ def _shaped_by(domain: Domain, stages: Stages, method: Method) -> dict[str, Any]
     return own
 
 
-def _train_here(domain: Domain, stages: Stages, planned: Planned, key: str, tower: bytes | None) -> Files:
+def _train_here(domain: Domain, stages: Stages, planned: Planned, key: str, tower: bytes | None, folder: str) -> Files:
     """One model in one of several processes."""
-    return _train(Inputs(domain, stages, tower), planned, StoredCheckpoint(open_store(domain).objects, key))
+    return _train(Inputs(domain, stages, tower), planned, StoredCheckpoint(open_store(domain).objects, key), folder)
 
 
-def _train(inputs: Inputs, planned: Planned, kept: StoredCheckpoint) -> Files:
-    """Adapt, or go on with it: the files of the part."""
+def _train(inputs: Inputs, planned: Planned, kept: StoredCheckpoint, folder: str) -> Files:
+    """Adapt, or go on with it: the files of the part, of which what is large is in the folder."""
     import torch
 
     from latteflow.models.methods.method import Given
 
     domain, method, model = inputs.domain, METHODS[planned.method], inputs.clip
-    folder = Path(domain.output) / domain.name / "tensorboard"
-    progress = Progress(planned.name, folder / planned.name if domain.training.tensorboard else None)
+    scalars = Path(domain.output) / domain.name / "tensorboard" / planned.name
+    progress = Progress(planned.name, scalars if domain.training.tensorboard else None)
     given = Given(
         data=inputs.of(method).to(model.device),
         sections=domain.sections,
@@ -199,7 +205,7 @@ def _train(inputs: Inputs, planned: Planned, kept: StoredCheckpoint) -> Files:
         "centre": torch.from_numpy(inputs.centre),
         "scale": torch.tensor([model.scale]),
     }
-    for attribute in ("image_map", "text_map", "assignments"):
+    for attribute in ("image_map", "text_map"):
         if (tensor := getattr(result, attribute)) is not None:
             found[attribute] = tensor
     towers = result.clip or (model.model if inputs.has_own_tower else None)
@@ -209,8 +215,20 @@ def _train(inputs: Inputs, planned: Planned, kept: StoredCheckpoint) -> Files:
             if not tensor.equal(before[key]):
                 found[f"tower.{key}"] = tensor
     name = planned.name
-    files = {
-        f"{name}.safetensors": safetensors(**{key: tensor.cpu().numpy() for key, tensor in found.items()}),
+    files: dict[str, bytes | Path] = {
+        f"{name}.safetensors": _saved({key: tensor.cpu().numpy() for key, tensor in found.items()}, result, folder),
         f"{name}.history.json": json.dumps(result.history).encode(),
     }
     return files if result.adapter is None else {**files, name + ADAPTER: result.adapter}
+
+
+def _saved(arrays: dict[str, np.ndarray], result: Adapted, folder: str) -> bytes | Path:
+    """The tensors of a model as a file; what is on disk is not taken into memory."""
+    from latteflow.models.rows import Rows, blocks
+
+    said = result.assignments
+    if isinstance(said, Rows):
+        path = Path(folder, "model.safetensors")
+        write_safetensors(path, arrays, "assignments", said.shape, (block.cpu().numpy() for _, block in blocks(said)))
+        return path
+    return safetensors(**arrays, **({} if said is None else {"assignments": said.cpu().numpy()}))

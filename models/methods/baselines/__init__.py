@@ -47,6 +47,7 @@ _FLYP = Method(
     sections=_SECTIONS,
     made_from=made_from,
     trains_towers=trains_towers,
+    streams=True,
 )
 METHODS = (
     _FLYP,
@@ -65,6 +66,7 @@ METHODS = (
         reads="sentences",
         sections=_SECTIONS,
         works_on_features=True,
+        streams=True,
     ),
     Method(
         name="class_descriptions",
@@ -74,5 +76,6 @@ METHODS = (
         reads="class_texts",
         is_seeded=False,
         learns_from_images=False,
+        streams=True,
     ),
 )

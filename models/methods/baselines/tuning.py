@@ -19,6 +19,7 @@ from latteflow.models.methods.adaptation import Adapted, TuneData
 from latteflow.models.methods.latteclip import OF_TEXTS, LatteClipSettings
 from latteflow.models.methods.latteclip.tuning import batches, tune
 from latteflow.models.methods.training import Batch, Trainable, train
+from latteflow.models.rows import blocks
 from latteflow.models.schedule import warmup_cosine
 from latteflow.models.settings import TrainingSettings
 from latteflow.models.vectors import unit
@@ -114,7 +115,8 @@ class SelfTraining(Trainable):
     def after_epoch(self) -> Mapping[str, float]:
         """New labels. Returns agreement, the share of them that are still zero-shot's."""
         with torch.no_grad():
-            self.labels = (self.encode("images", self.x) @ self.classes.T).argmax(1)
+            found = [(self.encode("images", block) @ self.classes.T).argmax(1) for _, block in blocks(self.x)]
+            self.labels = torch.cat(found)
         return {"agreement": float((self.labels == self.zero_shot).float().mean())}
 
 

@@ -126,4 +126,5 @@ METHOD = Method(
         _read, "`clamp.safetensors` is the adapter of CLAMP's text tower; its language model is not in the folder."
     ),
     mistake=_mistake,
+    streams=True,
 )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from latteflow.models.methods.clamp.losses import contrastive, distillation
 from latteflow.models.methods.clamp.tower import MAX_SCALE, ClampTower, States
 from latteflow.models.methods.training import Batch, Trainable
+from latteflow.models.rows import Matrix
 from latteflow.models.schedule import warmup_cosine
 
 
@@ -34,9 +35,9 @@ class ClampData:
         ValueError: fewer than two images, or a text occurs twice.
     """
 
-    image_features: Tensor
+    image_features: Matrix
     texts: Sequence[str]
-    teacher: Tensor
+    teacher: Matrix
     teacher_scale: float
     image_texts: Tensor
     group_texts: Sequence[Sequence[int]]
@@ -108,7 +109,7 @@ class Clamp(Trainable):
     def encode(self, kind: str, loaded: Tensor) -> Tensor:
         """Unit features of texts by number; what the language model made of them is taken from memory, if it can be."""
         if not len(loaded):
-            return self.images.new_zeros(0, self.images.shape[1])
+            return torch.zeros(0, self.images.shape[1], device=self.images.device)
         if kind == "asked":
             return self.tower.pooled(self._asked(loaded.tolist()))
         self.asked.clear()  # the prompts are about to move

@@ -141,4 +141,5 @@ METHOD = Method(
     sections={"latteclip": Section(LatteClipSettings)},
     made_from=made_from,
     trains_towers=trains_towers,
+    streams=True,
 )

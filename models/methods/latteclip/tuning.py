@@ -22,6 +22,7 @@ from latteflow.models.methods.adaptation import Adapted, TuneData
 from latteflow.models.methods.latteclip import LatteClipSettings
 from latteflow.models.methods.losses import clip_loss
 from latteflow.models.methods.training import Batch, Checkpoint, Stats, Trainable, train
+from latteflow.models.rows import Matrix, Rows, in_memory, through, together
 from latteflow.models.schedule import warmup_cosine
 from latteflow.models.settings import TrainingSettings
 from latteflow.models.towers.blocks import IMAGE_TAILS, IMAGE_TOWERS, NO_TOWERS, TEXT_TAILS, TextReader, last_blocks
@@ -299,9 +300,8 @@ class LatteClip(Trainable):
                 self.text_map = nn.Parameter(identity.clone()) if cfg.trains_texts else None
         self._take_texts()
         with torch.no_grad():
-            features = self.table if not cfg.trains_texts else self.encode("texts", self.table[self.class_rows])
-            own = self.class_rows if not cfg.trains_texts else torch.arange(len(self.class_rows), device=self.device)
-            self.first_prototypes = self._class_features(features[own])
+            own = self.table[self.class_rows]
+            self.first_prototypes = self._class_features(self.encode("texts", own) if cfg.trains_texts else own)
         self.register_buffer("prototypes", self.first_prototypes.clone())
         self.register_buffer("epoch_prototypes", self.first_prototypes.clone())
 
@@ -311,19 +311,21 @@ class LatteClip(Trainable):
         templates = data.class_texts if data.class_texts.ndim == 3 else data.class_texts[:, None]
         self.n_templates = templates.shape[1]
         kinds = [t for t in (templates.flatten(0, 1), data.image_texts, data.group_texts) if t is not None]
+        self.table: Matrix
         if self.cfg.trains_towers and self.cfg.trains_texts:
-            width = max(texts.shape[1] for texts in kinds)
-            self.table = torch.cat([F.pad(texts, (0, width - texts.shape[1])) for texts in kinds])
+            tokens = [in_memory(texts) for texts in kinds]
+            width = max(texts.shape[1] for texts in tokens)
+            self.table = torch.cat([F.pad(texts, (0, width - texts.shape[1])) for texts in tokens])
         else:
             with torch.no_grad():
                 features = [self._fixed(texts) for texts in kinds]
             widths = {f.shape[1] for f in (features if self.cfg.trains_towers else [*features, self.image_features])}
             if len(widths) > 1:
                 raise ValueError(f"embeds of images and texts are {sorted(widths)} wide: take them from one model")
-            self.table = torch.cat(features)
+            self.table = together(features)
         rows = torch.arange(len(self.table), device=self.device)
         if self.cfg.trains_texts:
-            self.table, rows = self.table.unique(dim=0, return_inverse=True)
+            self.table, rows = in_memory(self.table).unique(dim=0, return_inverse=True)
         found = iter(rows.split([len(texts) for texts in kinds]))
         self.class_rows = next(found)
         # A missing text stands for row 0, with a mask that gives it no weight.
@@ -332,9 +334,9 @@ class LatteClip(Trainable):
         known = torch.full((len(data),), data.image_texts is not None, device=self.device)
         self.has_image_text = known if data.has_image_text is None else data.has_image_text
 
-    def _fixed(self, texts: Tensor) -> Tensor:
-        if texts.is_floating_point():
-            return unit(at_least_float32(texts))
+    def _fixed(self, texts: Matrix) -> Matrix:
+        if isinstance(texts, Rows) or texts.is_floating_point():
+            return through(texts, lambda rows: unit(at_least_float32(rows)))
         distinct, inverse = texts.unique(dim=0, return_inverse=True)
         return torch.cat([self.read(chunk) for chunk in distinct.split(256)])[inverse]
 
@@ -384,7 +386,8 @@ class LatteClip(Trainable):
     def losses(self, features: Mapping[str, Tensor], about: _About) -> dict[str, Tensor]:
         """One loss for each kind of pseudo-label (4.7); what they do to the prototypes waits for `after_step`."""
         # index_select, as the gradient of plain indexing is summed in no fixed order.
-        texts = (features["texts"] if self.cfg.trains_texts else self.table).index_select(0, about.texts)
+        trained = self.cfg.trains_texts
+        texts = features["texts"].index_select(0, about.texts) if trained else self.table[about.texts]
         n = len(about.images)
         by_sentence, image_texts, group_texts = texts.split([len(self.class_rows), n, n])
         self.batch = latte_step(

@@ -28,4 +28,5 @@ METHOD = Method(
     sections={"latteclip": Section(LatteClipSettings), "transduction": Section(TransductionSettings)},
     weighs_texts=True,
     works_on_features=True,
+    streams=True,
 )

@@ -22,7 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from latteflow.models.methods.transduction.tuning import nearest
+from latteflow.models.methods.transduction.tuning import Neighbours, nearest
+from latteflow.models.rows import At, Matrix, Rows, Spread, blocks
 from latteflow.models.vectors import at_least_float32, unit
 
 ERRORS = 4.0
@@ -42,14 +43,20 @@ class Beliefs(NamedTuple):
     Attributes:
         weight: of the texts beside zero-shot, 0 to FACTOR; 0 where nothing shows that they know anything.
         logits: to add to those of zero-shot, `(n, classes)`, 0 where an image has no text; None where the weight is 0.
+            Made as they are asked for where the texts are on disk.
     """
 
     weight: float
-    logits: Tensor | None
+    logits: Matrix | None
 
 
 def beliefs(
-    image_features: Tensor, class_texts: Tensor, texts: Tensor, has_text: Tensor | None, scale: float, neighbours: int
+    image_features: Matrix,
+    class_texts: Tensor,
+    texts: Matrix,
+    has_text: Tensor | None,
+    scale: float,
+    neighbours: int | Neighbours,
 ) -> Beliefs:
     """What texts about images say of their classes. Deterministic; needs no random numbers.
 
@@ -59,7 +66,7 @@ def beliefs(
         texts: embeds of texts about the images, `(n, dim)`.
         has_text: `(n,)` bool; None when all have.
         scale: `exp(logit_scale)` of the CLIP.
-        neighbours: how many of an image are asked.
+        neighbours: how many of an image are asked, or which.
 
     Raises:
         ValueError: texts are tokens, or a value is not finite.
@@ -69,47 +76,81 @@ def beliefs(
     has = torch.ones(len(texts), dtype=torch.bool, device=texts.device) if has_text is None else has_text
     if not has.any():
         return Beliefs(0.0, None)
-    x, classes = at_least_float32(image_features), at_least_float32(class_texts)
-    if not (texts[has].isfinite().all() and x.isfinite().all() and classes.isfinite().all()):
-        raise ValueError("texts' beliefs need finite features: embed again, or drop the rows with NaN")
-    zero_shot = scale * x @ classes.T
-    said = text_logits(classes, texts, has) * zero_shot.std()
-    weight = worth(zero_shot, said, has, *nearest(x, neighbours))
-    return Beliefs(weight, weight * said if weight else None)
+    classes, spread = at_least_float32(class_texts), Spread()
+
+    def zero_shot(at: At) -> Tensor:
+        return scale * at_least_float32(image_features[at]) @ classes.T
+
+    for at, block in blocks(image_features):
+        logits = zero_shot(at)
+        spread.add(logits)
+        if not (logits.isfinite().all() and block.isfinite().all()):
+            raise ValueError("texts' beliefs need finite features: embed again, or drop the rows with NaN")
+    told = text_logits(classes, texts, has)
+    shape, deviation = (len(texts), len(classes)), spread.deviation
+    said = told.through(lambda logits: logits * deviation)
+    near = nearest(image_features, neighbours) if isinstance(neighbours, int) else neighbours
+    weight = worth(Rows(shape, zero_shot, texts.device), said, has, near)
+    if not weight:
+        return Beliefs(0.0, None)
+    weighed = said.through(lambda logits: weight * logits)
+    return Beliefs(weight, weighed if isinstance(texts, Rows) else weighed[:])
 
 
-def text_logits(class_texts: Tensor, texts: Tensor, has_text: Tensor) -> Tensor:
-    """Which class each text is about, `(n, classes)`; standard deviation 1 over the images that have one, else 0."""
-    said = unit(at_least_float32(texts)) @ unit(class_texts - class_texts.mean(0)).T
-    said = said - said[has_text].mean(0)  # what all texts have in common is no news of an image
-    return torch.where(has_text[:, None], said / said[has_text].std().clamp(min=LEAST_SPREAD), 0)
+def text_logits(class_texts: Tensor, texts: Matrix, has_text: Tensor) -> Rows:
+    """Which class each text is about, `(n, classes)`; standard deviation 1 over the images that have one, else 0.
+
+    Raises:
+        ValueError: a text that an image has is not finite.
+    """
+    directions = unit(class_texts - class_texts.mean(0)).T
+
+    def cosines(at: At) -> Tensor:
+        return unit(at_least_float32(texts[at])) @ directions
+
+    total = torch.zeros(len(class_texts), dtype=torch.float64, device=texts.device)
+    spread = Spread()
+    for at, block in blocks(texts):
+        if not block[has_text[at]].isfinite().all():
+            raise ValueError("texts' beliefs need finite features: embed again, or drop the rows with NaN")
+        total += cosines(at)[has_text[at]].sum(0)
+    mean = (total / has_text.sum()).to(class_texts)  # what all texts have in common is no news of an image
+    for at, _ in blocks(texts):
+        spread.add(cosines(at)[has_text[at]] - mean)
+    length = max(spread.deviation, LEAST_SPREAD)
+    return Rows(
+        (len(texts), len(class_texts)),
+        lambda at: torch.where(has_text[at][:, None], (cosines(at) - mean) / length, 0),
+        texts.device,
+    )
 
 
-def worth(zero_shot: Tensor, texts: Tensor, has_text: Tensor, rows: Tensor, weights: Tensor) -> float:
+def worth(zero_shot: Rows, texts: Rows, has_text: Tensor, near: Neighbours) -> float:
     """How much the texts' logits weigh beside zero-shot's, 0 to FACTOR.
 
     Args:
         zero_shot, texts: logits, `(n, classes)`.
         has_text: `(n,)` bool.
-        rows, weights: the images' neighbours, from :func:`models.transduction.nearest`.
+        near: the images' neighbours.
     """
-    near = has_text[rows] * weights
-    asked = (has_text & (near.sum(1) > 0)).nonzero()[:, 0]
+    rows, weights = near
+    theirs = has_text[rows] * weights
+    asked = (has_text & (theirs.sum(1) > 0)).nonzero()[:, 0]
     asked = asked[:: math.ceil(asked.numel() * texts.shape[1] / MOST_NUMBERS) or 1]
     if len(asked) < 2:
         return 0.0
     target = 0.5 * _of_neighbours(zero_shot, rows[asked], weights[asked])
-    target += 0.5 * _of_neighbours(texts, rows[asked], near[asked])
+    target += 0.5 * _of_neighbours(texts, rows[asked], theirs[asked])
     (own, told), error = _stacked(torch.stack([zero_shot[asked], texts[asked]]).double(), target.double())
     if told <= ERRORS * error[1]:
         return 0.0
     return FACTOR * float(told / torch.maximum(own, told))
 
 
-def _of_neighbours(logits: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+def _of_neighbours(logits: Rows, rows: Tensor, weights: Tensor) -> Tensor:
     """Weighted mean of the neighbours' probabilities, `(m, classes)`, rows sum to 1 but where all weights are 0."""
     weights = weights / weights.sum(1, keepdim=True).clamp(min=_TINY)
-    found = logits.new_zeros(len(rows), logits.shape[1])
+    found = torch.zeros(len(rows), logits.shape[1], dtype=weights.dtype, device=weights.device)
     for row, weight in zip(rows.unbind(1), weights.unbind(1), strict=True):
         found += weight[:, None] * logits[row].softmax(1)
     return found

@@ -24,7 +24,8 @@ from latteflow.models.methods.latteclip import LatteClipSettings
 from latteflow.models.methods.latteclip.tuning import tune
 from latteflow.models.methods.latteclip_plus.beliefs import Beliefs, beliefs
 from latteflow.models.methods.transduction import TransductionSettings
-from latteflow.models.methods.transduction.tuning import transduce
+from latteflow.models.methods.transduction.tuning import nearest, transduce
+from latteflow.models.rows import kept, through
 from latteflow.models.settings import TrainingSettings
 from latteflow.models.vectors import unit
 
@@ -54,17 +55,22 @@ def tune_plus(
         raise ValueError(
             f"latteclip_plus works on cached features: it needs train='projections' or 'prototypes', got {cfg.train!r}"
         )
-    moved, (weight, found) = data.image_features, Beliefs(0.0, None)
+    moved, (weight, found) = kept(data.image_features), Beliefs(0.0, None)
+    near = None
     if cfg.use_image_texts and data.image_texts is not None:
+        near = nearest(moved, transduction.neighbours)
         asked = data.class_features, data.image_texts, data.has_image_text
-        weight, found = beliefs(moved, *asked, scale, transduction.neighbours)
+        weight, found = beliefs(moved, *asked, scale, near)
     if not weight:
         data = replace(data, image_texts=None, has_image_text=None, group_texts=None, group_classes=None)
     if not data.independent_texts:
         weight, found = 0.0, None
-    first = transduce(transduction, moved, data.class_features, scale, found)
-    tuned = tune(cfg, replace(data, pseudo_labels=first.labels), training, scale=scale, **options)
+    first = transduce(transduction, moved, data.class_features, scale, found, near)
+    labels = first.labels
+    del first, near
+    tuned = tune(cfg, replace(data, pseudo_labels=labels), training, scale=scale, **options)
     with torch.no_grad():
-        features = moved if tuned.image_map is None else unit(moved @ tuned.image_map)
+        map_ = tuned.image_map
+        features = moved if map_ is None else through(moved, lambda rows: unit(rows @ map_))
         last = transduce(transduction, features, tuned.prototypes, scale, found)
     return replace(tuned, prototypes=last.prototypes, assignments=last.assignments, text_weight=weight)

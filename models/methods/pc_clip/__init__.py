@@ -64,4 +64,5 @@ METHOD = Method(
     made_from=_made_from,
     trains_towers=_trains_towers,
     reads_for_others=True,
+    streams=True,
 )

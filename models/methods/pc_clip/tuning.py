@@ -22,6 +22,7 @@ from latteflow.models.methods.losses import clip_loss
 from latteflow.models.methods.pc_clip import PcClipSettings
 from latteflow.models.methods.pc_clip.comparative import compare_prompts
 from latteflow.models.methods.training import Batch, Stats, Trainable, train
+from latteflow.models.rows import Matrix, through
 from latteflow.models.settings import TrainingSettings
 from latteflow.models.towers.blocks import TextReader, text_blocks
 from latteflow.models.vectors import at_least_float32, unit
@@ -95,7 +96,7 @@ class PcClip(Trainable):
     """
 
     def __init__(
-        self, cfg: PcClipSettings, image_features: Tensor, pairs: PairData, *, seed: int = 0, clip: Any = None
+        self, cfg: PcClipSettings, image_features: Matrix, pairs: PairData, *, seed: int = 0, clip: Any = None
     ) -> None:
         super().__init__()
         self.cfg, self.seed = cfg, seed
@@ -103,7 +104,7 @@ class PcClip(Trainable):
         if cfg.train is not None and self.on_features != (cfg.train == "projection"):
             kind = "embeds" if self.on_features else "tokens"
             raise ValueError(f"train={cfg.train!r} and texts as {kind}: projection wants embeds, the others tokens")
-        self.image_features = at_least_float32(image_features)
+        self.image_features = through(image_features, at_least_float32)
         length = self._difference(pairs.first, pairs.second).norm(dim=1)
         kept = (length >= SHORTEST_DIFFERENCE).nonzero().squeeze(1)
         if len(kept) < 2:

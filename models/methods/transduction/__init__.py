@@ -46,4 +46,5 @@ METHOD = Method(
     adapt=_adapt,
     sections={"transduction": Section(TransductionSettings)},
     is_seeded=False,
+    streams=True,
 )

@@ -21,18 +21,20 @@ deviation, so that no temperature is left to be chosen.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from latteflow.models.methods.transduction import TransductionSettings
+from latteflow.models.rows import Filled, Matrix, Rows, Spread, block_rows, blocks, kept, room
 from latteflow.models.vectors import at_least_float32
 
 ROUNDS = 30
 """Of 2.; what is then left to travel is `spread ** ROUNDS`, nothing by default."""
-BLOCK_NUMBERS = 1 << 23
-"""Numbers in a block of similarities: 32 MB, whatever the number of images."""
+COLUMN_NUMBERS = 1 << 25
+"""Beliefs that travel at once, where they are on disk: 128 MB."""
 FLOOR = 1e-12
 
 
@@ -41,14 +43,14 @@ class Transduction:
     """What a domain of n images taught.
 
     Args:
-        assignments: soft classes of the images, `(n, classes)`, rows sum to 1; float32.
+        assignments: soft classes of the images, `(n, classes)`, rows sum to 1; on disk where the images are.
         classifier: `(classes, dim)`; `x @ classifier.T` is `s x t + kappa u mu`, the logits of any image, seen or not,
             without its neighbours.
         steps: how often 3. was done.
         change: mean total variation between the last two assignments, 0 to 1.
     """
 
-    assignments: Tensor
+    assignments: Matrix
     classifier: Tensor
     steps: int
     change: float
@@ -56,7 +58,7 @@ class Transduction:
     @property
     def labels(self) -> Tensor:
         """Best class of each image, `(n,)` int64."""
-        return self.assignments.argmax(1)
+        return torch.cat([block.argmax(1) for _, block in blocks(self.assignments)])
 
     @property
     def prototypes(self) -> Tensor:
@@ -64,16 +66,30 @@ class Transduction:
         return F.normalize(self.classifier, dim=1)
 
 
+class Neighbours(NamedTuple):
+    """The nearest others of each image.
+
+    Attributes:
+        rows: their numbers, best first, `(n, k)` int64.
+        weights: cosines, at least 0, that sum to 1 in a row, or to 0 where all are 0, `(n, k)`.
+    """
+
+    rows: Tensor
+    weights: Tensor
+
+
 def transduce(
     cfg: TransductionSettings,
-    image_features: Tensor,
+    image_features: Matrix,
     class_texts: Tensor,
     scale: float,
-    beliefs: Tensor | None = None,
+    beliefs: Matrix | None = None,
+    near: Neighbours | None = None,
 ) -> Transduction:
     """Classify all images of a domain together.
 
     Deterministic, uses no random numbers, and does not depend on the images' order but for the last bits of sums.
+    Images are read block by block, once for each step, and need no memory where they are on disk.
 
     Args:
         cfg: the settings.
@@ -81,71 +97,105 @@ def transduce(
         class_texts: unit rows, `(classes, dim)`.
         scale: `exp(logit_scale)` of the CLIP.
         beliefs: logits of what else is known of each image, `(n, classes)`, added to those of its class texts in 2.
+        near: of the images, where they are known already.
 
     Raises:
         ValueError: shapes that do not belong together, fewer than 2 classes, no image, or a value that is not finite.
     """
-    x, texts = at_least_float32(image_features), at_least_float32(class_texts)
+    x, texts = image_features, at_least_float32(class_texts)
     if x.ndim != 2 or texts.ndim != 2 or x.shape[1] != texts.shape[1] or not len(x) or len(texts) < 2:
         raise ValueError(
             "transduce needs (n, dim) image features and (classes, dim) class texts with n >= 1 and 2 classes or more, "
             f"got {tuple(x.shape)} and {tuple(texts.shape)}"
         )
-    if not (x.isfinite().all() and texts.isfinite().all()):
+    x = kept(x) if isinstance(x, Rows) else at_least_float32(x)
+    if not (texts.isfinite().all() and all(block.isfinite().all() for _, block in blocks(x))):
         raise ValueError("transduce needs finite features: embed the images again, or drop the rows with NaN")
-    whiten = whitening(x, cfg.shrinkage)
-    u, anchors = x @ whiten, texts @ whiten
-    logits = scale * x @ texts.T
-    deviation = float(logits.std(correction=0))
-    if beliefs is not None:
-        logits += beliefs
-    z = propagate(logits.softmax(1), *nearest(x, cfg.neighbours), cfg.spread).clamp_(min=FLOOR)
-    log_beliefs = z.log()
-    del logits
+    size = block_rows(max(x.shape[1], len(texts)))
+    z, spread = room(len(x), len(texts), x), Spread()
+    for at, block in blocks(x, size):
+        logits = scale * block @ texts.T
+        spread.add(logits)
+        z[at] = (logits if beliefs is None else logits + beliefs[at]).softmax(1)
+    if cfg.spread:
+        z = propagate(z, *(near or nearest(x, cfg.neighbours)), cfg.spread)
+    logs, sums, best = room(len(x), len(texts), x), _Sums(x, len(texts)), _Sums(x, len(texts))
+    for (at, block), (_, believed) in zip(blocks(x, size), blocks(z, size), strict=True):
+        z[at] = believed = believed.clamp(min=FLOOR)
+        logs[at] = believed.log()
+        sums.add(block, believed)
+        best.add(block, F.one_hot(believed.argmax(1), len(texts)).to(block))
+    # Everything stays in the space of x: with W the whitening, u_i mu_k is x_i (W W) mu_k.
+    inverse, anchors = whitening(x, cfg.shrinkage).double(), texts.double()
+    inverse = inverse @ inverse
     # The texts lie far from the images; at this length they reach as far as an image of their class does on average.
-    best = anchors[z.argmax(1)]
-    anchors = anchors * ((u * best).sum() / best.square().sum().clamp(min=FLOOR)).clamp(min=0)
+    reached, own = (best.sums @ inverse * anchors).sum(), (best.counts * (anchors @ inverse * anchors).sum(1)).sum()
+    anchors = anchors * (reached / own.clamp(min=FLOOR)).clamp(min=0)
     kappa, change, steps = 0.0, 1.0, 0
-    means = anchors
+    means = anchors @ inverse
     while steps < cfg.max_steps and change > cfg.tolerance:
-        means = (z.T @ u + cfg.anchor * anchors) / (z.sum(0)[:, None] + cfg.anchor)
-        evidence = u @ means.T
+        means = (sums.sums + cfg.anchor * anchors) / (sums.counts[:, None] + cfg.anchor) @ inverse
         if not steps:
-            kappa = deviation / max(float(evidence.std(correction=0)), FLOOR)
-        after = evidence.mul_(kappa).add_(log_beliefs).softmax(1)
-        change = float((after - z).abs_().sum() / 2 / len(z))
-        z, steps = after, steps + 1
-    classifier = scale * texts + kappa * means @ whiten
+            kappa = spread.deviation / max(_evidence(x, means).deviation, FLOOR)
+        towards, sums, moved = (kappa * means).to(x.dtype), _Sums(x, len(texts)), 0.0
+        for (at, block), (_, log), (_, before) in zip(
+            blocks(x, size), blocks(logs, size), blocks(z, size), strict=True
+        ):
+            after = (block @ towards.T).add_(log).softmax(1)
+            moved += float((after - before).abs_().sum())
+            sums.add(block, after)
+            z[at] = after
+        change, steps = moved / 2 / len(x), steps + 1
+    classifier = scale * texts + (kappa * means).to(texts)
     return Transduction(assignments=z, classifier=classifier, steps=steps, change=change)
 
 
-def nearest(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+class _Sums:
+    """Soft counts of the classes, and the sums of their images' features; float64."""
+
+    def __init__(self, x: Matrix, n_classes: int) -> None:
+        self.counts = torch.zeros(n_classes, dtype=torch.float64, device=x.device)
+        self.sums = torch.zeros(n_classes, x.shape[1], dtype=torch.float64, device=x.device)
+
+    def add(self, block: Tensor, classes: Tensor) -> None:
+        self.counts += classes.sum(0)
+        self.sums += classes.T @ block
+
+
+def _evidence(x: Matrix, means: Tensor) -> Spread:
+    found = Spread()
+    for _, block in blocks(x, block_rows(max(x.shape[1], len(means)))):
+        found.add(block @ means.to(block).T)
+    return found
+
+
+def nearest(features: Matrix, k: int) -> Neighbours:
     """The k nearest others of each image by cosine, block by block, so that memory does not grow with n squared.
 
     Args:
         features: unit rows, `(n, dim)`.
         k: how many; fewer where there are not so many.
-
-    Returns:
-        Rows of `features` `(n, k)`, best first, and their weights `(n, k)`: cosines, at least 0, that sum to 1 in a
-        row, or to 0 where all are 0.
     """
     k = min(k, len(features) - 1)
     rows = torch.empty((len(features), k), dtype=torch.int64, device=features.device)
-    weights = features.new_empty((len(features), k))
-    size = max(1, BLOCK_NUMBERS // len(features))
-    for start in range(0, len(features), size):
-        block = slice(start, start + size)
-        cosines = features[block] @ features.T
-        own = torch.arange(len(cosines), device=cosines.device)
-        cosines[own, own + start] = -2
-        best = cosines.topk(k, dim=1)
-        rows[block], weights[block] = best.indices, best.values
+    weights = torch.empty((len(features), k), dtype=features.dtype, device=features.device)
+    for at, block in blocks(features):
+        best, who = block.new_empty(len(block), 0), rows.new_empty(len(block), 0)
+        for among, others in blocks(features, block_rows(len(block))):
+            cosines = block @ others.T
+            first, last = max(at.start, among.start), min(at.stop, among.stop)
+            if first < last:
+                cosines[first - at.start : last - at.start, first - among.start : last - among.start].fill_diagonal_(-2)
+            found = cosines.topk(min(k, len(others)), dim=1)
+            best, who = torch.cat([best, found.values], 1), torch.cat([who, found.indices + among.start], 1)
+            best, order = best.topk(min(k, best.shape[1]), dim=1)
+            who = who.gather(1, order)
+        rows[at], weights[at] = who, best
     weights.clamp_(min=0)
-    return rows, weights / weights.sum(1, keepdim=True).clamp(min=FLOOR)
+    return Neighbours(rows, weights / weights.sum(1, keepdim=True).clamp(min=FLOOR))
 
 
-def propagate(beliefs: Tensor, rows: Tensor, weights: Tensor, spread: float) -> Tensor:
+def propagate(beliefs: Filled, rows: Tensor, weights: Tensor, spread: float) -> Filled:
     """Beliefs after ROUNDS rounds of `(1 - spread) own + spread neighbours'`, `(n, classes)`; rows keep their sums.
 
     Args:
@@ -153,6 +203,21 @@ def propagate(beliefs: Tensor, rows: Tensor, weights: Tensor, spread: float) -> 
         rows, weights: from `nearest`, `(n, k)`. An image without any weight keeps its own beliefs.
         spread: 0 to 1.
     """
+    if isinstance(beliefs, Tensor):
+        return _travelled(beliefs, rows, weights, spread)
+    n, classes = beliefs.shape
+    found = room(n, classes, beliefs)
+    width = max(1, COLUMN_NUMBERS // n)  # classes know nothing of each other
+    for first in range(0, classes, width):
+        some = slice(first, first + width)
+        travelled = _travelled(torch.cat([block[:, some] for _, block in blocks(beliefs)]), rows, weights, spread)
+        for at, block in blocks(found):
+            block[:, some] = travelled[at]
+            found[at] = block
+    return found
+
+
+def _travelled(beliefs: Tensor, rows: Tensor, weights: Tensor, spread: float) -> Tensor:
     share = spread * weights.sum(1, keepdim=True)
     own, found = (1 - share) * beliefs, beliefs
     for _ in range(ROUNDS if spread else 0):
@@ -163,13 +228,16 @@ def propagate(beliefs: Tensor, rows: Tensor, weights: Tensor, spread: float) -> 
     return found
 
 
-def whitening(features: Tensor, shrinkage: float) -> Tensor:
+def whitening(features: Matrix, shrinkage: float) -> Tensor:
     """`(C + shrinkage |C|)^(-1/2)`, symmetric `(dim, dim)`, with C the second moment and |C| its largest eigenvalue.
 
     Directions in which all images of the domain vary (pose, colour, drawing style) count less. Relative to |C| it does
     not matter how long the features are; with a large shrinkage it tends to a multiple of the identity.
     """
-    moment = features.T.double() @ features.double() / len(features)
+    moment = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64, device=features.device)
+    for _, block in blocks(features):
+        wide = block.double()
+        moment += wide.T @ wide / len(features)
     values, vectors = torch.linalg.eigh(moment)
     largest = values[-1].clamp(min=FLOOR)
     return ((vectors * (values.clamp(min=0) + shrinkage * largest).rsqrt()) @ vectors.T).to(features.dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 from latteflow.models.methods.latteclip_plus.beliefs import FACTOR, _stacked, beliefs
 from latteflow.models.methods.transduction import TransductionSettings
 from latteflow.models.methods.transduction.tuning import transduce
+from latteflow.models.rows import in_memory
 from latteflow.models.vectors import unit
 
 CFG = TransductionSettings()
@@ -29,7 +30,7 @@ class Domain(NamedTuple):
     def worth(self, texts: Tensor, has_text: Tensor | None = None) -> Tensor | None:
         found = beliefs(self.images, self.class_texts, texts, has_text, SCALE, NEIGHBOURS)
         assert (found.logits is None) == (found.weight == 0) and 0 <= found.weight <= FACTOR
-        return found.logits
+        return None if found.logits is None else in_memory(found.logits)
 
 
 def noise(shape: tuple[int, ...], seed: int) -> Tensor:

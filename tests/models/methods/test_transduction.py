@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from latteflow.models import rows as rows_of
 from latteflow.models.methods.transduction import TransductionSettings
 from latteflow.models.methods.transduction import tuning as transduction
 from latteflow.models.methods.transduction.tuning import nearest, propagate, transduce, whitening
@@ -156,7 +157,7 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     images, _, _ = domain([20, 20])
     rows, weights = nearest(images, 5)
     assert not (rows == torch.arange(40)[:, None]).any()
-    monkeypatch.setattr(transduction, "BLOCK_NUMBERS", 40 * 7)
+    monkeypatch.setattr(rows_of, "BLOCK_NUMBERS", 40 * 7)
     in_blocks, their_weights = nearest(images, 5)
     assert in_blocks.equal(rows)
     torch.testing.assert_close(their_weights, weights)

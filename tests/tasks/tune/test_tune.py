@@ -13,12 +13,14 @@ from latteflow.flows.plan import plan
 from latteflow.models.methods.registry import METHODS
 from latteflow.storage.errors import DataError
 from latteflow.storage.tables import read_parquet
+from latteflow.tasks.core import features
 from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.errors import ConfigError
-from latteflow.tasks.core.stage import StageResult, open_store, statistic
+from latteflow.tasks.core.stage import StageResult, open_store, rules, statistic
 from latteflow.tasks.report.scores import Scores
 from latteflow.tasks.ship.export import export_tuned
 from latteflow.tasks.tune.models import read_history, read_tuned
+from latteflow.tasks.tune.tune import tune
 
 pytestmark = pytest.mark.slow
 
@@ -63,6 +65,22 @@ def test_a_change_trains_only_what_it_shapes(domain: Domain) -> None:
     for changes, models in steps:
         domain = told(domain, **changes)
         assert made(domain) == models, changes
+
+
+def test_features_on_disk_make_the_same_models(domain: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
+    domain = told(domain, method=["latteclip", "latteclip_plus", "transduction", "self_training"], seeds=[0])
+    results = {result.label: result for result in run_plainly(domain)}
+    store = open_store(domain)
+    expected = {method: read_tuned(store.open(results["tune"].ref), method, 0) for method in domain.method}
+    monkeypatch.setattr(features, "MOST_BYTES", 0)
+    with rules(refresh=["tune"]):
+        again = tune(domain, results["shard train"], results["embed train"], results["screen"])
+    for method, model in expected.items():
+        found = read_tuned(store.open(again.ref), method, 0)
+        np.testing.assert_allclose(found.prototypes, model.prototypes, atol=1e-4)
+        assert (found.assignments is None) == (model.assignments is None)
+        if model.assignments is not None and found.assignments is not None:
+            np.testing.assert_allclose(found.assignments, model.assignments, atol=1e-3)
 
 
 def test_every_method_is_scored_and_shown(domain: Domain) -> None:
