@@ -30,6 +30,8 @@ BYTES_PER_PIXEL = 16
 
 Taken = TypeVar("Taken")
 _READY = b"ready\n"
+_PIPE = 1 << 20
+"""Bytes on their way before a process has to wait for the other; as many as Linux gives to anybody."""
 _FROM_OUTSIDE = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP}
 
 
@@ -141,6 +143,7 @@ class Inspectors:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            pipesize=_PIPE,
             # Memory is counted as it is asked for, and numpy's library asks for some for each processor.
             env={**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
         )

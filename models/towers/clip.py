@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from latteflow.models.digests import digest_of_file
 from latteflow.models.errors import ModelError
@@ -43,7 +43,8 @@ class Clip:
     Attributes:
         model: module with ``encode_image(pixels)``, ``encode_text(tokens)`` and ``logit_scale`` like open_clip's.
         tokenizer: list of n strings -> ``(n, context)`` int64.
-        preprocess: any PIL image -> ``(3, height, width)`` float32, the evaluation transform.
+        preprocess: any PIL image -> ``(3, height, width)`` float32, the evaluation transform. Large JPEGs that are not
+            decoded yet are decoded smaller, see :func:`models.towers.images.reduced`.
         dim: width of the joint embedding.
         note: what a reader of results should know about this model; empty for an ordinary CLIP.
     """
@@ -217,7 +218,9 @@ def _load_open_clip(settings: ClipSettings) -> Clip:
             f"({type(error).__name__}: {error}); check the connection, or give an open_clip folder"
         ) from error
     model.eval()
-    prepare = functools.partial(_prepare, transform=transform, pad=settings.resize == "pad")
+    size: Any = model.visual.image_size
+    side = size if isinstance(size, int) else max(size)
+    prepare = functools.partial(_prepare, transform=transform, fit=settings.resize, side=side)
     with torch.inference_mode():
         dim = model.encode_text(tokenizer(["a"])).shape[1]
     return Clip(settings.model, model, tokenizer, prepare, dim)
@@ -324,13 +327,15 @@ def _check_size(name: str, trunk: str, size: Any) -> None:
         ) from error
 
 
-def _prepare(image: Image, *, transform: Callable[[Image], torch.Tensor], pad: bool) -> torch.Tensor:
+def _prepare(
+    image: Image, *, transform: Callable[[Image], torch.Tensor], fit: Literal["crop", "pad"], side: int
+) -> torch.Tensor:
     from PIL import ImageOps
 
-    from latteflow.models.towers.images import to_rgb
+    from latteflow.models.towers.images import reduced, to_rgb
 
-    image = to_rgb(image)
-    if pad:
+    image = to_rgb(reduced(image, side, fit))
+    if fit == "pad":
         image = ImageOps.pad(image, (max(image.size),) * 2, color=(255, 255, 255))
     return transform(image)
 

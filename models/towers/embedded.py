@@ -29,7 +29,7 @@ from latteflow.models.data import wordnet
 from latteflow.models.digests import digest_of_file
 from latteflow.models.errors import ModelError
 from latteflow.models.towers.efficientnet import DIM, EfficientNetLite0, FoldedTower
-from latteflow.models.towers.images import to_rgb
+from latteflow.models.towers.images import reduced, to_rgb
 
 SCHEMA = "latteflow-embedded"
 SCHEMA_VERSION = 1
@@ -234,7 +234,7 @@ def _kernel(queries: Tensor, anchors: Tensor) -> Tensor:
 
 def _crop(image: Image.Image) -> Tensor:
     """The middle of the picture: 224 of 256 parts of the short side."""
-    image = to_rgb(image)
+    image = to_rgb(reduced(image, IMAGE_SIDE_PX, "crop"))
     side = min(image.size) * IMAGE_SIDE_PX / 256
     left, top = ((length - side) / 2 for length in image.size)
     return _pixels(image, (left, top, left + side, top + side))
@@ -242,7 +242,7 @@ def _crop(image: Image.Image) -> Tensor:
 
 def _pad(image: Image.Image) -> Tensor:
     """The whole picture in the middle of a white square."""
-    image = to_rgb(image)
+    image = to_rgb(reduced(image, IMAGE_SIDE_PX, "pad"))
     side = max(image.size)
     if image.width != image.height:
         square = Image.new("RGB", (side, side), "white")

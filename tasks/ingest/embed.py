@@ -17,7 +17,7 @@ from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.features import centred
 from latteflow.tasks.core.stage import StageResult, open_store, run_stage
 
-VERSION = 2
+VERSION = 3
 ESTIMATE = 1
 """Version of :mod:`models.judge.shift`; the features do not depend on it."""
 CANDIDATES = 5

@@ -62,9 +62,13 @@ def test_a_large_jpeg_is_decoded_small_and_says_the_same(exported: Path, tmp_pat
     Image.effect_mandelbrot((1600, 1200), (-2, -1, 1, 1), 100).convert("RGB").save(tmp_path / "a.jpg", quality=95)
     with Image.open(tmp_path / "a.jpg") as image:
         drafted = model.pixels(image)
-        assert image.size == (200, 150)  # an eighth: more than twice the 32 pixels that the model reads
+        assert image.size == (200, 150)  # an eighth: more than 2.5 times the 32 pixels that the model reads
     with Image.open(tmp_path / "a.jpg") as image:
+        assert (model.clip.preprocess(image) == drafted).all()  # as the features that it was adapted to
+    with Image.open(tmp_path / "a.jpg") as image:
+        image.load()  # what is decoded stays as it is
         whole = model.clip.preprocess(image)
+        assert image.size == (1600, 1200)
     assert (drafted - whole).abs().mean() < 0.05
     np.testing.assert_allclose(
         *(model.answers(each[None], 2).probabilities[0, 0] for each in (drafted, whole)), atol=0.01

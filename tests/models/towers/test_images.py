@@ -4,12 +4,13 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from latteflow.models.towers.images import in_range, to_rgb
+from latteflow.models.towers.images import in_range, reduced, to_rgb
 from latteflow.storage.images import open_image
 
 
@@ -407,3 +408,21 @@ def test_profiles_of_srgb_damaged_ones_and_those_of_other_colors_change_nothing(
     grey = Image.new("L", (2, 2), 100)
     grey.info["icc_profile"] = WIDE
     assert pixel(to_rgb(to_rgb(grey))) == (100, 100, 100)
+
+
+@pytest.mark.parametrize(
+    ("form", "fit", "size"),
+    [
+        ("JPEG", "crop", (500, 300)),  # a quarter: 300 is more than 2.5 times 112
+        ("JPEG", "pad", (250, 150)),
+        ("PNG", "crop", (2000, 1200)),
+    ],
+)
+def test_a_jpeg_is_decoded_as_small_as_a_model_lets_it(form: str, fit: Literal["crop", "pad"], size: Any) -> None:
+    out = io.BytesIO()
+    Image.effect_mandelbrot((2000, 1200), (-2, -1, 1, 1), 100).save(out, form, quality=95)
+    side = 84 if fit == "pad" else 112
+    assert reduced(Image.open(out), side, fit).size == size
+    decoded = Image.open(out)
+    decoded.load()
+    assert to_rgb(reduced(decoded, side, fit)).size == (2000, 1200)

@@ -33,5 +33,5 @@ def test_a_large_jpeg_comes_small_and_is_decoded_nowhere_else(monkeypatch: pytes
     assert isinstance(cut, ImageRejected) and cut.reason == "corrupt"
     assert isinstance(refused, ImageRejected) and refused.reason == "too_large"
     assert not isinstance(found, ImageRejected) and found[0] == ImageInfo("jpg", 1600, 1200)
-    assert found[1].size == (800, 600)  # a half: a quarter would be less than twice what the model reads
+    assert found[1].size == (800, 600)  # a half: a quarter would be less than 2.5 times what the model reads
     assert not isinstance(wide, ImageRejected) and wide[1].tobytes() == found[1].tobytes()
