@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -63,6 +65,21 @@ def centred(embeds: np.ndarray, centre: np.ndarray) -> np.ndarray:
     """Unit rows of ``embeds - centre``; a row equal to the centre stays zero."""
     moved = embeds - centre
     return moved / np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), 1e-12)
+
+
+def read_labels(embedded: Artifact, keys: pl.Series | None = None) -> pl.DataFrame:
+    """Key and pseudo-label of the live images of an `embed` artifact, or of those with some keys, in its order.
+
+    Args:
+        keys: of the images that are wanted; the others are not in memory.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = embedded.fetch("zero_shot.parquet", Path(folder))
+        labels = pl.scan_parquet(path, glob=False).select("key", "label")
+        if keys is not None:
+            wanted = keys.to_frame("key").lazy()
+            labels = labels.join(wanted, on="key", how="semi", maintain_order="left")
+        return labels.collect(engine="streaming")
 
 
 def read_features(embedded: Artifact) -> Features:
