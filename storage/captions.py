@@ -30,7 +30,7 @@ import polars as pl
 from latteflow.storage.errors import NotFound, StorageError
 from latteflow.storage.fingerprint import canonical_json, sha256
 from latteflow.storage.objects import ObjectStore
-from latteflow.storage.tables import parquet, read_safetensors, safetensors
+from latteflow.storage.tables import are_in, parquet, read_safetensors, safetensors
 
 CAPTION_SCHEMA: dict[str, Any] = {
     "caption_key": pl.String,
@@ -93,8 +93,8 @@ class _Directory:
         Args:
             failed: those without a text count as well.
         """
-        found = _are_in(wanted, self.texts)
-        return found | _are_in(wanted, self.errors) if failed else found
+        found = are_in(wanted, self.texts)
+        return found | are_in(wanted, self.errors) if failed else found
 
 
 def describer_id(identity: Mapping[str, Any]) -> str:
@@ -421,15 +421,6 @@ def _numbers(keys: pl.Series) -> np.ndarray:
     """The first eight bytes of each key as a number, ``(len(keys),)`` uint64."""
     bytes_ = keys.str.head(16).str.decode("hex")
     return bytes_.bin.reinterpret(dtype=pl.UInt64, endianness="big").to_numpy()
-
-
-def _are_in(wanted: np.ndarray, there: np.ndarray) -> np.ndarray:
-    """Which numbers are among sorted ones, ``(len(wanted),)`` bool."""
-    if not len(there):
-        return np.zeros(len(wanted), bool)
-    place = np.minimum(np.searchsorted(there, wanted), len(there) - 1)
-    found: np.ndarray = there[place] == wanted
-    return found
 
 
 def _is_named(data: bytes, name: str) -> bool:

@@ -422,6 +422,11 @@ class Greys:
         self._shards, self._keys = shards, keys
         self._asked = json.loads(shards.read(_GREYS_FILE)) if _GREYS_FILE in shards.files else "auto"
 
+    @property
+    def any(self) -> bool:
+        """Whether there are greys of more than 8 bits, or a range for all."""
+        return self._asked != "auto" or bool(self._shards.names(_GREYS))
+
     @functools.cached_property
     def _whites(self) -> dict[str, int]:
         if self._asked != "auto":
@@ -536,14 +541,26 @@ def _table(
     keys: pl.DataFrame | None = None,
 ) -> pl.DataFrame:
     """Some columns of all tables of a kind, or of some shards; of all rows, or of those with some keys."""
-    names = [name for name in shards.names(suffix) if only is None or name.removesuffix(suffix) in only]
-    # Many at once: of a small table, polars takes ten times as long to begin as to read.
-    at_once = len(names) if keys is None else _TABLES_AT_ONCE
     found = [pl.DataFrame(schema=schema)]
-    for start in range(0, len(names), max(at_once, 1)):
-        some = pl.read_parquet([shards.read(name) for name in names[start : start + at_once]], columns=list(schema))
+    for some in _together(shards, suffix, list(schema), only, _TABLES_AT_ONCE if keys is not None else None):
         found.append(some if keys is None else some.join(keys, on="key", how="semi", maintain_order="left"))
     return pl.concat(found)
+
+
+def index_tables(shards: Artifact, columns: list[str]) -> Iterator[pl.DataFrame]:
+    """Some columns of all images that were ever packed, in the order of the shards, some shards at a time."""
+    return _together(shards, _INDEX, columns, None, _TABLES_AT_ONCE)
+
+
+def _together(
+    shards: Artifact, suffix: str, columns: list[str], only: Collection[str] | None, at_once: int | None
+) -> Iterator[pl.DataFrame]:
+    """Some columns of tables of a kind, so many tables together; None: all."""
+    names = [name for name in shards.names(suffix) if only is None or name.removesuffix(suffix) in only]
+    # Many at once: of a small table, polars takes ten times as long to begin as to read.
+    step = at_once or max(len(names), 1)
+    for start in range(0, len(names), step):
+        yield pl.read_parquet([shards.read(name) for name in names[start : start + step]], columns=columns)
 
 
 def _tables(shards: Artifact, suffix: str, columns: list[str]) -> Iterator[tuple[str, pl.DataFrame]]:
