@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import numpy as np
 import polars as pl
 
 from latteflow.storage.artifacts import ArtifactWriter
@@ -58,7 +58,7 @@ class Group(NamedTuple):
     """Keys, the anchor among them; sorted, so that equal groups are equal."""
 
 
-def look_alikes(labels: Mapping[str, int] | pl.DataFrame, size: int, anchors: pl.Series | None = None) -> list[Group]:
+def look_alikes(labels: Mapping[str, int], size: int) -> list[Group]:
     """Groups of images that share a pseudo-label, one anchored at every image (LatteCLIP's preparation).
 
     The official code draws members at random. Here a class's images stand in a ring in the order of their keys, which
@@ -66,27 +66,14 @@ def look_alikes(labels: Mapping[str, int] | pl.DataFrame, size: int, anchors: pl
     and a new image changes only the ``size`` groups it enters.
 
     Args:
-        labels: image key -> pseudo-label; or a table of both, key and label.
+        labels: image key -> pseudo-label.
         size: images in a group; a class with fewer gives groups of all its images.
-        anchors: keys of the images whose groups are wanted; None: all.
-
-    Returns:
-        by label and key of the anchor.
     """
-    if not isinstance(labels, pl.DataFrame):
-        labels = pl.DataFrame(list(labels.items()), {"key": pl.String, "label": pl.Int64}, orient="row")
-    rings = (
-        labels.sort("label", "key")
-        .with_row_index("row")
-        .with_columns(start=pl.col("row").min().over("label"), length=pl.len().over("label"))
-    )
-    wanted = (
-        rings if anchors is None else rings.join(anchors.to_frame("key"), on="key", how="semi", maintain_order="left")
-    )
-    row, start, length = (wanted[name].to_numpy().astype(np.int64)[:, None] for name in ("row", "start", "length"))
-    around = start + (row - start + np.arange(size)) % length
-    keys = rings["key"].gather(around.ravel()).to_list()
+    rings: dict[int, list[str]] = defaultdict(list)
+    for key in sorted(labels):
+        rings[labels[key]].append(key)
     return [
-        Group(anchor, label, tuple(sorted(set(keys[place * size : (place + 1) * size]))))
-        for place, (anchor, label) in enumerate(wanted.select("key", "label").iter_rows())
+        Group(anchor, label, tuple(sorted({ring[(start + step) % len(ring)] for step in range(min(size, len(ring)))})))
+        for label, ring in sorted(rings.items())
+        for start, anchor in enumerate(ring)
     ]
