@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import polars as pl
@@ -14,7 +14,7 @@ from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.stage import StageResult, open_store, run_stage
 from latteflow.tasks.describe.texts import Gallery, Texts, describer_identity, questions_identity, text_counts
 
-VERSION = 1
+VERSION = 2
 
 
 def group(domain: Domain, shards: StageResult, embedded: StageResult) -> StageResult:
@@ -61,19 +61,29 @@ class Group(NamedTuple):
 def look_alikes(labels: Mapping[str, int], size: int) -> list[Group]:
     """Groups of images that share a pseudo-label, one anchored at every image (LatteCLIP's preparation).
 
-    The official code draws members at random. Here a class's images stand in a ring in the order of their keys, which
-    are digests and so in random order, and a group is the anchor and the next ``size - 1``: membership needs no seed,
-    and a new image changes only the ``size`` groups it enters.
+    The official code draws members at random. Here a class's images stand in a line as they came: by shard and, in a
+    shard, by key, which is a digest and so in random order. A group is the anchor and the ``size - 1`` before it, so
+    that images that come later change no group. The first ``2 size - 1`` of a class have too few before them and stand
+    in a ring, where a group is the anchor and those after it: no two of a class are the same, and membership needs no
+    seed.
 
     Args:
-        labels: image key -> pseudo-label.
+        labels: image key -> pseudo-label, in the order of shards, as `embed` keeps them.
         size: images in a group; a class with fewer gives groups of all its images.
     """
-    rings: dict[int, list[str]] = defaultdict(list)
-    for key in sorted(labels):
-        rings[labels[key]].append(key)
+    lines: dict[int, list[str]] = defaultdict(list)
+    for key, label in labels.items():
+        lines[label].append(key)
     return [
-        Group(anchor, label, tuple(sorted({ring[(start + step) % len(ring)] for step in range(min(size, len(ring)))})))
-        for label, ring in sorted(rings.items())
-        for start, anchor in enumerate(ring)
+        Group(anchor, label, tuple(sorted(_beside(line, place, size))))
+        for label, line in sorted(lines.items())
+        for place, anchor in enumerate(line)
     ]
+
+
+def _beside(line: Sequence[str], place: int, size: int) -> set[str]:
+    """Members of the group that is anchored at a place of the line."""
+    ring = min(len(line), 2 * size - 1)
+    if place >= ring:
+        return set(line[place - size + 1 : place + 1])
+    return {line[(place + step) % ring] for step in range(size)}
