@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
+import numpy as np
 import polars as pl
 
 from latteflow.models.texts.describers import Kind
@@ -15,14 +16,16 @@ from latteflow.storage.captions import CaptionStore, describer_id
 from latteflow.storage.shards import packed_images, read_index
 from latteflow.storage.tables import parquet
 from latteflow.tasks.core.domain import Domain
-from latteflow.tasks.core.features import read_labels
+from latteflow.tasks.core.features import read_keys, read_label_numbers, read_labels
 from latteflow.tasks.core.stage import StageResult, open_store, run_stage
-from latteflow.tasks.describe.group import look_alikes
+from latteflow.tasks.describe.group import members_of
 from latteflow.tasks.describe.texts import Gallery, Question, Texts, describer_identity, questions_identity, text_counts
 
 VERSION = 1
 _AT_ONCE = 50_000
 """Images whose questions are in memory."""
+_LOOKED_THROUGH = 20
+"""Shards that are looked through at once for members of groups."""
 
 
 def describe(domain: Domain, shards: StageResult, embedded: StageResult) -> StageResult:
@@ -128,20 +131,42 @@ class _Asked:
     def of(self, names: Sequence[str]) -> tuple[dict[Kind, Texts], dict[Kind, list[list[Question]]]]:
         """The texts of some shards, and of each shard the questions. Of other shards only the members are in memory."""
         own = read_index(self._images, only=names)
-        groups = look_alikes(read_labels(self._features), self._domain.group.size, own["key"])
-        members = {key for group in groups for key in group.members}
-        others = pl.Series("key", list(members - set(own["key"])), dtype=pl.String)
-        index = pl.concat([own, read_index(self._images, keys=others)])
+        anchors = read_labels(self._features, own["key"])
+        groups = members_of(self._labels, anchors["number"].to_numpy(), self._domain.group.size)
+        key_of = dict(anchors.select("number", "key").iter_rows())
+        elsewhere = {number for group in groups for number in group} - key_of.keys()
+        others = read_keys(self._features, np.array(sorted(elsewhere), np.uint32))
+        key_of |= dict(others.iter_rows())
+        index = pl.concat([own, *self._find(others["key"], names[0])])
         gallery = Gallery(self._domain, self._images, self._features, index)
-        keys, members_of = gallery.keys_by_shard(), {group.anchor: group.members for group in groups}
+        keys = gallery.keys_by_shard()
+        members_by_key = {
+            anchor: tuple(sorted(key_of[number] for number in group))
+            for anchor, group in zip(anchors["key"], groups, strict=True)
+        }
         found: dict[Kind, list[list[Question]]] = {kind: [] for kind in self.kinds}
         for name in names:
-            anchors, ask = sorted(keys.get(name, [])), gallery.questions
+            about, ask = sorted(keys.get(name, [])), gallery.questions
             about_classes = class_questions(self._domain, self._domain.classes) if name == self.shards[0] else []
             found["class"].append(about_classes)
-            found["image"].append([each for key in anchors for each in ask("image", [key])])
-            found["group"].append([each for key in anchors for each in ask("group", members_of[key])])
+            found["image"].append([each for key in about for each in ask("image", [key])])
+            found["group"].append([each for key in about for each in ask("group", members_by_key[key])])
         return {kind: open_texts(gallery=gallery) for kind, open_texts in self._open.items()}, found
+
+    @functools.cached_property
+    def _labels(self) -> np.ndarray:
+        return read_label_numbers(self._features)
+
+    def _find(self, keys: pl.Series, near: str) -> Iterator[pl.DataFrame]:
+        """Index rows of some images, which probably lie in the shards before one, the nearest first, or after it."""
+        place = self.shards.index(near)
+        order = [*reversed(self.shards[:place]), *self.shards[place:]]
+        for start in range(0, len(order), _LOOKED_THROUGH):
+            if not len(keys):
+                return
+            found = read_index(self._images, only=order[start : start + _LOOKED_THROUGH], keys=keys)
+            keys = keys.filter(~keys.is_in(found["key"].implode()))
+            yield found
 
 
 def _stretches(images: Mapping[str, int]) -> Iterator[list[str]]:

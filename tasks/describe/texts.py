@@ -99,7 +99,7 @@ class Gallery:
         labels = read_labels(embedded, live["key"])
         self.index = live.join(labels, on="key", how="semi", maintain_order="left")
         self._place = {key: row for row, key in enumerate(self.index["key"])}
-        self.labels = dict(labels.iter_rows())
+        self.labels = dict(labels.select("key", "label").iter_rows())
         self._greys = Greys(images, self.index["key"])
         self._digests, self.paths = self.index["sha256"].to_list(), self.index["path"].to_list()
         self._opened = functools.lru_cache(_DECODED)(self._open)
