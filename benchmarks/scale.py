@@ -30,6 +30,8 @@ import polars as pl
 CLASSES = 100
 SHARD = 200
 """Images in a shard, so that two million are in 10,000 shards."""
+WRITTEN = 20_000
+"""Texts in a part of the caption store before it is compacted."""
 RANGE = 50
 """Shards of the range whose worker is started: the last ones."""
 DOMAIN = """\
@@ -139,10 +141,11 @@ def _images(folder: Path, images: int) -> pl.DataFrame:
     """Tars that nobody opens, and what is in them: path, container, place, sha256, key, shard; by shard and key."""
     from latteflow.storage.listing import key_of
 
-    (folder / "images").mkdir(parents=True)
-    shards = -(-images // SHARD)
-    for shard in range(shards):
-        (folder / "images" / f"c-{shard:06d}.tar").write_bytes(b"x")
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for shard in range(-(-images // SHARD)):
+        tar = folder / "images" / f"c-{shard:06d}.tar"
+        if not tar.exists():  # a store whose building was stopped is taken up
+            tar.write_bytes(b"x")
     number = np.arange(images)
     frame = pl.DataFrame({"place": number}).with_columns(
         sha256=_hex(images, 32, seed=1),
@@ -236,73 +239,62 @@ class _Made:
         writer.put("zero_shot", {}, files, rows=labels.height)
 
     def _describe(self, writer: Any, inputs: Mapping[str, Any]) -> None:
+        from latteflow.storage.captions import caption_key
         from latteflow.storage.tables import parquet
 
-        texts = self._texts("image", inputs["describer"], self._index.select(members=pl.concat_list("sha256")))
-        texts = texts.with_columns(member_keys=self._index.select(pl.concat_list("key")).to_series())
-        for number, name in enumerate(name for name, _ in self._by_shard):
-            table = _asked(texts[number * SHARD : (number + 1) * SHARD])
-            writer.put(name, {"texts": number}, {f"{name}.captions.parquet": parquet(table)}, rows=table.height)
+        (prompt,) = self._domain.prompt_pack.image
+        who = self._who("image", inputs["describer"])
+        keys = [caption_key(who, [content], prompt) for content in self._index["sha256"]]
+        self._say("image", prompt, pl.Series(keys))
+        table = parquet(pl.DataFrame({"caption_key": [""]}))  # which no step reads
+        for name, rows in self._by_shard:
+            writer.put(name, {"texts": name}, {f"{name}.captions.parquet": table}, rows=rows.height)
 
     def _group(self, writer: Any, inputs: Mapping[str, Any]) -> None:
         from latteflow.storage.tables import parquet
-        from latteflow.tasks.describe.group import look_alikes
 
-        groups = look_alikes(dict(self._labels.iter_rows()), self._domain.group.size)
-        content = dict(self._index.select("key", "sha256").iter_rows())
-        frame = pl.DataFrame(
-            {
-                "label": [group.label for group in groups],
-                "member_keys": [list(group.members) for group in groups],
-                "members": [[content[key] for key in group.members] for group in groups],
-                "place": self._index.select("key", "place").join(
-                    pl.DataFrame({"key": [group.anchor for group in groups]}), on="key", how="right"
-                )["place"],
-            }
-        ).sort("place")
-        texts = self._texts("group", inputs["describer"], frame.select("members"))
-        table = _asked(texts.with_columns(frame["member_keys"])).with_columns(frame["label"])
-        writer.put("groups", {}, {"groups.parquet": parquet(table)}, rows=table.height)
+        (prompt,) = self._domain.prompt_pack.group
+        self._who("group", inputs["describer"])
+        self._say("group", prompt, _hex(self._index.height, 32, seed=5))  # about groups that nobody asks about
+        writer.put("groups", {}, {"groups.parquet": parquet(pl.DataFrame({"caption_key": [""]}))})
 
-    def _texts(self, kind: str, identity: Mapping[str, Any], members: pl.DataFrame) -> pl.DataFrame:
-        """Rows of the caption schema; all but the last shard's are in the caption store, as workers would leave it."""
-        from latteflow.storage.captions import CAPTION_SCHEMA, CaptionStore, caption_key, describer_id
+    def _who(self, kind: str, identity: Mapping[str, Any]) -> str:
+        from latteflow.storage.captions import describer_id
 
-        pack = self._domain.prompt_pack
-        (prompt,) = pack.image if kind == "image" else pack.group
-        who = self.who[kind] = describer_id({"kind": kind, **identity})
-        n = members.height
-        keys = [caption_key(who, each, prompt) for each in members["members"]]
-        words = [f"a {hashlib.sha256(bytes([n])).hexdigest()[:6]} thing" for n in range(256)]
+        self.who[kind] = describer_id({"kind": kind, **identity})
+        return self.who[kind]
+
+    def _say(self, kind: str, prompt: str, keys: pl.Series) -> None:
+        """Texts of all shards but the last into the caption store, in parts as a worker writes them, then compacted."""
+        from latteflow.storage.captions import CAPTION_SCHEMA, CaptionStore
+
+        pack, n = self._domain.prompt_pack, self._index.height
+        words = [f"a {hashlib.sha256(bytes([number])).hexdigest()[:6]} thing" for number in range(256)]
         said = np.random.default_rng(4).integers(256, size=(3, n))
-        table = members.with_columns(
-            caption_key=pl.Series(keys),
-            kind=pl.lit(kind),
-            text=pl.concat_str([pl.Series([words[k] for k in row]) for row in said.tolist()], separator=" beside "),
-            flags=pl.lit([], pl.List(pl.String)),
-            finish_reason=pl.lit("stop"),
-            prompt_tokens=pl.lit(300, pl.Int32),
-            output_tokens=pl.lit(20, pl.Int32),
-            model=pl.lit("made-up"),
-            revision=pl.lit("1"),
-            prompt_id=pl.lit(pack.id),
-            prompt=pl.lit(prompt),
-            sampling=pl.lit("{}"),
-            engine=pl.lit("none"),
-            detail=pl.lit("", pl.String),
-        ).select(*CAPTION_SCHEMA)
-        captions = CaptionStore(self._store.objects)
-        known = table[: -(n % SHARD or SHARD)]
-        for start in range(0, known.height, 5000):
-            captions.add(who, known[start : start + 5000])
-        CaptionStore(self._store.objects).compact(who)
-        return table
-
-
-def _asked(texts: pl.DataFrame) -> pl.DataFrame:
-    """A table as `describe` writes it."""
-    first = texts.select("member_keys", index=pl.lit(0, pl.Int32))
-    return pl.concat([first, texts.drop("member_keys")], how="horizontal")
+        table = (
+            pl.DataFrame({"caption_key": keys, "members": self._index["sha256"]})
+            .with_columns(
+                members=pl.concat_list("members"),
+                kind=pl.lit(kind),
+                text=pl.concat_str([pl.Series(words).gather(row) for row in said], separator=" beside "),
+                flags=pl.lit([], pl.List(pl.String)),
+                finish_reason=pl.lit("stop"),
+                prompt_tokens=pl.lit(300, pl.Int32),
+                output_tokens=pl.lit(20, pl.Int32),
+                model=pl.lit("made-up"),
+                revision=pl.lit("1"),
+                prompt_id=pl.lit(pack.id),
+                prompt=pl.lit(prompt),
+                sampling=pl.lit("{}"),
+                engine=pl.lit("none"),
+                detail=pl.lit("", pl.String),
+            )
+            .select(*CAPTION_SCHEMA)
+        )
+        captions, known = CaptionStore(self._store.objects), n - (n % SHARD or SHARD)
+        for start in range(0, known, WRITTEN):
+            captions.add(self.who[kind], table[start : min(start + WRITTEN, known)])
+        captions.compact(self.who[kind])
 
 
 def _hex(count: int, size: int, seed: int) -> pl.Series:

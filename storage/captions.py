@@ -133,6 +133,8 @@ class CaptionStore:
             failed: errors count as well.
         """
         wanted = pl.Series("caption_key", list(keys), dtype=pl.String)
+        if not len(wanted):
+            return set()
         numbers = _numbers(wanted)
         found = np.zeros(len(numbers), bool)
         for _, directory in self._directories(describer):

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import polars as pl
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
 _DECODED = 64
 """Images kept decoded: the groups of a class share members with those next to them."""
 _collecting: ContextVar[bool] = ContextVar("collecting", default=False)
+_features: WeakKeyDictionary[Artifact, tuple[dict[str, int], np.ndarray]] = WeakKeyDictionary()
+"""Of the galleries of one stage, which read them once: key -> row, and unit rows."""
 _model = threading.Lock()
 """`describe` and `group` may run side by side. A model serves one of them at a time: vLLM has one reader, and the
 `concurrency` of a server is for both."""
@@ -104,11 +107,13 @@ class Gallery:
         self._digests, self.paths = self.index["sha256"].to_list(), self.index["path"].to_list()
         self._opened = functools.lru_cache(_DECODED)(self._open)
 
-    @functools.cached_property
+    @property
     def _features(self) -> tuple[dict[str, int], np.ndarray]:
         # Most describers never look at them, and a worker of many has no room for those of ten million images.
-        found = read_features(self._embedded)
-        return {key: row for row, key in enumerate(found.keys)}, found.features
+        if self._embedded not in _features:
+            found = read_features(self._embedded)
+            _features[self._embedded] = {key: row for row, key in enumerate(found.keys)}, found.features
+        return _features[self._embedded]
 
     @functools.cached_property
     def all_paths(self) -> list[str]:
@@ -225,7 +230,8 @@ class Texts:
         for name, keys in left.items():
             for key in keys:
                 owners[key].append(name)
-        yield [name for name, keys in left.items() if not keys]
+        if done_before := [name for name, keys in left.items() if not keys]:
+            yield done_before
         missing = [key for key in wanted if key not in known]
         if missing and _collecting.get():
             raise EngineStopped(f"{len(missing)} texts of kind {self._kind} were not written by the workers; run again")
