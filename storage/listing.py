@@ -40,7 +40,7 @@ REMOTE_THREADS = 16
 
 CHUNK, _CHUNK_BYTES = 256, 4 << 20
 _ROWS = 8192
-_BATCH = 65_536
+_BATCH = 16_384
 _FEW = 50_000
 """New images that are listed in memory."""
 _KEEP_EVERY = 30.0
