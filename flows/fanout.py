@@ -26,7 +26,7 @@ from prefect.states import Cancelling
 from latteflow.storage.errors import DataError
 from latteflow.tasks.core.domain import Domain, WorkerSettings
 from latteflow.tasks.core.stage import NotMade, StageResult, rules
-from latteflow.tasks.describe.describe import describe, missing_texts
+from latteflow.tasks.describe.describe import describe, missing_texts, tidy_texts
 from latteflow.tasks.describe.group import group
 
 DESCRIBE, PAIR, TUNE = "describe/describe", "pair/pair", "tune/tune"
@@ -66,6 +66,7 @@ def write_on_pool(domain: Domain, images: StageResult, features: StageResult) ->
     given = {"domain": _as_given(domain), "images": asdict(images.ref), "features": asdict(features.ref)}
     with get_client(sync_client=True) as client:
         pool = _Pool(client, domain, DESCRIBE, workers)
+        tidy_texts(domain, features)
         missing = missing_texts(domain, images, features)
         total = sum(missing)
         for first, last in pool.adopt(given):

@@ -29,6 +29,8 @@ _REMAKES = {
     "group": {"describer", "prompts", "size"},
     "pair": {"describer", "prompts", "pairs"},
 }
+_AT_ONCE = 50_000
+"""Images whose keys are in memory."""
 _UNITS = {"describe": "texts", "group": "texts", "pair": "texts", "tune": "models", "select": "models", "report": "run"}
 
 
@@ -197,17 +199,27 @@ class _Planner:
             return len(asked) * (min(everything, touched) if some else everything), True
         if any("{class}" in question for question in asked):  # new images have no pseudo-label yet
             return len(asked) * (planned.images.new if some else everything), True
-        contents = set(planned.images.contents)
-        if not contents and images.result:
-            shards = self._store.open(images.result.ref)
-            greys, rows = Greys(shards), read_index(shards).select("key", "sha256").iter_rows()
-            contents = {greys.content(*row) for row in rows}
+        contents = planned.images.new_contents
+        if images.result and not some:
+            contents = pl.concat([contents, _contents(self._store.open(images.result.ref))])
+        contents = contents.unique()
         inputs = missing.inputs if missing else old.inputs if old else None
         if inputs is None or shifted:
             return len(asked) * len(contents), not shifted
         who = describer_id({"kind": "image", **inputs["describer"]})
-        keys = {caption_key(who, [content], question) for content in contents for question in asked}
-        return len(keys - CaptionStore(self._store.objects).known(who, keys)), False
+        return self._unwritten(who, contents, asked), False
+
+    def _unwritten(self, who: str, contents: pl.Series, asked: Sequence[str]) -> int:
+        """How many of the questions about these images nobody has answered."""
+        captions = CaptionStore(self._store.objects)
+        if not captions.has_texts(who):
+            return len(contents) * len(asked)
+        count = 0
+        for start in range(0, len(contents), _AT_ONCE):
+            some = contents[start : start + _AT_ONCE]
+            keys = {caption_key(who, [content], question) for content in some for question in asked}
+            count += len(keys - captions.known(who, keys))
+        return count
 
     def _tokens(self, stage: str, texts: int, inputs: Mapping[str, Any] | None) -> Tokens | None:
         """By the texts that the describer wrote so far, else by the domain's prices, else by the model's processor."""
@@ -225,6 +237,14 @@ class _Planner:
             prompt = mean_prompt_tokens(self._store, domain, stage)
         output = describer.max_tokens if output is None else output
         return None if prompt is None else Tokens(round(texts * prompt), round(texts * output))
+
+
+def _contents(shards: Artifact) -> pl.Series:
+    """Digests of the live images as they are seen."""
+    greys, rows = Greys(shards), read_index(shards).select("key", "sha256")
+    if not greys.any:
+        return rows["sha256"]
+    return pl.Series([greys.content(*row) for row in rows.iter_rows()], dtype=pl.String)
 
 
 def cost(domain: Domain, planned: Sequence[Planned]) -> float | None:

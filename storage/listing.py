@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import logging
+import os
+import shutil
 import sqlite3
+import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import IO, Any, TypeVar
 
+import numpy as np
 import polars as pl
 
-from latteflow.storage.errors import StorageError
+from latteflow.storage.errors import NotFound, StorageError
 from latteflow.storage.fingerprint import sha256
 from latteflow.storage.images import ImageLimits, ImageRejected
 from latteflow.storage.objects import ObjectStore
 from latteflow.storage.sources import Entry, Source
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from latteflow.storage.tables import are_in
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -36,6 +40,9 @@ REMOTE_THREADS = 16
 
 CHUNK, _CHUNK_BYTES = 256, 4 << 20
 _ROWS = 8192
+_BATCH = 16_384
+_FEW = 50_000
+"""New images that are listed in memory."""
 _KEEP_EVERY = 30.0
 """Seconds after which the digests so far are kept."""
 _STAT_SCHEMA = {
@@ -76,26 +83,55 @@ class Listing:
 
     The tables live in :attr:`database`: ``image``, and ``known``, which is what the last run knew. They are a temporary
     file of SQLite's own, which vanishes with this object.
+
+    Args:
+        known: where the last run knew nearly all of it, what it knew and how that changed. The database is then made
+            for who asks for it.
     """
 
-    def __init__(self) -> None:
-        self.database = sqlite3.connect("", isolation_level=None)
-        self.database.executescript(_TABLES)
-        self.database.create_function("key_of", 2, key_of, deterministic=True)
+    def __init__(self, known: Changed | None = None) -> None:
+        self._known = known
+
+    @functools.cached_property
+    def database(self) -> sqlite3.Connection:
+        database = sqlite3.connect("", isolation_level=None)
+        database.executescript(_TABLES)
+        database.create_function("key_of", 2, key_of, deterministic=True)
+        self.__dict__["database"] = database
+        if self._known is not None:
+            self.fill("image", ((*row, key_of(row[0], row[-1])) for rows in self._known.rows() for row in rows.rows()))
+        return database
 
     def __enter__(self) -> Listing:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.database.close()
+        if "database" in self.__dict__:
+            self.database.close()
+        if self._known is not None:
+            self._known.close()
 
     def __len__(self) -> int:
-        return int(self.one("SELECT count(*) FROM image"))
+        return sum(rows.height for rows in self.rows())
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """Of all paths and contents."""
-        return digest_of(self.database.execute("SELECT path, sha256 FROM image ORDER BY path"))
+        running = hashlib.sha256()
+        for rows in self.rows():
+            running.update(
+                rows.select(_joined(pl.col("path"), pl.col("sha256"))).to_series().str.join("").item().encode()
+            )
+        return running.hexdigest()
+
+    def rows(self) -> Iterator[pl.DataFrame]:
+        """Path, stamp, size, container, place and sha256 of the images, by path, some thousands at a time."""
+        if self._known is not None:
+            yield from self._known.rows()
+            return
+        found = self.database.execute("SELECT path, stamp, size, container, place, sha256 FROM image ORDER BY path")
+        while some := found.fetchmany(_ROWS):
+            yield pl.DataFrame(some, _STAT_SCHEMA, orient="row")
 
     def one(self, query: str, *values: Any) -> Any:
         """The single value of a query."""
@@ -191,9 +227,15 @@ class StatCache:
         Raises:
             DataError: see :meth:`~storage.sources.Source.scan`.
         """
+        changed = self._few_changes(source, limits)
+        if changed is not None:
+            listing = Listing(changed)
+            if changed.any:
+                self._write(listing)
+            return listing
         listing = Listing()
         try:
-            listing.fill("known", self._read())
+            listing.fill("known", (row for rows in self._read() for row in rows.rows()))
             listing.scan(source)
             kept = time.monotonic()
             for some in _contents(source, limits, listing.new()):
@@ -212,29 +254,162 @@ class StatCache:
             raise
         return listing
 
-    def _read(self) -> Iterator[tuple[Any, ...]]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
+    def _few_changes(self, source: Source, limits: ImageLimits) -> Changed | None:
+        """How the source changed since the last listing; None if in many places, or if there is no sound listing."""
+        changed = Changed(self._copy)
         try:
-            if self._objects.exists(self._key):
-                with pq.ParquetFile(io.BytesIO(self._objects.read(self._key))) as file:
-                    for batch in file.iter_batches(_ROWS, use_threads=False):
-                        yield from pl.DataFrame(batch).select(pl.col(n).cast(k) for n, k in _STAT_SCHEMA.items()).rows()
-        except (pa.ArrowException, pl.exceptions.PolarsError, OSError, ValueError, StorageError) as error:
+            found = changed.look(source)
+            if found is not None:
+                changed.add(
+                    found,
+                    {path: (digest, size) for some in _contents(source, limits, found) for digest, size, path in some},
+                )
+                return changed
+        except BaseException:
+            changed.close()
+            raise
+        changed.close()
+        return None
+
+    def _read(self) -> Iterator[pl.DataFrame]:
+        with self._copy() as file:
+            yield from _known_rows(file)
+
+    def _copy(self) -> IO[bytes]:
+        """A copy of the last listing on the local disk, that nobody replaces; empty if there is none."""
+        file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # the caller closes it
+        try:
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                self._objects.fetch(self._key, Path(folder)).open("rb") as last,
+            ):
+                shutil.copyfileobj(last, file)
+        except NotFound:
+            pass
+        except StorageError as error:
             log.warning("the stat cache is unreadable and starts afresh: %s", error)
+        return file
 
     def _write(self, listing: Listing) -> None:
         """Replace the cache by this listing; what could not be read is tried again next time."""
         import pyarrow.parquet as pq
 
         out = io.BytesIO()
-        query = "SELECT path, stamp, size, container, place, nullif(sha256, ?) FROM image ORDER BY path"
-        rows = listing.database.execute(query, (UNREADABLE,))
-        with pq.ParquetWriter(out, _table([]).schema, compression="zstd") as file:
-            while some := rows.fetchmany(_ROWS):
-                file.write_table(_table(some))
+        readable = pl.when(pl.col("sha256") != UNREADABLE).then("sha256")
+        with pq.ParquetWriter(out, pl.DataFrame(schema=_STAT_SCHEMA).to_arrow().schema, compression="zstd") as file:
+            for rows in listing.rows():
+                # By way of polars: handed Python objects, Arrow would import pandas.
+                file.write_table(rows.with_columns(sha256=readable).to_arrow())
         self._objects.put(self._key, out.getvalue())
+
+
+class Changed:
+    """What a source holds, as the last listing plus what is new minus what is gone. In memory are the new ones alone,
+    and eight bytes of each image file.
+
+    Args:
+        copy: opens the last listing.
+    """
+
+    def __init__(self, copy: Callable[[], IO[bytes]]) -> None:
+        self._file = copy()
+        self._containers: set[str] = set()
+        """Those that are as they were."""
+        self._files = np.zeros(0, np.uint64)
+        """Image files that are as they were, by path and stamp; sorted."""
+        self._new = pl.DataFrame(schema=_STAT_SCHEMA)
+        self.any = False
+        """Whether anything is new or gone."""
+
+    def close(self) -> None:
+        self._file.close()
+
+    def look(self, source: Source) -> list[Entry] | None:
+        """The new and changed images; None if they are many, or if the last listing is not sound.
+
+        Raises:
+            DataError: see :meth:`~storage.sources.Source.scan`.
+        """
+        known = self._look_back()
+        if known is None:
+            return None
+        files, containers = known
+        seen = np.zeros(len(files), bool)
+        new: list[Entry] = []
+        for some in _some(source.files()):
+            loose = [entry for entry in some if not entry.container]
+            hashes = _hashes(
+                pl.DataFrame([entry[:2] for entry in loose], {"path": pl.String, "stamp": pl.Int64}, orient="row")
+            )
+            place = np.minimum(np.searchsorted(files, hashes), max(len(files) - 1, 0))
+            same = files[place] == hashes if len(files) else np.zeros(len(hashes), bool)
+            seen[place[same]] = True
+            new += [entry for entry, is_same in zip(loose, same.tolist(), strict=True) if not is_same]
+            for entry in some:
+                if entry.container and containers.get(entry.path) == entry.stamp:
+                    self._containers.add(entry.path)
+                elif entry.container:
+                    new += islice(source.members(entry), _FEW + 1)
+            if len(new) > _FEW:
+                return None
+        self._files = files[seen]
+        self.any = bool(new) or not seen.all() or self._containers != containers.keys()
+        return new
+
+    def add(self, new: Sequence[Entry], contents: Mapping[str, tuple[str, int]]) -> None:
+        """Take in what is new.
+
+        Args:
+            contents: path -> digest and size.
+        """
+        rows = [
+            (each.path, each.stamp, contents[each.path][1], each.container, each.place, contents[each.path][0])
+            for each in new
+        ]
+        self._new = (
+            pl.DataFrame(rows, _STAT_SCHEMA, orient="row")
+            .unique("path", keep="first", maintain_order=True)
+            .sort("path")
+        )
+
+    def rows(self) -> Iterator[pl.DataFrame]:
+        """As :meth:`Listing.rows`."""
+        done = 0
+        for rows in _known_rows(self._file):
+            if not rows.height:
+                continue
+            loose = pl.col("container") == ""
+            same = pl.Series(are_in(_hashes(rows), self._files))
+            kept = rows.filter((loose & same) | (~loose & pl.col("container").is_in(self._containers)))
+            upto = int(self._new["path"].search_sorted(rows["path"][-1], side="right"))
+            yield pl.concat([kept, self._new[done:upto]]).sort("path") if upto > done else kept
+            done = upto
+        if done < self._new.height:
+            yield self._new[done:]
+
+    def _look_back(self) -> tuple[np.ndarray, dict[str, int]] | None:
+        """Image files, as sorted hashes of path and stamp, and containers with their stamp, of the last listing."""
+        files, containers, broken, last = [], dict[str, int](), set[str](), ""
+        for rows in _known_rows(self._file):
+            if not rows.height:
+                continue
+            if rows["sha256"].null_count() or not rows["path"].is_sorted() or rows["path"][0] < last:
+                return None
+            last = rows["path"][-1]
+            loose = pl.col("container") == ""
+            files.append(_hashes(rows.filter(loose)))
+            inside = (
+                rows.filter(~loose)
+                .group_by("container")
+                .agg(pl.col("stamp").first(), different=pl.col("stamp").n_unique(), place=pl.col("place").min())
+            )
+            for container, stamp, different, place in inside.iter_rows():
+                if different > 1 or place < 0 or containers.setdefault(container, stamp) != stamp:
+                    broken.add(container)
+        if not last:
+            return None
+        sound = {container: stamp for container, stamp in containers.items() if container not in broken}
+        return np.sort(np.concatenate(files)), sound
 
 
 def chunks(found: Iterable[Entry]) -> Iterator[list[Entry]]:
@@ -262,9 +437,39 @@ def ahead(pool: Executor, work: Callable[[T], U], items: Iterable[T], most: int)
         yield waiting.popleft().result()
 
 
-def _table(rows: list[tuple[Any, ...]]) -> pa.Table:
-    # By way of polars: handed Python objects, Arrow would import pandas.
-    return pl.DataFrame(rows, _STAT_SCHEMA, orient="row").to_arrow()
+def identities(rows: pl.DataFrame) -> np.ndarray:
+    """A number for path and content of each row, ``(rows,)`` uint64, the same in all of a process."""
+    return rows.select(_joined(pl.col("path"), pl.col("sha256")).hash()).to_series().to_numpy()
+
+
+def _hashes(rows: pl.DataFrame) -> np.ndarray:
+    """A number for path and stamp of each row, ``(rows,)`` uint64."""
+    return rows.select(_joined(pl.col("path"), pl.col("stamp").cast(pl.String)).hash()).to_series().to_numpy()
+
+
+def _joined(*columns: pl.Expr) -> pl.Expr:
+    return pl.concat_str([each for column in columns for each in (column, pl.lit("\0"))])
+
+
+def _some(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+    entries = iter(entries)
+    while some := list(islice(entries, _ROWS)):
+        yield some
+
+
+def _known_rows(file: IO[bytes]) -> Iterator[pl.DataFrame]:
+    """The rows of a listing that was kept; none, with a word in the log, from where it cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not file.seek(0, os.SEEK_END):
+        return
+    try:
+        with pq.ParquetFile(pa.PythonFile(file, mode="r")) as table:
+            for batch in table.iter_batches(_BATCH, use_threads=False):
+                yield pl.DataFrame(batch).select(pl.col(name).cast(kind) for name, kind in _STAT_SCHEMA.items())
+    except (pa.ArrowException, pl.exceptions.PolarsError, OSError, ValueError) as error:
+        log.warning("the stat cache is unreadable and starts afresh: %s", error)
 
 
 def _contents(source: Source, limits: ImageLimits, new: Iterable[Entry]) -> Iterator[list[tuple[str, int, str]]]:

@@ -123,6 +123,8 @@ class ObjectStore:
         Raises:
             NotFound: no such object.
         """
+        if self._local and start is None and end is None:  # fsspec takes five times as long for a small one
+            return self._do("read", key, Path(self.path(key)).read_bytes)
         return bytes(self._do("read", key, lambda: self._fs.cat_file(self.path(key), start=start, end=end)))
 
     def fetch(self, key: str, folder: Path) -> Path:
@@ -152,6 +154,10 @@ class ObjectStore:
 
     def listing(self, prefix: str) -> dict[str, Stored]:
         """Every object below ``prefix`` by its key, in one listing, with the unfinished writes of a local folder."""
+        if self._local:
+            return self._do(
+                "list", prefix, lambda: dict(_files(Path(self.path(prefix)), f"{prefix}/" if prefix else ""))
+            )
         try:
             found = self._do("list", prefix, lambda: self._fs.find(self.path(prefix), detail=True))
         except NotFound:
@@ -414,6 +420,21 @@ class ObjectStore:
                 "finished parts are kept"
             )
         return told(error)
+
+
+def _files(folder: Path, prefix: str) -> Iterator[tuple[str, Stored]]:
+    """Every file below a folder, its path below it behind the prefix. fsspec takes ten times as long."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for entry in entries:
+        if entry.is_dir():
+            yield from _files(Path(entry.path), f"{prefix}{entry.name}/")
+        else:
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                found = entry.stat()
+                yield f"{prefix}{entry.name}", Stored(found.st_size, found.st_mtime)
 
 
 def is_unfinished(key: str) -> bool:

@@ -11,7 +11,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -65,8 +65,10 @@ SHARD_BYTES = 256 << 20
 """A shard is closed before it grows beyond this, however few images it holds: it is made in memory."""
 
 _GREYS, _GREYS_FILE = ".greys.parquet", "greys.json"
-_RECORDED = (".index.parquet", ".quarantine.parquet")
+_INDEX = ".index.parquet"
+_RECORDED = (_INDEX, ".quarantine.parquet")
 """Tables that say which images a shard was made of."""
+_TABLES_AT_ONCE = 100
 _FULL = 2**16 - 1
 
 _PROCESSORS = os.cpu_count() or 1
@@ -415,13 +417,22 @@ class Record:
 class Greys:
     """How the greys of a shard artifact's images are read."""
 
-    def __init__(self, shards: Artifact) -> None:
-        self._shards = shards
+    def __init__(self, shards: Artifact, keys: pl.Series | None = None) -> None:
+        """Of a shard artifact's images, or of those with some keys."""
+        self._shards, self._keys = shards, keys
         self._asked = json.loads(shards.read(_GREYS_FILE)) if _GREYS_FILE in shards.files else "auto"
+
+    @property
+    def any(self) -> bool:
+        """Whether there are greys of more than 8 bits, or a range for all."""
+        return self._asked != "auto" or bool(self._shards.names(_GREYS))
 
     @functools.cached_property
     def _whites(self) -> dict[str, int]:
-        return dict(_table(self._shards, _GREYS, _GREYS_SCHEMA).iter_rows()) if self._asked == "auto" else {}
+        if self._asked != "auto":
+            return {}
+        wanted = None if self._keys is None else self._keys.to_frame("key")
+        return dict(_table(self._shards, _GREYS, _GREYS_SCHEMA, keys=wanted).iter_rows())
 
     def range(self, key: str) -> tuple[float, float] | None:
         """Of an image, see :class:`Record`."""
@@ -443,13 +454,18 @@ class Greys:
         return None if found is None else found[1].sha256
 
 
-def read_index(shards: Artifact, *, removed: bool = False) -> pl.DataFrame:
+def read_index(
+    shards: Artifact, *, removed: bool = False, only: Collection[str] | None = None, keys: pl.Series | None = None
+) -> pl.DataFrame:
     """One row per live image, ordered by shard and key; without dropped duplicates.
 
     Args:
         removed: every image that was ever packed instead.
+        only: names of the shards that are read.
+        keys: of the images that are wanted; the others are never in memory all at once.
     """
-    index = _table(shards, ".index.parquet", INDEX_SCHEMA)
+    wanted = None if keys is None else keys.to_frame("key")
+    index = _table(shards, _INDEX, INDEX_SCHEMA, only=only, keys=wanted)
     if removed:
         return index
     dropped = read_parquet(shards.read("duplicates.parquet")).filter("dropped").select("key")
@@ -457,10 +473,16 @@ def read_index(shards: Artifact, *, removed: bool = False) -> pl.DataFrame:
     return index.join(gone, on="key", how="anti", maintain_order="left")
 
 
+def packed_images(shards: Artifact) -> dict[str, int]:
+    """Shard name -> how many images were ever packed into it, in the order of the shards; told by the manifest."""
+    named = ((name.removesuffix(_INDEX), name) for name in shards.names(_INDEX))
+    return {shard: shards.files[name][1].rows for shard, name in named}
+
+
 def read_quarantine(shards: Artifact) -> pl.DataFrame:
     """One row per image that is refused and still in the source: key, path, sha256, reason, detail, bytes."""
     gone = read_parquet(shards.read("removed.parquet"))
-    packed = _table(shards, ".index.parquet", {"key": pl.String})
+    packed = _table(shards, _INDEX, {"key": pl.String})
     return (
         _table(shards, ".quarantine.parquet", QUARANTINE_SCHEMA)
         .unique("key", keep="last", maintain_order=True)
@@ -510,11 +532,35 @@ def newest(store: ArtifactStore, domain: str, split: str) -> Artifact | None:
     return max(found, key=lambda artifact: (len(artifact.parts), artifact.fingerprint), default=None)
 
 
-def _table(shards: Artifact, suffix: str, schema: Mapping[str, Any]) -> pl.DataFrame:
-    """Some columns of all tables of a kind."""
-    # All at once: of a small table, polars takes ten times as long to begin as to read.
-    tables = [shards.read(name) for name in shards.names(suffix)]
-    return pl.read_parquet(tables, columns=list(schema)) if tables else pl.DataFrame(schema=schema)
+def _table(
+    shards: Artifact,
+    suffix: str,
+    schema: Mapping[str, Any],
+    *,
+    only: Collection[str] | None = None,
+    keys: pl.DataFrame | None = None,
+) -> pl.DataFrame:
+    """Some columns of all tables of a kind, or of some shards; of all rows, or of those with some keys."""
+    found = [pl.DataFrame(schema=schema)]
+    for some in _together(shards, suffix, list(schema), only, _TABLES_AT_ONCE if keys is not None else None):
+        found.append(some if keys is None else some.join(keys, on="key", how="semi", maintain_order="left"))
+    return pl.concat(found)
+
+
+def index_tables(shards: Artifact, columns: list[str]) -> Iterator[pl.DataFrame]:
+    """Some columns of all images that were ever packed, in the order of the shards, some shards at a time."""
+    return _together(shards, _INDEX, columns, None, _TABLES_AT_ONCE)
+
+
+def _together(
+    shards: Artifact, suffix: str, columns: list[str], only: Collection[str] | None, at_once: int | None
+) -> Iterator[pl.DataFrame]:
+    """Some columns of tables of a kind, so many tables together; None: all."""
+    names = [name for name in shards.names(suffix) if only is None or name.removesuffix(suffix) in only]
+    # Many at once: of a small table, polars takes ten times as long to begin as to read.
+    step = at_once or max(len(names), 1)
+    for start in range(0, len(names), step):
+        yield pl.read_parquet([shards.read(name) for name in names[start : start + step]], columns=columns)
 
 
 def _tables(shards: Artifact, suffix: str, columns: list[str]) -> Iterator[tuple[str, pl.DataFrame]]:

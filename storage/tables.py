@@ -60,3 +60,11 @@ _ORDER = ("F16", "I32", "F32", "F64", "I64")
 def read_safetensors(data: bytes) -> dict[str, np.ndarray]:
     """The named arrays of safetensors bytes."""
     return dict(arrays.load(data))
+
+
+def are_in(wanted: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """Which numbers are among sorted ones, ``(len(wanted),)`` bool."""
+    if not len(there):
+        return np.zeros(len(wanted), bool)
+    found: np.ndarray = there[np.minimum(np.searchsorted(there, wanted), len(there) - 1)] == wanted
+    return found

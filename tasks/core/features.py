@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,6 +75,39 @@ def centred(embeds: np.ndarray, centre: np.ndarray) -> np.ndarray:
     """Unit rows of ``embeds - centre``; a row equal to the centre stays zero."""
     moved = embeds - centre
     return moved / np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), 1e-12)
+
+
+def read_labels(embedded: Artifact, keys: pl.Series | None = None) -> pl.DataFrame:
+    """Number, key and pseudo-label of the live images of an `embed` artifact, or of those with some keys, in its order.
+
+    Args:
+        keys: of the images that are wanted; the others are not in memory.
+    """
+    with _labels(embedded) as labels:
+        if keys is not None:
+            wanted = keys.to_frame("key").lazy()
+            labels = labels.join(wanted, on="key", how="semi", maintain_order="left")
+        return labels.collect(engine="streaming")
+
+
+def read_label_numbers(embedded: Artifact) -> np.ndarray:
+    """Pseudo-labels alone, ``(images,)`` int32."""
+    with _labels(embedded) as labels:
+        return labels.select(pl.col("label").cast(pl.Int32)).collect(engine="streaming")["label"].to_numpy()
+
+
+def read_keys(embedded: Artifact, numbers: np.ndarray) -> pl.DataFrame:
+    """Number and key of the images with some numbers, see :func:`read_labels`."""
+    with _labels(embedded) as labels:
+        wanted = pl.LazyFrame({"number": numbers}, schema={"number": pl.UInt32})
+        return labels.select("number", "key").join(wanted, on="number", how="semi").collect(engine="streaming")
+
+
+@contextlib.contextmanager
+def _labels(embedded: Artifact) -> Iterator[pl.LazyFrame]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = embedded.fetch("zero_shot.parquet", Path(folder))
+        yield pl.scan_parquet(path, glob=False, row_index_name="number").select("number", "key", "label")
 
 
 def read_features(embedded: Artifact) -> Features:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import polars as pl
 
 from latteflow.storage.artifacts import ArtifactWriter
@@ -15,6 +16,7 @@ from latteflow.tasks.core.stage import StageResult, open_store, run_stage
 from latteflow.tasks.describe.texts import Gallery, Texts, describer_identity, questions_identity, text_counts
 
 VERSION = 2
+T = TypeVar("T")
 
 
 def group(domain: Domain, shards: StageResult, embedded: StageResult) -> StageResult:
@@ -81,7 +83,39 @@ def look_alikes(labels: Mapping[str, int], size: int) -> list[Group]:
     ]
 
 
-def _beside(line: Sequence[str], place: int, size: int) -> set[str]:
+def members_of(labels: np.ndarray, anchors: np.ndarray, size: int) -> list[list[int]]:
+    """The groups of :func:`look_alikes` that are anchored at some images, by number, and not those of the others.
+
+    Looks at no more of the lines than it takes: where classes are frequent, at the shards next to those of the anchors.
+
+    Args:
+        labels: of all images, in the order of shards, ``(n,)``.
+        anchors: numbers of images, ascending.
+        size: images in a group.
+    """
+    if not len(anchors):
+        return []
+    ring, first, end = 2 * size - 1, int(anchors[0]), int(anchors[-1]) + 1
+    lines: dict[int, list[int]] = {}
+    back = 64 * size
+    own, wanted = labels[anchors], np.unique(labels[anchors])
+    while len(wanted):
+        start = max(0, first - back)
+        near = labels[start:end]
+        order = np.argsort(near, kind="stable") + start
+        bounds = np.searchsorted(labels[order], [wanted, wanted + 1])
+        for label, begin, stop in zip(wanted.tolist(), *bounds.tolist(), strict=True):
+            line = order[begin:stop]
+            if np.searchsorted(line, first) >= ring:
+                lines[label] = line.tolist()
+            elif start == 0:  # in or near the ring, which may go on behind the anchors
+                lines[label] = np.flatnonzero(labels == label).tolist()
+        wanted, back = np.array([label for label in wanted.tolist() if label not in lines]), 4 * back
+    place = {label: np.searchsorted(line, anchors[own == label]).tolist()[::-1] for label, line in lines.items()}
+    return [sorted(_beside(lines[label], place[label].pop(), size)) for label in own.tolist()]
+
+
+def _beside(line: Sequence[T], place: int, size: int) -> set[T]:
     """Members of the group that is anchored at a place of the line."""
     ring = min(len(line), 2 * size - 1)
     if place >= ring:

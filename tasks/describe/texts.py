@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import polars as pl
@@ -36,14 +37,13 @@ from latteflow.models.towers import clip
 from latteflow.models.towers.images import in_range, smaller, to_rgb
 from latteflow.storage.artifacts import Artifact
 from latteflow.storage.captions import CAPTION_SCHEMA, CaptionStore, caption_key, describer_id
-from latteflow.storage.errors import DataError, StorageError
+from latteflow.storage.errors import Damaged, DataError, StorageError
 from latteflow.storage.fingerprint import canonical_json, sha256
 from latteflow.storage.images import open_image
 from latteflow.storage.objects import ObjectStore
 from latteflow.storage.shards import Greys, read_image, read_index
-from latteflow.storage.tables import read_parquet
 from latteflow.tasks.core.domain import Domain
-from latteflow.tasks.core.features import read_features
+from latteflow.tasks.core.features import read_features, read_labels
 from latteflow.tasks.core.stage import StageResult, anew
 from latteflow.tasks.core.tables import digest_of_table, read_by_path
 
@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 _DECODED = 64
 """Images kept decoded: the groups of a class share members with those next to them."""
 _collecting: ContextVar[bool] = ContextVar("collecting", default=False)
+_features: WeakKeyDictionary[Artifact, tuple[dict[str, int], np.ndarray]] = WeakKeyDictionary()
+"""Of the galleries of one stage, which read them once: key -> row, and unit rows."""
 _model = threading.Lock()
 """`describe` and `group` may run side by side. A model serves one of them at a time: vLLM has one reader, and the
 `concurrency` of a server is for both."""
@@ -88,23 +90,35 @@ class Question:
 
 
 class Gallery:
-    """The live images of a split with all that a describer may look at, by key."""
+    """Images of a split with all that a describer may look at, by key.
 
-    def __init__(self, domain: Domain, images: Artifact, embedded: Artifact) -> None:
-        labels = read_parquet(embedded.read("zero_shot.parquet")).select("key", "label")
+    Args:
+        index: rows of these images; None: all live ones of the split. Whatever else there is is not in memory.
+    """
+
+    def __init__(self, domain: Domain, images: Artifact, embedded: Artifact, index: pl.DataFrame | None = None) -> None:
         self._domain, self._images, self._embedded = domain, images, embedded
-        self.index = read_index(images).filter(pl.col("key").is_in(labels["key"].implode()))
+        live = read_index(images) if index is None else index
+        labels = read_labels(embedded, live["key"])
+        self.index = live.join(labels, on="key", how="semi", maintain_order="left")
         self._place = {key: row for row, key in enumerate(self.index["key"])}
-        self.labels = dict(labels.iter_rows())
-        self._greys = Greys(images)
+        self.labels = dict(labels.select("key", "label").iter_rows())
+        self._greys = Greys(images, self.index["key"])
         self._digests, self.paths = self.index["sha256"].to_list(), self.index["path"].to_list()
         self._opened = functools.lru_cache(_DECODED)(self._open)
 
-    @functools.cached_property
+    @property
     def _features(self) -> tuple[dict[str, int], np.ndarray]:
         # Most describers never look at them, and a worker of many has no room for those of ten million images.
-        found = read_features(self._embedded)
-        return {key: row for row, key in enumerate(found.keys)}, found.features
+        if self._embedded not in _features:
+            found = read_features(self._embedded)
+            _features[self._embedded] = {key: row for row, key in enumerate(found.keys)}, found.features
+        return _features[self._embedded]
+
+    @functools.cached_property
+    def all_paths(self) -> list[str]:
+        """Of all live images of the split, below its source."""
+        return read_index(self._images)["path"].to_list()
 
     @functools.cached_property
     def mean_feature(self) -> np.ndarray:
@@ -120,9 +134,7 @@ class Gallery:
 
     def keys_by_shard(self) -> dict[str, list[str]]:
         """Shard name -> keys of its live images."""
-        return {
-            str(shard): rows["key"].to_list() for (shard,), rows in self.index.group_by("shard", maintain_order=True)
-        }
+        return dict(self.index.group_by("shard", maintain_order=True).agg("key").iter_rows())
 
     def path(self, key: str) -> str:
         """The image's place below its source."""
@@ -200,6 +212,16 @@ class Texts:
             EngineStopped: the describer cannot go on.
             StorageError: texts cannot be kept, or images not be read.
         """
+        for names in self._finished(parts):
+            yield from self._tables({name: parts[name] for name in names})
+
+    def have_written(self, questions: Sequence[Question]) -> None:
+        """As :meth:`write`, for whoever wants the texts in the caption store and no table."""
+        for _ in self._finished({"": questions}):
+            pass
+
+    def _finished(self, parts: Mapping[str, Sequence[Question]]) -> Iterator[list[str]]:
+        """Names of parts, as soon as all of their texts are there."""
         # The same content may be wanted more than once; it is asked about once.
         wanted = {self._key(each): each for questions in parts.values() for each in questions}
         known = set() if anew() else self._captions.known(self._who, wanted, failed=_collecting.get())
@@ -208,7 +230,8 @@ class Texts:
         for name, keys in left.items():
             for key in keys:
                 owners[key].append(name)
-        yield from ((name, self._table(parts[name])) for name, keys in left.items() if not keys)
+        if done_before := [name for name, keys in left.items() if not keys]:
+            yield done_before
         missing = [key for key in wanted if key not in known]
         if missing and _collecting.get():
             raise EngineStopped(f"{len(missing)} texts of kind {self._kind} were not written by the workers; run again")
@@ -220,7 +243,10 @@ class Texts:
                 touched = dict.fromkeys(name for key in done for name in owners[key])
                 for name in touched:
                     left[name] -= done.keys()
-                yield from ((name, self._table(parts[name])) for name in touched if not left[name])
+                for name in touched:
+                    if not left[name]:
+                        yield [name]
+            self._captions.settle(self._who)
         if lost := [name for name, keys in left.items() if keys]:
             raise EngineStopped(f"the describer left out texts of {', '.join(lost[:3])}; run again to ask for them")
 
@@ -277,17 +303,25 @@ class Texts:
             "detail": text.detail,
         }
 
-    def _table(self, questions: Sequence[Question]) -> pl.DataFrame:
-        keys = [self._key(each) for each in questions]
-        asked = pl.DataFrame(
-            {
-                "member_keys": [list(each.members) for each in questions],
-                "index": [each.index for each in questions],
-                "caption_key": keys,
-            },
-            schema={"member_keys": pl.List(pl.String), "index": pl.Int32, "caption_key": pl.String},
-        )
-        return asked.join(self._captions.get(self._who, keys), on="caption_key", how="left", maintain_order="left")
+    def _tables(self, parts: Mapping[str, Sequence[Question]]) -> Iterator[tuple[str, pl.DataFrame]]:
+        """As :meth:`write` gives them, of parts whose texts are all there."""
+        keys = {name: [self._key(each) for each in questions] for name, questions in parts.items()}
+        found = self._captions.get(self._who, {key for of_part in keys.values() for key in of_part})
+        for name, questions in parts.items():
+            asked = pl.DataFrame(
+                {
+                    "member_keys": [list(each.members) for each in questions],
+                    "index": [each.index for each in questions],
+                    "caption_key": keys[name],
+                },
+                schema={"member_keys": pl.List(pl.String), "index": pl.Int32, "caption_key": pl.String},
+            )
+            table = asked.join(found, on="caption_key", how="left", maintain_order="left")
+            if gone := table["kind"].null_count():
+                raise Damaged(
+                    f"{gone} texts of {name} were in the caption store and are gone; they are asked for again"
+                )
+            yield name, table
 
 
 def text_counts(texts: pl.DataFrame) -> dict[str, int]:
@@ -376,7 +410,7 @@ def open_describer(domain: Domain, gallery: Gallery, *, proven: bool = False) ->
     if isinstance(describer, SidecarSettings):
         from latteflow.models.texts.describers.sidecar import Sidecar
 
-        return Sidecar(read_by_path(describer.texts, "text", domain.source, gallery.paths))
+        return Sidecar(read_by_path(describer.texts, "text", domain.source, gallery.all_paths))
     if isinstance(describer, LanguageModelSettings):
         from latteflow.models.texts.describers.prompted import Prompted
 

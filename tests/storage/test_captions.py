@@ -41,7 +41,11 @@ def texts(captions: CaptionStore, images: str) -> dict[str, str]:
 
 
 def parts(objects: ObjectStore) -> list[Path]:
-    return sorted(Path(objects.path(f"captions/{WHO}")).iterdir())
+    return sorted(Path(objects.path(f"captions/{WHO}")).glob("*.parquet"))
+
+
+def directories(objects: ObjectStore) -> list[Path]:
+    return sorted(Path(objects.path(f"captions/{WHO}")).glob("*.keys"))
 
 
 @pytest.fixture
@@ -155,6 +159,77 @@ def test_compaction_leaves_one_part_and_every_text(objects: ObjectStore) -> None
     assert texts(captions, "abcdef") == texts(CaptionStore(objects), "abcdef") == before
     assert read_parquet(parts(objects)[0].read_bytes())["caption_key"].is_unique().all()
     assert captions.compact(WHO) == 0
+
+
+@pytest.mark.parametrize("moment", ["put_if_absent", "delete"])
+@pytest.mark.parametrize("deed", range(6))
+def test_a_compaction_that_is_killed_loses_nothing(objects: ObjectStore, moment: str, deed: int) -> None:
+    """Killed before each of its deeds: the directory, the part, every deletion; the next compaction ends it."""
+    captions = CaptionStore(objects)
+    captions.add(WHO, rows({"a": "error"}).with_columns(finish_reason=pl.lit("error")))
+    for number, image in enumerate("bcdef"):
+        captions.add(WHO, rows({image: f"text {number}"}))
+    before, keys = texts(captions, "abcdef"), [caption_key(WHO, [image]) for image in "abcdef"]
+    deeds = iter(range(100))
+
+    def killed(key: str, *data: Any) -> Any:
+        if next(deeds) == deed:
+            raise Killed
+        return getattr(ObjectStore, moment)(objects, key, *data)
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(objects, moment, killed)
+        CaptionStore(objects).compact(WHO)
+    for reader in (captions, CaptionStore(objects)):
+        assert texts(reader, "abcdef") == before
+        assert reader.known(WHO, keys) == set(keys[1:]) and reader.known(WHO, keys, failed=True) == set(keys)
+    CaptionStore(objects).compact(WHO)
+    assert texts(CaptionStore(objects), "abcdef") == before
+    assert len(parts(objects)) == len(directories(objects)) == 1
+
+
+def test_what_is_there_is_told_by_directories_alone(objects: ObjectStore) -> None:
+    captions = CaptionStore(objects)
+    for image in "abcd":
+        captions.add(WHO, rows({image: "one"}))
+    captions.compact(WHO)
+    (part,) = parts(objects)
+    part.write_bytes(b"nobody reads this")
+    keys = [caption_key(WHO, [image]) for image in "ax"]
+    assert CaptionStore(objects).known(WHO, keys) == {keys[0]}
+    assert CaptionStore(objects).get(WHO, keys[1:]).height == 0 and part.exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b"something else"])
+def test_a_damaged_directory_is_only_a_longer_way(objects: ObjectStore, damage: bytes) -> None:
+    captions = CaptionStore(objects)
+    captions.add(WHO, rows({"a": "one"}))
+    captions.add(WHO, rows({"b": "two"}))
+    captions.compact(WHO)
+    (directory,) = directories(objects)
+    directory.write_bytes(damage)
+    keys = [caption_key(WHO, [image]) for image in "abc"]
+    assert CaptionStore(objects).known(WHO, keys) == set(keys[:2]) and not directory.exists()
+    assert texts(CaptionStore(objects), "abc") == {"a": "one", "b": "two"}
+    assert CaptionStore(objects).verify(WHO) == []
+
+
+def test_workers_merge_what_they_added_and_a_run_merges_the_rest(objects: ObjectStore) -> None:
+    """A store with many small parts, as earlier versions and killed workers left them."""
+    said = {f"{number}": f"text {number}" for number in range(100)}
+    one, another = CaptionStore(objects), CaptionStore(objects)
+    for image, text in said.items():
+        (one if int(image) < 90 else another).add(WHO, rows({image: text}))
+    another.settle(WHO)
+    assert len(parts(objects)) == 100  # ten are not many
+    one.settle(WHO)
+    assert len(parts(objects)) == 11 and len(directories(objects)) == 1
+    for image, text in said.items():
+        CaptionStore(objects).add(WHO, rows({image: text}))
+    one.tidy(WHO)
+    assert len(parts(objects)) == len(directories(objects)) == 1
+    found = CaptionStore(objects).scan(WHO).select(pl.col("members").list.first(), "text").collect()
+    assert dict(found.iter_rows()) == said
 
 
 def test_readers_see_every_text_while_it_is_compacted(objects: ObjectStore) -> None:

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import random
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from latteflow.storage.columns import ImageColumn
 from latteflow.storage.errors import DataError, StorageError
 from latteflow.storage.images import HEIC_SUFFIXES, SUFFIXES, ImageInfo, ImageLimits, ImageRejected
 from latteflow.storage.inspectors import Inspectors
-from latteflow.storage.listing import StatCache
+from latteflow.storage.listing import StatCache, digest_of
 from latteflow.storage.objects import ObjectStore
 from latteflow.storage.shards import Packing, read_index, read_quarantine, write_shards
 from latteflow.storage.sources import Entry, Source
@@ -310,6 +311,37 @@ def test_a_container_is_opened_only_when_it_changed(tmp_path: Path, monkeypatch:
     assert after.keys() - before.keys() == {"1.tar/c.png"} and before.keys() - after.keys() == {"1.tar/b.png"}
     opened.clear()
     assert digests() == after and opened == []
+
+
+@pytest.mark.parametrize("kind", ["files", "tars"])
+def test_a_listing_of_few_changes_is_the_listing_of_all(tmp_path: Path, kind: str) -> None:
+    """Whatever came, went and changed: the same rows and digest as without an earlier look, and no database."""
+    dice, folder = random.Random(5), tmp_path / "source"
+    folder.mkdir()
+    store, source = ObjectStore(str(tmp_path / "store")), Source([str(folder)])
+
+    def write(name: str, number: int) -> None:
+        if kind == "files":
+            (folder / f"{name}.png").write_bytes(picture(number))
+        else:
+            write_tar(folder / f"{name}.tar", {f"{name}.png": picture(number), "b.png": picture(number + 1)})
+
+    for number in range(8):
+        write(f"{number}", number)
+    for round_ in range(12):
+        with StatCache(store, "stat").digested(source, ImageLimits()) as now:
+            assert ("database" in now.__dict__) == (round_ == 0)
+            with StatCache(store, f"fresh {round_}").digested(source, ImageLimits()) as fresh:
+                rows, expected = pl.concat(now.rows()), pl.concat(fresh.rows())
+                assert rows.drop("size").equals(expected.drop("size"))
+                assert (now.digest, len(now)) == (fresh.digest, len(fresh))
+                assert now.digest == digest_of(expected.select("path", "sha256").iter_rows())
+                query = "SELECT path, sha256, key FROM image ORDER BY path"
+                assert now.database.execute(query).fetchall() == fresh.database.execute(query).fetchall()
+        for _ in range(dice.randint(0, 3)):
+            write(f"{dice.randint(0, 12)}", dice.randint(0, 200))
+        there = sorted(folder.iterdir())
+        dice.choice(there).unlink() if len(there) > 3 and dice.random() < 0.5 else None
 
 
 def test_a_broken_container_costs_only_what_is_broken(tmp_path: Path) -> None:

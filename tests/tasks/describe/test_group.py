@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import random
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latteflow.tasks.describe.group import look_alikes
+from latteflow.tasks.describe.group import look_alikes, members_of
 
 
 def images(n: int, classes: int, night: int) -> dict[str, int]:
@@ -47,6 +48,22 @@ def test_each_image_has_a_group_of_its_own_of_its_class(n: int, classes: int, si
         assert list(group.members) == sorted(set(group.members))
     of_large = [group.members for group in groups if sum(each.label == group.label for each in groups) > size]
     assert len(set(of_large)) == len(of_large)
+
+
+@given(
+    n=st.integers(1, 600), classes=st.integers(1, 30), size=st.integers(1, 6), first=st.integers(0, 600),
+    count=st.integers(0, 60),
+)  # fmt: skip
+def test_groups_of_some_images_are_those_among_the_groups_of_all(
+    n: int, classes: int, size: int, first: int, count: int
+) -> None:
+    labels = images(n, classes, 0)
+    keys = list(labels)
+    anchors = np.arange(n)[first : first + count]
+    found = members_of(np.array(list(labels.values()), np.int32), anchors, size)
+    every = {group.anchor: group.members for group in look_alikes(labels, size)}
+    told = {keys[anchor]: tuple(sorted(keys[row] for row in rows)) for anchor, rows in zip(anchors, found, strict=True)}
+    assert told == {keys[anchor]: every[keys[anchor]] for anchor in anchors}
 
 
 def test_a_night_asks_for_its_own_groups_alone() -> None:
