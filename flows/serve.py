@@ -211,20 +211,19 @@ def serve(
         raise ModelError("serving needs the package python-multipart; run: pip install 'latteflow[serve]'")
     _return_memory()
     instruments = Instruments()
-
-    def load() -> Serving:
-        return Serving(folder, limits, instruments)
-
-    first = load()
-    try:
-        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
-        first.close()
-        raise DataError(f"cannot listen at {host} port {port} ({error}); choose another --port or --host") from error
-    with listener:
+    with contextlib.ExitStack() as ending:
+        service = Service(lambda: Serving(folder, limits, instruments), limits, instruments)
+        ending.callback(service.close)
+        try:
+            listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        except (OSError, OverflowError) as error:
+            raise DataError(
+                f"cannot listen at {host} port {port} ({error}); choose another --port or --host"
+            ) from error
+        ending.enter_context(listener)
         silent = {"seconds": limits.seconds, "waiting": Waiting(limits.half_sent)}
         config = uvicorn.Config(
-            build(first, load, limits, [host, *names], instruments),
+            build(service, [host, *names]),
             http=type("Protocol", (Impatient,), silent),
             ws="none",
             log_config=None,
@@ -237,103 +236,112 @@ def serve(
             uvicorn.Server(config).run(sockets=[listener])
 
 
-def build(
-    now: Serving, load: Callable[[], Serving], limits: Limits, names: Sequence[str], instruments: Instruments
-) -> ASGIApp:
-    """The application, for clients that call it by one of these names.
+class Service:
+    """The model that answers now, and the room there is for requests.
 
     Args:
-        now: what answers.
-        load: the model that takes its place on SIGHUP.
+        load: the first model, and those that take its place.
     """
-    pool = ThreadPoolExecutor(_THREADS, "decode")
-    page, policy = _page()
-    one_large = asyncio.Lock()
-    under_way = held = 0
-    instruments.serves(now.name, now.predictor.fingerprint)
-    instruments.under_way.set_function(lambda: under_way)
-    takeover = asyncio.Lock()
 
-    async def reload() -> None:
+    def __init__(self, load: Callable[[], Serving], limits: Limits, instruments: Instruments) -> None:
+        self._load, self.limits, self.instruments = load, limits, instruments
+        self._pool = ThreadPoolExecutor(_THREADS, "decode")
+        self._one_large, self._takeover = asyncio.Lock(), asyncio.Lock()
+        self.under_way = self._held = 0
+        instruments.under_way.set_function(lambda: self.under_way)
+        self._take(load())
+
+    def _take(self, model: Serving) -> None:
+        self.now = model
+        self.instruments.serves(model.name, model.predictor.fingerprint)
+
+    async def reload(self) -> None:
         """Let the folder's model take over, if it is sound; what is being asked ends with the one before."""
-        nonlocal now
-        async with takeover:
+        async with self._takeover:
             try:
-                new = await asyncio.get_running_loop().run_in_executor(None, load)
+                new = await asyncio.get_running_loop().run_in_executor(None, self._load)
             except Exception as error:  # a folder may be anything; the model that answers stays
-                instruments.reloads.labels("refused").inc()
+                self.instruments.reloads.labels("refused").inc()
                 log.error("the model before stays: %s", error)
                 return
-            before, now = now, new
-            instruments.serves(now.name, now.predictor.fingerprint)
-            instruments.reloads.labels("taken").inc()
-            log.warning("model %s, fingerprint %s, answers from now on", now.name, now.predictor.fingerprint)
+            before = self.now
+            self._take(new)
+            self.instruments.reloads.labels("taken").inc()
+            log.warning("model %s, fingerprint %s, answers from now on", new.name, new.predictor.fingerprint)
             before.retire()
+
+    def close(self) -> None:
+        """Answer what waits, and end."""
+        self._pool.shutdown(cancel_futures=True)
+        self.now.close()
+
+    @contextlib.contextmanager
+    def room(self, size: int) -> Iterator[None]:
+        """For a request of so many bytes. Long ones leave a quarter to short ones."""
+        weight, most = self.limits.short + size, self.limits.memory(self.limits.requests)
+        if size > self.limits.short:
+            most = most * 3 // 4
+        if self.under_way and self._held + weight > most:
+            raise Refused(503, f"{self.under_way} requests are being answered", "try again in a second")
+        self.under_way, self._held = self.under_way + 1, self._held + weight
+        try:
+            yield
+        finally:
+            self.under_way, self._held = self.under_way - 1, self._held - weight
+
+    async def answer(self, model: Serving, files: Sequence[File]) -> list[dict[str, Any]]:
+        """What the model says of each image, or why nothing; as it is sent."""
+        left = self.limits.request_pixels
+        waiting: list[dict[str, Any] | Future[dict[str, Any]]] = []
+        for file in files:  # one after the other, so that requests take turns
+            found, size = await self._decoded(model.decode, file.data, min(left, self.limits.max_pixels))
+            left -= size
+            rejected = isinstance(found, ImageRejected)
+            self.instruments.images.labels("refused" if rejected else "answered").inc()
+            waiting.append(_why(found, left, self.limits) if isinstance(found, ImageRejected) else model.batcher(found))
+        said = [await asyncio.wrap_future(each) if isinstance(each, Future) else each for each in waiting]
+        return [{"file": file.name, **each} for file, each in zip(files, said, strict=True)]
+
+    async def _decoded(self, decode: Decoder, data: bytes, most: int) -> tuple[torch.Tensor | ImageRejected, int]:
+        """Pixels of an image that has at most so many, or why there are none; and how many."""
+        loop = asyncio.get_running_loop()
+        found, size = await loop.run_in_executor(self._pool, decode.one, data, min(most, _LARGE))
+        if isinstance(found, ImageRejected) and found.reason is RejectReason.TOO_LARGE and most > _LARGE:
+            async with self._one_large:
+                found, size = await loop.run_in_executor(self._pool, decode.one, data, most)
+        return found, size
+
+
+def build(service: Service, names: Sequence[str]) -> ASGIApp:
+    """The application, for clients that call it by one of these names."""
+    page, policy = _page()
+    limits = service.limits
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         loop, tasks = asyncio.get_running_loop(), set[asyncio.Task[None]]()
 
         def again() -> None:
-            tasks.add(task := loop.create_task(reload()))
+            tasks.add(task := loop.create_task(service.reload()))
             task.add_done_callback(tasks.discard)
 
         if hasattr(signal, "SIGHUP"):
             loop.add_signal_handler(signal.SIGHUP, again)
         yield
-        pool.shutdown(cancel_futures=True)
-        now.close()
 
-    app = FastAPI(title=f"latteflow: {now.name}", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title=f"latteflow: {service.now.name}", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _broken)
-
-    @contextlib.contextmanager
-    def room(size: int) -> Iterator[None]:
-        """For a request of so many bytes. Long ones leave a quarter to short ones."""
-        nonlocal under_way, held
-        weight, most = limits.short + size, limits.memory(limits.requests)
-        if size > limits.short:
-            most = most * 3 // 4
-        if under_way and held + weight > most:
-            raise Refused(503, f"{under_way} requests are being answered", "try again in a second")
-        under_way, held = under_way + 1, held + weight
-        try:
-            yield
-        finally:
-            under_way, held = under_way - 1, held - weight
-
-    async def decoded(decode: Decoder, data: bytes, most: int) -> tuple[torch.Tensor | ImageRejected, int]:
-        """Pixels of an image that has at most so many, or why there are none; and how many."""
-        loop = asyncio.get_running_loop()
-        found, size = await loop.run_in_executor(pool, decode.one, data, min(most, _LARGE))
-        if isinstance(found, ImageRejected) and found.reason is RejectReason.TOO_LARGE and most > _LARGE:
-            async with one_large:
-                found, size = await loop.run_in_executor(pool, decode.one, data, most)
-        return found, size
-
-    async def answer(model: Serving, files: Sequence[File]) -> list[dict[str, Any]]:
-        left = limits.request_pixels
-        waiting: list[dict[str, Any] | Future[dict[str, Any]]] = []
-        for file in files:  # one after the other, so that requests take turns
-            found, size = await decoded(model.decode, file.data, min(left, limits.max_pixels))
-            left -= size
-            waiting.append(_why(found, left, limits) if isinstance(found, ImageRejected) else model.batcher(found))
-        said = [await asyncio.wrap_future(each) if isinstance(each, Future) else each for each in waiting]
-        return [{"file": file.name, **each} for file, each in zip(files, said, strict=True)]
 
     @app.post("/predict")
     async def predict(request: Request) -> JSONResponse:
         """One image as the body, or one and more as multipart/form-data."""
         is_form = _is_form(request)
         data = await _body(request, limits)
-        with room(len(data)), now.used() as model:
-            found = await answer(model, await _files(request, data, limits) if is_form else [File("", data)])
-        refused = sum("error" in each for each in found)
-        instruments.images.labels("refused").inc(refused)
-        instruments.images.labels("answered").inc(len(found) - refused)
+        with service.room(len(data)), service.now.used() as model:
+            found = await service.answer(model, await _files(request, data, limits) if is_form else [File("", data)])
         if all("error" in each for each in found):
             raise Refused(422, found[0]["error"], found[0]["what_to_do"], predictions=found)
         return JSONResponse({"model": model.name, "fingerprint": model.predictor.fingerprint, "predictions": found})
@@ -341,24 +349,26 @@ def build(
     @app.get("/health")
     @app.get("/healthz")
     async def health() -> dict[str, Any]:
+        now = service.now
         return {
             "status": "ok",
             "model": now.name,
             "fingerprint": now.predictor.fingerprint,
             "classes": len(now.predictor.classes),
-            "under_way": under_way,
+            "under_way": service.under_way,
         }
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(instruments.page(), media_type="text/plain; version=0.0.4")
+        return Response(service.instruments.page(), media_type="text/plain; version=0.0.4")
 
     @app.get("/", response_class=HTMLResponse)
     async def index() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"})
 
     waiting = Waiting(limits.memory(limits.half_sent))
-    return Measured(HalfSent(OwnNames(app, names), limits.seconds, waiting, limits.short), instruments)
+    own = HalfSent(OwnNames(app, names), limits.seconds, waiting, limits.short)
+    return Measured(own, service.instruments)
 
 
 def _is_form(request: Request) -> bool:
