@@ -501,8 +501,9 @@ def review(
 ) -> None:
     """Show what the images say of the class list, on a page where names are changed, merged, taken out and added."""
     settings = _domain(domain)
+    from latteflow.flows.local import serve
     from latteflow.flows.pipeline import TUNING, as_they_are
-    from latteflow.flows.review import place_beside, serve
+    from latteflow.flows.review import build, place_beside
     from latteflow.tasks.core.stage import open_store
     from latteflow.tasks.report.classlist import review as reviewed
 
@@ -510,8 +511,36 @@ def review(
     found = {each.label: each for each in as_they_are(settings, *TUNING, "select")}
     images = found["shard train"]
     said = reviewed(settings, images, found["embed train"], found["screen"], found["tune"], found["select"])
-    shards = open_store(settings).open(images.ref)
-    serve(domain, place, said, shards, port, lambda address: out.print(f"review   {address}"))
+    page = build(domain, place, said, open_store(settings).open(images.ref))
+    serve(page, port, lambda address: out.print(f"review   {address}"))
+
+
+@app.command()
+def sample(
+    domain: DomainFile,
+    n: Annotated[int, typer.Option("--n", min=1, max=100_000, help="Images to label.")] = 100,
+    labels_file: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="The labels; default: NAME.labels.csv beside the domain file."),
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any that is free.")] = 0,
+) -> None:
+    """Draw images that are worth labelling, and show a page on which to label them; an earlier file is gone on with."""
+    settings = _domain(domain)
+    from latteflow.flows.local import serve
+    from latteflow.flows.pipeline import TUNING, as_they_are
+    from latteflow.flows.sample import Labels, build
+    from latteflow.tasks.core.stage import open_store
+    from latteflow.tasks.report.sample import sample as drawn
+
+    labels = Labels(labels_file or domain.with_name(f"{domain.stem}.labels.csv"))
+    found = {each.label: each for each in as_they_are(settings, *TUNING, "select")}
+    images = found["shard train"]
+    chosen = drawn(settings, images, found["embed train"], found["tune"], found["select"], n)
+    page = build(settings, chosen, open_store(settings).open(images.ref), labels)
+    file = console.printable(str(labels.file))
+    line = f"labels   {file}; in the domain file: evaluation: {{labels: {file}}}\nsample   "
+    serve(page, port, lambda address: out.print(line + address))
 
 
 @app.command()

@@ -10,16 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from latteflow.models.methods.registry import label
-from latteflow.models.settings import own_zero_shot
-from latteflow.storage.artifacts import Artifact
 from latteflow.storage.shards import read_index
 from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.features import Features, centred, read_features
 from latteflow.tasks.core.stage import StageResult, open_store
 from latteflow.tasks.describe.screen import read_screened, usable
-from latteflow.tasks.tune.models import read_tuned, tuned_features
-from latteflow.tasks.tune.select import read_selection
+from latteflow.tasks.tune.select import trusted
 
 SHOWN = 6
 """Pictures of a finding."""
@@ -117,7 +113,7 @@ def review(
     """
     store = open_store(domain)
     shards, found = store.open(images.ref), read_features(store.open(embedded.ref))
-    model, features, prototypes, scale = _kept(domain, store.open(selected.ref), store.open(tuned.ref), shards, found)
+    model, features, prototypes, scale = trusted(domain, store.open(selected.ref), store.open(tuned.ref), shards, found)
     space = centred(found.embeds, found.centre)
     said = _Said(features, prototypes, scale / _temperature(domain, found, features, prototypes, scale))
     captions = usable(read_screened(store.open(screened.ref), "images"))
@@ -142,23 +138,6 @@ def review(
     index = read_index(shards)
     every = dict(index.select("key", "path").iter_rows())
     return Review(**{**vars(result), "paths": {key: every[key] for key in _named(result)}})
-
-
-def _kept(
-    domain: Domain, selected: Artifact, tuned: Artifact, shards: Artifact, found: Features
-) -> tuple[str, np.ndarray, np.ndarray, float]:
-    """Name, image features, prototypes and scale of the model that the domain's last run trusts."""
-    best = read_selection(selected).best
-    first = read_tuned(tuned, domain.method[0], domain.seeds_of(domain.method[0])[0])
-    if best is None:
-        return (
-            label(own_zero_shot(domain.clip.centre)),
-            centred(found.embeds, found.shift),
-            found.class_features,
-            first.scale,
-        )
-    model = read_tuned(tuned, best.method, best.seed)
-    return label(best.method), tuned_features(domain, model, shards, found), model.prototypes, model.scale
 
 
 def _temperature(domain: Domain, found: Features, features: np.ndarray, prototypes: np.ndarray, scale: float) -> float:

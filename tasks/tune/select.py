@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from latteflow.models.methods.method import Method
+from latteflow.models.methods.registry import label
 from latteflow.models.methods.transduction import TransductionSettings
+from latteflow.models.settings import own_zero_shot
 from latteflow.storage.artifacts import Artifact, ArtifactWriter
 from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.features import Features, centred, read_features
@@ -101,6 +103,33 @@ def read_selection(artifact: Artifact) -> Selection:
     """What a `select` artifact says."""
     record = json.loads(artifact.read("selection.json"))
     return Selection(tuple(Judged(**each) for each in record["models"]), record["chosen"])
+
+
+class Trusted(NamedTuple):
+    """The model that a run trusts.
+
+    Attributes:
+        name: for people.
+        features: unit image features, ``(n, dim)``.
+        prototypes: unit rows, ``(classes, dim)``.
+        scale: of the logits.
+    """
+
+    name: str
+    features: np.ndarray
+    prototypes: np.ndarray
+    scale: float
+
+
+def trusted(domain: Domain, selected: Artifact, tuned: Artifact, shards: Artifact, found: Features) -> Trusted:
+    """The model that `select` kept, zero-shot or an adapted one, and what it sees in the images."""
+    best = read_selection(selected).best
+    first = read_tuned(tuned, domain.method[0], domain.seeds_of(domain.method[0])[0])
+    if best is None:
+        space = centred(found.embeds, found.shift)
+        return Trusted(label(own_zero_shot(domain.clip.centre)), space, found.class_features, first.scale)
+    model = read_tuned(tuned, best.method, best.seed)
+    return Trusted(label(best.method), tuned_features(domain, model, shards, found), model.prototypes, model.scale)
 
 
 class Views:
