@@ -11,14 +11,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from conftest import call, draw, draw_folder
 from latteflow.flows import documents
-from latteflow.flows.pipeline import STAGES
+from latteflow.flows.pipeline import STAGES, as_they_are
 from latteflow.storage.artifacts import ArtifactRef
 from latteflow.storage.captions import CaptionStore
 from latteflow.storage.errors import StorageError
+from latteflow.storage.tables import read_parquet
 from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.stage import open_store
 from latteflow.tasks.describe.texts import Question, Texts
@@ -412,7 +414,12 @@ def test_show_follows_an_image(latteflow: Latteflow, folder: Path) -> None:
     assert re.search(
         r"^text, image +a \[bold\]green\[/bold\] \\x1b\[1mshape 004 \[names_class\], by sidecar", trained, re.M
     )
-    assert len(re.findall(r"^text, group of 4 ", trained, re.M)) == 4
+    domain = Domain.load(folder / "domain.yaml")
+    made = {each.label: each for each in as_they_are(domain, "shard", "embed", "group")}
+    groups = read_parquet(open_store(domain).open(made["group"].ref).read("groups.parquet"))
+    own = re.search(r"^key +([0-9a-f]{20})", trained, re.M)[1]  # type: ignore[index]
+    shown = groups.filter(pl.col("member_keys").list.contains(own)).height
+    assert len(re.findall(r"^text, group of 4 ", trained, re.M)) == shown > 0
     assert "prediction" in trained and "none: only the images of `evaluation: source` were evaluated" in trained
 
 
