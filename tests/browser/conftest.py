@@ -1,7 +1,11 @@
 """A real browser, and pages opened in it that remember what they asked for."""
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,3 +61,24 @@ def open_tab(browser: Any) -> Iterator[Any]:
     yield open_tab
     for tab in tabs:
         tab.context.close()
+
+
+@contextmanager
+def served(command: str, file: Path, *options: str) -> Iterator[str]:
+    """The address of the page that a command shows, which is the last thing it prints."""
+    arguments = [sys.executable, "-m", "latteflow.flows.cli", command, str(file), *options]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield next(line.split()[-1] for line in process.stdout if "http://" in line)
+        process.terminate()
+        assert process.wait(20) in (0, -15)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def serving() -> Any:
+    """:func:`served`."""
+    return served

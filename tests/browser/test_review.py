@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -31,17 +32,9 @@ def file(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(file: Path) -> Iterator[str]:
-    command = [sys.executable, "-m", "latteflow.flows.cli", "review", str(file)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield process.stdout.readline().split()[-1]
-        process.terminate()
-        assert process.wait(20) in (0, -15)
-    finally:
-        process.kill()
-        process.wait()
+def url(file: Path, serving: Any) -> Iterator[str]:
+    with serving("review", file) as address:
+        yield address
 
 
 def test_classes_are_renamed_merged_taken_out_and_added_into_a_new_file(open_tab, url: str, file: Path) -> None:

@@ -3,9 +3,8 @@
 import csv
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -31,29 +30,14 @@ def file(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Path:
     return file
 
 
-@contextmanager
-def served(file: Path, *options: str) -> Iterator[str]:
-    command = [sys.executable, "-m", "latteflow.flows.cli", "sample", str(file), *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        process.stdout.readline()
-        yield process.stdout.readline().split()[-1]
-        process.terminate()
-        assert process.wait(20) in (0, -15)
-    finally:
-        process.kill()
-        process.wait()
-
-
 def rows(file: Path) -> list[list[str]]:
     with file.with_name("shapes.labels.csv").open(newline="") as table:
         return list(csv.reader(table))
 
 
-def test_images_are_labelled_by_keys_and_evaluated(open_tab, file: Path) -> None:
+def test_images_are_labelled_by_keys_and_evaluated(open_tab, serving: Any, file: Path) -> None:
     expect = pytest.importorskip("playwright.sync_api").expect
-    with served(file, "--n", "6") as url:
+    with serving("sample", file, "--n", "6") as url:
         tab = open_tab(url)
         page, told = tab.page, tab.page.locator("#told")
         expect(told).to_contain_text("0 of 6")
@@ -74,7 +58,7 @@ def test_images_are_labelled_by_keys_and_evaluated(open_tab, file: Path) -> None
         assert httpx.post(f"{url}/labels", content=b"").status_code == 422
     head, *answers = rows(file)
     assert head == ["path", "class"] and [name for _, name in answers] == ["green", "red", ""]
-    with served(file, "--n", "6") as url:  # gone on with, by the same images
+    with serving("sample", file, "--n", "6") as url:  # gone on with, by the same images
         page = open_tab(url).page
         expect(page.locator("#told")).to_contain_text("3 of 6")
         page.keyboard.type("blue")
@@ -97,7 +81,7 @@ def test_another_file_is_not_gone_on_with(file: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_it_fits_a_phone_and_a_desk(open_tab, file: Path, width: int) -> None:
-    with served(file, "--n", "3", "--out", str(file.with_name(f"{width}.csv"))) as url:
+def test_it_fits_a_phone_and_a_desk(open_tab, serving: Any, file: Path, width: int) -> None:
+    with serving("sample", file, "--n", "3", "--out", str(file.with_name(f"{width}.csv"))) as url:
         page = open_tab(url, viewport={"width": width, "height": 800}, color_scheme="dark").page
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
