@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from latteflow.storage.shards import read_index
 from latteflow.tasks.core.domain import Domain
-from latteflow.tasks.core.features import Features, centred, read_features
+from latteflow.tasks.core.features import centred, read_features
 from latteflow.tasks.core.stage import StageResult, open_store
 from latteflow.tasks.describe.screen import read_screened, usable
-from latteflow.tasks.tune.select import trusted
+from latteflow.tasks.tune.select import label_free_temperature, trusted
 
 SHOWN = 6
 """Pictures of a finding."""
@@ -38,11 +38,11 @@ _BLOCK = 1024
 
 @dataclass(frozen=True)
 class Count:
-    """A class, how many images are said to be of it, and those nearest to it."""
+    """A class, how many images are said to be of it, and, if these are few, those nearest to it."""
 
     name: str
     images: int
-    nearest: Sequence[str]
+    nearest: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -108,28 +108,28 @@ def review(
 ) -> Review:
     """Look at a domain's class list through the model that `select` kept.
 
-    Probabilities are divided by the temperature that makes the model no surer than it agrees with what zero-shot says
-    of an image's neighbours (:mod:`models.judge.calibration`).
+    Logits are divided by the temperature that an export of the model would have.
     """
     store = open_store(domain)
     shards, found = store.open(images.ref), read_features(store.open(embedded.ref))
-    model, features, prototypes, scale = trusted(domain, store.open(selected.ref), store.open(tuned.ref), shards, found)
+    model = trusted(domain, store.open(selected.ref), store.open(tuned.ref), shards, found)
     space = centred(found.embeds, found.centre)
-    said = _Said(features, prototypes, scale / _temperature(domain, found, features, prototypes, scale))
+    head = model.features, model.prototypes, model.scale
+    said = _Said(*head[:2], model.scale / label_free_temperature(found, *head, model.method))
     captions = usable(read_screened(store.open(screened.ref), "images"))
     texts = dict(zip(captions["member_keys"].list.first(), captions["text"], strict=True))
     names, keys = domain.classes, found.keys
-    classes = [
-        Count(name, int(said.counts[number]), [keys[row] for row in said.nearest(number)])
-        for number, name in enumerate(names)
-    ]
     few = max(1, len(keys) // len(names) // 20)
+    rare = [number for number in np.argsort(said.counts, kind="stable").tolist() if said.counts[number] < few]
     result = Review(
         domain=domain.name,
-        model=model,
+        model=model.name,
         images=len(keys),
-        classes=classes,
-        unused=sorted((each for each in classes if each.images < few), key=lambda each: each.images)[:MOST],
+        classes=[Count(name, int(count)) for name, count in zip(names, said.counts, strict=True)],
+        unused=[
+            Count(names[number], int(said.counts[number]), [keys[row] for row in said.nearest(number)])
+            for number in rare[:MOST]
+        ],
         alike=list(_alike(said, names, keys)),
         strays=_strays(said, space, names, keys, texts),
         twins=_twins(space, keys),
@@ -138,16 +138,6 @@ def review(
     index = read_index(shards)
     every = dict(index.select("key", "path").iter_rows())
     return Review(**{**vars(result), "paths": {key: every[key] for key in _named(result)}})
-
-
-def _temperature(domain: Domain, found: Features, features: np.ndarray, prototypes: np.ndarray, scale: float) -> float:
-    from latteflow.models.judge.calibration import expected_accuracy, neighbours_say, temperature
-
-    rows = slice(None, None, -(-len(features) // 20_000))
-    space = centred(found.embeds[rows], found.shift)
-    neighbours = neighbours_say(space, (space @ found.class_features.T).argmax(1), len(domain.classes))
-    expected = expected_accuracy((features[rows] @ prototypes.T).argmax(1), neighbours)
-    return temperature(features[rows], prototypes, scale, expected)
 
 
 class _Said:
@@ -211,6 +201,7 @@ def _strays(
     if count < 2 * LEAST_CLUSTER:
         return []
     rows = np.argsort(said.score, kind="stable")[:count]
+    everywhere = _shares(list(texts.values()))
     clusters = HDBSCAN(min_cluster_size=LEAST_CLUSTER, copy=True).fit_predict(space[rows])
     found = []
     for number in range(clusters.max() + 1):
@@ -223,7 +214,7 @@ def _strays(
             Strays(
                 count=len(own),
                 images=[keys[row] for row in own[:SHOWN]],
-                words=_words(told, texts.values(), names),
+                words=_words(told, everywhere, names),
                 texts=told[:3],
                 given=[names[label] for label, _ in given],
             )
@@ -231,22 +222,22 @@ def _strays(
     return sorted(found, key=lambda each: -each.count)[:MOST]
 
 
-def _words(told: Sequence[str], every: Iterable[str], names: Sequence[str]) -> list[str]:
-    """Words that some texts have twice as often as all have them, best first; no words of class names."""
+def _shares(texts: Sequence[str]) -> dict[str, float]:
+    """Of each word that more than one text has, the share of the texts that have it."""
+    counts = Counter(word for text in texts for word in set(re.findall(r"[^\W\d_]{3,}", text.lower())))
+    return {word: count / len(texts) for word, count in counts.items() if count > 1}
 
-    def counts(texts: Iterable[str]) -> Counter[str]:
-        return Counter(word for text in texts for word in set(re.findall(r"[^\W\d_]{3,}", text.lower())))
 
-    own, all_of_them = counts(told), counts(every)
+def _words(told: Sequence[str], everywhere: Mapping[str, float], names: Sequence[str]) -> list[str]:
+    """Words that some texts have twice as often as all have them, best first; no words of class names.
+
+    Args:
+        everywhere: :func:`_shares` of all texts.
+    """
     known = {word for name in names for word in re.findall(r"[^\W\d_]+", name.lower())}
-    total = max(1, sum(1 for _ in every))
-    shares = {
-        word: (count / len(told), all_of_them[word] / total)
-        for word, count in own.items()
-        if word not in known and count > 1
-    }
-    found = [word for word, (here, anywhere) in shares.items() if here > max(LEAST_SHARE, 2 * anywhere)]
-    return sorted(found, key=lambda word: (shares[word][1] - shares[word][0], word))[:5]
+    shares = {word: share for word, share in _shares(told).items() if word not in known}
+    found = [word for word, share in shares.items() if share > max(LEAST_SHARE, 2 * everywhere[word])]
+    return sorted(found, key=lambda word: (everywhere[word] - shares[word], word))[:5]
 
 
 def _twins(space: np.ndarray, keys: Sequence[str]) -> list[list[str]]:
@@ -272,7 +263,7 @@ def _twins(space: np.ndarray, keys: Sequence[str]) -> list[list[str]]:
 def _named(found: Review) -> set[str]:
     """Keys of all images that a review shows."""
     shown = [
-        *(each.nearest for each in found.classes),
+        *(each.nearest for each in found.unused),
         *(each.images for each in found.alike),
         *(each.images for each in found.strays),
         *(each[:SHOWN] for each in found.twins),

@@ -30,6 +30,7 @@ from latteflow.tasks.report.scores import Scores, read_scores
 from latteflow.tasks.ship.card import model_card
 from latteflow.tasks.tune.heldout import held_out_scores, why_not
 from latteflow.tasks.tune.models import ADAPTER, Tuned, chosen_model, part_name, tuned_clip, tuned_features
+from latteflow.tasks.tune.select import label_free_temperature
 
 if TYPE_CHECKING:
     from latteflow.models.ship.predictor import Predictor
@@ -40,8 +41,6 @@ CHECKED = 8
 """Training images whose answers by the folder are compared with those by the store."""
 MOST_DIFFERENCE = 0.05
 """Between probabilities of both; more is an error."""
-MOST_COMPARED = 20_000
-"""Training images that say how sure the model should be."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,9 @@ class _Export:
             resize=self.domain.clip.resize,
             grey_range=self.domain.shard.grey_range,
             unknown_below=below,
-            temperature=self._temperature(),
+            temperature=label_free_temperature(
+                self.found, self.features, self.model.prototypes, self.model.scale, self.method
+            ),
             **{name: None if change is None else torch.from_numpy(change) for name, change in maps.items()},
         )
         if self.method and METHODS[self.method].adapter:
@@ -232,22 +233,6 @@ class _Export:
             unknown=f"not marked, as {why}" if why else "marked by a score that 99 % of new ones of the domain reach",
         )
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
-
-    def _temperature(self) -> float:
-        """What its logits are divided by, as neighbours tell; of zero-shot, as the form that it is less like does."""
-        from latteflow.models.judge.calibration import expected_accuracy, neighbours_say, temperature
-
-        rows = np.unique(np.linspace(0, len(self.found.keys) - 1, MOST_COMPARED).astype(np.int64))
-        some, features, model = self.found.at(rows), self.features[rows], self.model
-        middle = centred(some.embeds, some.centre)
-        if self.method is None:
-            other = some.features if some.share > 0.5 else middle
-            said = (other @ some.class_features.T).argmax(1)
-        else:
-            own = centred(some.embeds, some.shift) @ some.class_features.T
-            said = neighbours_say(middle, own.argmax(1), len(self.domain.classes))
-        labels = (features @ model.prototypes.T).argmax(1)
-        return temperature(features, model.prototypes, model.scale, expected_accuracy(labels, said))
 
     def _unknown_below(self) -> tuple[float | None, str]:
         """The score below which an image is *unknown*; without one, why."""

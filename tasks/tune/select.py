@@ -32,6 +32,10 @@ MOST_IMAGES = 20_000
 """Models are compared on at most so many images; which ones depends on their keys alone, which are digests."""
 
 
+MOST_COMPARED = 20_000
+"""Training images that say how sure the model should be."""
+
+
 @dataclass(frozen=True)
 class Judged:
     """What is thought of one adapted model; see :class:`models.judge.selection.Verdict`."""
@@ -110,12 +114,14 @@ class Trusted(NamedTuple):
 
     Attributes:
         name: for people.
+        method: who adapted it; None: it is zero-shot.
         features: unit image features, ``(n, dim)``.
         prototypes: unit rows, ``(classes, dim)``.
         scale: of the logits.
     """
 
     name: str
+    method: str | None
     features: np.ndarray
     prototypes: np.ndarray
     scale: float
@@ -127,9 +133,36 @@ def trusted(domain: Domain, selected: Artifact, tuned: Artifact, shards: Artifac
     first = read_tuned(tuned, domain.method[0], domain.seeds_of(domain.method[0])[0])
     if best is None:
         space = centred(found.embeds, found.shift)
-        return Trusted(label(own_zero_shot(domain.clip.centre)), space, found.class_features, first.scale)
+        return Trusted(label(own_zero_shot(domain.clip.centre)), None, space, found.class_features, first.scale)
     model = read_tuned(tuned, best.method, best.seed)
-    return Trusted(label(best.method), tuned_features(domain, model, shards, found), model.prototypes, model.scale)
+    return Trusted(
+        label(best.method), best.method, tuned_features(domain, model, shards, found), model.prototypes, model.scale
+    )
+
+
+def label_free_temperature(
+    found: Features, features: np.ndarray, prototypes: np.ndarray, scale: float, method: str | None
+) -> float:
+    """What to divide a model's logits by, as neighbours tell; of zero-shot, as the form that it is less like does.
+
+    Args:
+        found: the images as no model has shaped them.
+        features, prototypes, scale: the model's, of the same images.
+        method: who adapted it; None: it is zero-shot.
+    """
+    from latteflow.models.judge.calibration import expected_accuracy, neighbours_say, temperature
+
+    rows = np.unique(np.linspace(0, len(found.keys) - 1, MOST_COMPARED).astype(np.int64))
+    some, features = found.at(rows), features[rows]
+    middle = centred(some.embeds, some.centre)
+    if method is None:
+        other = some.features if some.share > 0.5 else middle
+        said = (other @ some.class_features.T).argmax(1)
+    else:
+        own = centred(some.embeds, some.shift) @ some.class_features.T
+        said = neighbours_say(middle, own.argmax(1), len(prototypes))
+    labels = (features @ prototypes.T).argmax(1)
+    return temperature(features, prototypes, scale, expected_accuracy(labels, said))
 
 
 class Views:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from latteflow.tasks.report.classlist import _alike, _Said, _strays, _twins, _words
+from latteflow.tasks.report.classlist import _alike, _Said, _shares, _strays, _twins, _words
 
 DIM = 16
 
@@ -51,7 +51,7 @@ def test_too_few_images_have_no_strays() -> None:
 
 @pytest.mark.parametrize("told", [[], ["a robin"]])
 def test_no_word_is_made_up(told: list[str]) -> None:
-    assert _words(told, ["a robin", "a wren"], ["robin"]) == []
+    assert _words(told, _shares(["a robin", "a wren"]), ["robin"]) == []
 
 
 def test_the_same_picture_in_several_places_is_one_group() -> None:
