@@ -297,9 +297,12 @@ HEAD = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\
 
 def half_sent(url: str, count: int, peer: str = "127.0.0.1") -> list[socket.socket]:
     """Clients that send the head of a request and half of an image, and then nothing."""
-    found = [socket.create_connection(address(url), timeout=30, source_address=(peer, 0)) for _ in range(count)]
-    for each in found:
-        each.sendall(HEAD % 1000 + bytes(500))
+    found = []
+    for number in range(count):
+        found.append(socket.create_connection(address(url), timeout=30, source_address=(peer, 0)))
+        found[-1].sendall(HEAD % 1000 + bytes(500))
+        if number % 20 == 19:  # so that the heads are read: a burst of connections alone is too many as well
+            assert httpx.get(f"{url}/health").status_code == 200
     return found
 
 
