@@ -1,12 +1,16 @@
 """What the gate lets pass and how estimates rank models, against the truth.
 
     python -m benchmarks.selection domains/demo.yaml domains/clipart.yaml [--steps 640] [--store runs/store] [--quick]
+        [--subsets 15]
 
 Each domain as `benchmarks.accuracy` has it: whole, with a long tail, and with a quarter of its classes. Every method of
 JUDGED is adapted and judged on the images it was adapted to, and scored on the test images; so are broken models: of
 class names in the wrong order, of a far too high learning rate, of texts that belong to other images, and prototypes
 that have collapsed. A model is *better* or *worse* than the better zero-shot if top-1 differs by more than a point;
 between, either answer will do. Labels are opened when everything was judged.
+
+`--subsets N` has instead N draws of each domain, every one with a quarter to all of its classes, and half to all of the
+evaluation images of these, and prints what the gate lets pass with intervals, as `benchmarks.synthetic` does.
 
 The second table compares estimates of accuracy that need no label: Spearman's rank correlation with top-1 over all
 models of a case, zero-shots and broken ones among them, mean and worst over the cases; and what one would gain
@@ -29,6 +33,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from benchmarks.accuracy import Case, answers, build, heard
+from benchmarks.synthetic import verdicts
 from latteflow.models.judge.halves import halves
 from latteflow.models.judge.selection import Evidence, duel, estimates, judge, kappa, neighbours
 from latteflow.models.methods.adaptation import Adapted, TuneData
@@ -49,14 +54,20 @@ EVEN = 0.01
 class Row:
     """One model: how it differs from the better zero-shot, what the gate said, and what the estimates say.
 
-    Zero-shot itself is not judged: ``accepted`` is None.
+    Zero-shot itself is not judged: ``accepted`` is None. ``above_chance`` is the better zero-shot's.
     """
 
     case: str
     model: str
     gain: float
+    above_chance: float
     accepted: bool | None
     estimates: Mapping[str, float]
+
+    @property
+    def kind(self) -> str:
+        """Against the better zero-shot."""
+        return "better" if self.gain > EVEN else "worse" if self.gain < -EVEN else "even"
 
 
 def wrong_names(data: TuneData, draws: torch.Generator) -> TuneData:
@@ -131,11 +142,11 @@ def rows(name: str, case: Case, broken: bool) -> Iterator[Row]:
         guesses["transduction"] = kappa(labels, together, n_classes)
         guesses["captions"] = kappa(labels[case.train.has_text], told, n_classes)
         if model is None:
-            return Row(name, name_of, top1(test) - before, None, guesses)
+            return Row(name, name_of, top1(test) - before, before - 1 / n_classes, None, guesses)
         parts = halves(model.data, model.adapt) if METHODS[model.method].reads_image_texts else None
         heard_of = heard(replace(model.data, class_texts=case.class_texts), labels, case.scale, parts)
         verdict = judge([Evidence(guesses["vouched"], duel(features, labels, own))], case.share, heard_of)
-        return Row(name, name_of, top1(test) - before, verdict.accepted, guesses)
+        return Row(name, name_of, top1(test) - before, before - 1 / n_classes, verdict.accepted, guesses)
 
     for shot, space in spaces.items():
         yield row(shot, *(features @ case.class_texts.T for features in space))
@@ -145,11 +156,7 @@ def rows(name: str, case: Case, broken: bool) -> Iterator[Row]:
 
 def summary(found: list[Row], chosen: Callable[[Row], bool]) -> str:
     """Counts of right and wrong decisions."""
-    kinds = Counter(
-        ("better" if row.gain > EVEN else "worse" if row.gain < -EVEN else "even", row.accepted)
-        for row in found
-        if row.accepted is not None and chosen(row)
-    )
+    kinds = Counter((row.kind, row.accepted) for row in found if row.accepted is not None and chosen(row))
     cells = [kinds[kind, accepted] for kind in ("better", "even", "worse") for accepted in (True, False)]
     return " | ".join(map(str, cells))
 
@@ -172,28 +179,20 @@ def ranking(found: list[Row]) -> str:
     return head + "\n".join(sorted(lines, key=lines.__getitem__, reverse=True))
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    options.add_argument("domains", nargs="+", type=Path)
-    options.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="of training")
-    options.add_argument("--draws", type=int, default=3, help="of each variant")
-    options.add_argument("--quick", action="store_true", help="one draw, 160 steps")
-    options.add_argument("--store", help="instead of the domains' own")
-    chosen = options.parse_args()
-    if chosen.quick:
-        chosen.draws, chosen.steps = 1, 160
-    torch.set_num_threads(1)
-    found: list[Row] = []
-    for path in chosen.domains:
-        domain = Domain.load(path)
-        if chosen.store:
-            domain = domain.model_copy(update={"store": str(Path(chosen.store).resolve())})
-        for kind, cases in build(domain, [IMBALANCE], True, ["inductive"], chosen.draws, chosen.steps):
-            for number, case in enumerate(cases):
-                for row in rows(f"{domain.name} {kind} {number}", case, kind == "inductive"):
-                    found.append(row)
-                    said = {None: "zero-shot", True: "accepted", False: "refused"}[row.accepted]
-                    sys.stderr.write(f"{row.case}: {row.model} {100 * row.gain:+.1f} {said}\n")
+def subset(case: Case, seed: int) -> Case:
+    """Some of the classes, and some of their test images, which are also what is adapted to."""
+    draw, n_classes = np.random.default_rng(seed), len(case.class_texts)
+    least = max(2, n_classes // 4)
+    kept = np.sort(draw.permutation(n_classes)[: draw.integers(least, n_classes + 1)])
+    rows = np.flatnonzero(np.isin(case.test.truth, kept))
+    rows = np.sort(draw.permutation(rows)[: round(draw.uniform(0.5, 1.0) * len(rows))])
+    part = case.test.only(rows)
+    part = replace(part, truth=np.searchsorted(kept, part.truth))
+    return replace(case, train=part, test=part, class_texts=case.class_texts[torch.from_numpy(kept)])
+
+
+def table(found: list[Row]) -> str:
+    """Right and wrong decisions by kind of case."""
     lines = [
         "| | better, accepted | better, refused | even, accepted | even, refused | worse, accepted | worse, refused |"
     ]
@@ -205,7 +204,43 @@ def main() -> None:
         "broken models": lambda row: row.model not in JUDGED,
     }.items():
         lines.append(f"| {name} | {summary(found, wanted)} |")
-    sys.stdout.write("\n".join(lines) + f"\n\n{ranking(found)}\n")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    options.add_argument("domains", nargs="+", type=Path)
+    options.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="of training")
+    options.add_argument("--draws", type=int, default=3, help="of each variant")
+    options.add_argument("--subsets", type=int, default=0, help="of each domain, instead of its variants")
+    options.add_argument("--quick", action="store_true", help="one draw, 160 steps")
+    options.add_argument("--store", help="instead of the domains' own")
+    chosen = options.parse_args()
+    if chosen.quick:
+        chosen.draws, chosen.steps = 1, 160
+    torch.set_num_threads(1)
+    found: list[Row] = []
+    for path in chosen.domains:
+        domain = Domain.load(path)
+        if chosen.store:
+            domain = domain.model_copy(update={"store": str(Path(chosen.store).resolve())})
+        if chosen.subsets:
+            ((_, (whole,)),) = build(domain, [], False, ["transductive"], steps=chosen.steps)
+            drawn = [("subset", [subset(whole, seed) for seed in range(chosen.subsets)])]
+        else:
+            drawn = build(domain, [IMBALANCE], True, ["inductive"], chosen.draws, chosen.steps)
+        for kind, cases in drawn:
+            for number, case in enumerate(cases):
+                for row in rows(f"{domain.name} {kind} {number}", case, kind == "inductive"):
+                    found.append(row)
+                    said = {None: "zero-shot", True: "accepted", False: "refused"}[row.accepted]
+                    sys.stderr.write(f"{row.case}: {row.model} {100 * row.gain:+.1f} {said}\n")
+    if chosen.subsets:
+        sys.stdout.write(verdicts(found) + "\n")
+        for model in JUDGED:
+            sys.stdout.write(f"\n{model}\n{verdicts([row for row in found if row.model == model])}\n")
+    else:
+        sys.stdout.write(f"{table(found)}\n\n{ranking(found)}\n")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -347,7 +347,18 @@ def gains(found: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def verdicts(found: Sequence[Row]) -> str:
+class Judged(Protocol):
+    """A model, what the gate said of it (None: it was not asked), and the truth."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def accepted(self) -> bool | None: ...
+    @property
+    def above_chance(self) -> float: ...
+
+
+def verdicts(found: Sequence[Judged]) -> str:
     """What the gate lets pass."""
     judged = [row for row in found if row.accepted is not None]
     counts = {kind: [row for row in judged if row.kind == kind] for kind in ("better", "even", "worse")}
