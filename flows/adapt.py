@@ -10,21 +10,16 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
 from latteflow.flows import shown
-from latteflow.flows.fanout import cancel_workers, pairs_on_pool, train_on_pool, write_on_pool
+from latteflow.flows.fanout import PAIRS, TEXTS, Work, cancel_workers, done_by_pool, work_before
 from latteflow.flows.parameters import DomainOrFile, domain_flow, told
 from latteflow.flows.pipeline import pipeline, repaired
-from latteflow.models.settings import LanguageModelSettings, SidecarSettings
 from latteflow.storage.lease import lease
 from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.stage import StageResult, open_store
-from latteflow.tasks.describe.describe import describe
-from latteflow.tasks.describe.group import group
-from latteflow.tasks.describe.pair import pair
 from latteflow.tasks.describe.texts import collecting
 from latteflow.tasks.report.history import SPLIT_STAGES
 from latteflow.tasks.report.report import publish
 from latteflow.tasks.tune.check import check_models
-from latteflow.tasks.tune.tune import tune
 
 
 @domain_flow(on_cancellation=[cancel_workers])
@@ -61,38 +56,27 @@ class _Submit:
         self._splits: dict[int, str] = {}
 
     def __call__(self, stage: Callable[..., StageResult], domain: Domain, *args: Any) -> Any:
-        before = None
-        if _is_written_elsewhere(stage, domain):
-            work = pairs_on_pool if stage is pair else write_on_pool
-            before = self._first(work, work.__name__.replace("_", "-"), domain, *args)
-        elif domain.workers and domain.workers.train and stage is tune:
-            before = self._first(train_on_pool, "train-on-pool", domain, *args)
         split = args[0] if isinstance(args[0], str) else self._splits[id(args[0])]
-        label = f"{stage.__name__}-{split}" if stage.__name__ in SPLIT_STAGES else stage.__name__
-        task = _task(_skin(stage), f"{domain.name}-{label}", stage.__name__)
-        self.futures.append(task.submit(domain, *args, wait_for=[before] if before is not None else None))
+        end = f"-{split}" if stage.__name__ in SPLIT_STAGES else ""
+        work = work_before(stage, domain)
+        before = [self._first(work, f"{domain.name}-{work.name}-on-pool{end}", domain, *args)] if work else None
+        task = _task(_skin(stage), f"{domain.name}-{stage.__name__}{end}", stage.__name__)
+        self.futures.append(task.submit(domain, *args, wait_for=before))
         self._splits[id(self.futures[-1])] = split
         return self.futures[-1]
 
-    def _first(self, work: Callable[..., Any], name: str, domain: Domain, *args: Any) -> Any:
-        """The task that does ``work``, once for all stages that wait for it."""
+    def _first(self, work: Work, run_name: str, domain: Domain, *args: Any) -> Any:
+        """The task that has the work done, once for all stages that wait for it."""
         if (work, *args) not in self._elsewhere:
-            self._elsewhere[work, *args] = _task(work, f"{domain.name}-{name}", name).submit(domain, *args)
+            task = _task(done_by_pool, run_name, f"{work.name}-on-pool")
+            self._elsewhere[work, *args] = task.submit(work, domain, *args)
             self.futures.append(self._elsewhere[work, *args])
         return self._elsewhere[work, *args]
 
 
-def _is_written_elsewhere(stage: Callable[..., StageResult], domain: Domain) -> bool:
-    """Whether the texts of a stage are for the pool `gpu`: not those that come from the CLIP or from rules."""
-    if stage not in (describe, group, pair) or not domain.workers:
-        return False
-    describer = domain.of_pairs().describer if stage is pair else domain.describer
-    return isinstance(describer, LanguageModelSettings | SidecarSettings)
-
-
 def _skin(stage: Callable[..., StageResult]) -> Callable[..., Any]:
     def skin(domain: Domain, *inputs: Any) -> Any:
-        if _is_written_elsewhere(stage, domain):
+        if work_before(stage, domain) in (TEXTS, PAIRS):
             with collecting():
                 result = stage(domain, *inputs)
         else:

@@ -1,7 +1,7 @@
-"""Work of one run that other work pools do: ranges of shards on GPU workers, training on machines for that.
+"""Work of one run that other work pools do: texts and features by ranges of shards, and training on machines for that.
 
 The store is the truth: what is missing there is asked for, whoever asked before. Prefect starts the runs, shows them,
-and says when they ended; one that did not end well is begun again, and asks only for texts that are still missing.
+and says when they ended; one that did not end well is begun again, and makes only what is still missing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -23,14 +23,16 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.states import Cancelling
 
+from latteflow.models.settings import LanguageModelSettings, SidecarSettings
 from latteflow.storage.errors import DataError
 from latteflow.tasks.core.domain import Domain, WorkerSettings
-from latteflow.tasks.core.stage import NotMade, StageResult, rules
+from latteflow.tasks.core.stage import NotMade, StageResult, open_store, rules
 from latteflow.tasks.describe.describe import describe, missing_texts, tidy_texts
 from latteflow.tasks.describe.group import group
+from latteflow.tasks.describe.pair import pair
+from latteflow.tasks.ingest.embed import embed, missing_features
+from latteflow.tasks.tune.tune import tune
 
-DESCRIBE, PAIR, TUNE = "describe/describe", "pair/pair", "tune/tune"
-"""Deployments, see prefect.yaml."""
 _LOOK_S = (1.0, 15.0)
 """Between two looks at the runs; at first and at last."""
 _LATE_S = 120.0
@@ -51,82 +53,104 @@ class Attempt:
     number: int = 1
 
 
-def write_on_pool(domain: Domain, images: StageResult, features: StageResult) -> dict[str, int]:
-    """Have the missing texts written by the pool `gpu`, range by range, and wait for them.
+@dataclass(frozen=True)
+class Work:
+    """What a pool does for some stages, which then find it in the store.
+
+    Attributes:
+        name: of the flow and of its deployment, see prefect.yaml.
+        stages: that wait for it.
+        inputs: names that the flow has for the artifacts that these stages are given, in their order.
+        missing: what each shard lacks; None: the work is one run.
+        unit: of that; the setting of `workers` that is called so says how many go into one run.
+    """
+
+    name: str
+    stages: tuple[Callable[..., StageResult], ...]
+    inputs: tuple[str, ...]
+    missing: Callable[..., list[int]] | None = None
+    unit: str = ""
+
+    @property
+    def deployment(self) -> str:
+        return f"{self.name}/{self.name}"
+
+
+def _missing_texts(domain: Domain, images: StageResult, features: StageResult) -> list[int]:
+    tidy_texts(domain, features)
+    return missing_texts(domain, images, features)
+
+
+FEATURES = Work("embed", (embed,), ("images",), missing_features, "images")
+TEXTS = Work("describe", (describe, group), ("images", "features"), _missing_texts, "texts")
+PAIRS = Work("pair", (pair,), ("images", "features", "screened"))
+MODELS = Work("tune", (tune,), ("images", "features", "screened", "paired"))
+
+
+def work_before(stage: Callable[..., StageResult], domain: Domain) -> Work | None:
+    """What a pool is to do before a stage; texts that come from the CLIP or from rules are no work for one."""
+    workers = domain.workers
+    if workers is None:
+        return None
+    describer = domain.of_pairs().describer if stage is pair else domain.describer
+    asked = isinstance(describer, LanguageModelSettings | SidecarSettings)
+    given = {FEATURES: workers.images is not None, TEXTS: asked, PAIRS: asked, MODELS: workers.train}
+    return next((work for work, is_given in given.items() if is_given and stage in work.stages), None)
+
+
+def done_by_pool(work: Work, domain: Domain, *results: StageResult) -> dict[str, int]:
+    """Have what is missing made by a pool, range by range or in one run, and wait for it.
+
+    Args:
+        results: what the stages that need it are given.
 
     Returns:
-        ``texts`` that were missing, and in how many ``runs`` they were written.
+        How much was ``missing``, and in how many ``runs`` it was made.
 
     Raises:
-        WorkersFailed: a range failed in every attempt.
+        WorkersFailed: a part of it failed in every attempt.
     """
+    if _is_made(work, domain, results):
+        return {"missing": 0, "runs": 0}
     workers = domain.workers or WorkerSettings()
-    if _is_made(domain, images, features):
-        return {"texts": 0, "runs": 0}
-    given = {"domain": _as_given(domain), "images": asdict(images.ref), "features": asdict(features.ref)}
+    given = {"domain": domain.model_dump(mode="json", exclude_unset=True)}
+    given |= {name: asdict(each.ref) for name, each in zip(work.inputs, results, strict=False)}
+    split = str(open_store(domain).open(results[0].ref, listed=False).inputs["split"])
     with get_client(sync_client=True) as client:
-        pool = _Pool(client, domain, DESCRIBE, workers)
-        tidy_texts(domain, features)
-        missing = missing_texts(domain, images, features)
+        pool = _Pool(client, domain, work, split)
+        if work.missing is None:
+            if not pool.adopt(given):
+                pool.add(Attempt(f"{work.name}-{domain.name}", given))
+            return {"missing": 1, "runs": pool.wait()}
+        missing = work.missing(domain, *results)
         total = sum(missing)
         for first, last in pool.adopt(given):
             missing[first:last] = [0] * (last - first)
-        for found in ranges(missing, workers.texts):
+        for found in ranges(missing, getattr(workers, work.unit)):
             words = {**given, "first": found.start, "last": found.stop}
-            name = f"describe-{domain.name}-{found.start}-{found.stop}"
+            name = f"{work.name}-{domain.name}-{found.start}-{found.stop}"
             pool.add(Attempt(name, words, sum(missing[found.start : found.stop])))
-        with _progress(domain, total) as told:
-            runs = pool.wait(told)
-    return {"texts": total, "runs": runs}
-
-
-def pairs_on_pool(domain: Domain, images: StageResult, features: StageResult, screened: StageResult) -> None:
-    """Have the texts about pairs written by the pool `gpu`, in one run; the stage `pair` then finds its artifact.
-
-    Raises:
-        WorkersFailed: that failed.
-    """
-    _stage_on_pool(PAIR, domain, images=images, features=features, screened=screened)
-
-
-def train_on_pool(
-    domain: Domain, images: StageResult, features: StageResult, screened: StageResult, paired: StageResult | None = None
-) -> None:
-    """Have the models trained by the pool `train`; the stage `tune` then finds them.
-
-    Raises:
-        WorkersFailed: that failed.
-    """
-    more = {"paired": paired} if paired else {}
-    _stage_on_pool(TUNE, domain, images=images, features=features, screened=screened, **more)
-
-
-def _stage_on_pool(deployment: str, domain: Domain, **inputs: StageResult) -> None:
-    given = {"domain": _as_given(domain), **{name: asdict(each.ref) for name, each in inputs.items()}}
-    with get_client(sync_client=True) as client:
-        pool = _Pool(client, domain, deployment, domain.workers or WorkerSettings())
-        if not pool.adopt(given):
-            pool.add(Attempt(f"{deployment.split('/')[0]}-{domain.name}", given))
-        pool.wait(lambda done: None)
+        with _progress(f"{domain.name}-{work.unit}", split, total) as told:
+            return {"missing": total, "runs": pool.wait(told)}
 
 
 def ranges(missing: Sequence[int], most: int) -> list[range]:
-    """Stretches of shards with about so many missing texts each; shards without any are skipped where that is possible.
+    """Stretches of shards that lack about so much each; shards that lack nothing are skipped where that is possible.
 
     Args:
-        missing: texts of each shard.
-        most: texts of a stretch; a shard that has more is one of its own.
+        missing: of each shard.
+        most: of a stretch; a shard that lacks more is one of its own.
     """
     found: list[range] = []
-    texts = 0
+    total = 0
     for number, count in enumerate(missing):
         if not count:
             continue
-        if found and texts + count <= most:
-            found[-1], texts = range(found[-1].start, number + 1), texts + count
+        if found and total + count <= most:
+            found[-1], total = range(found[-1].start, number + 1), total + count
         else:
             found.append(range(number, number + 1))
-            texts = count
+            total = count
     return found
 
 
@@ -142,14 +166,15 @@ _ALIVE: dict[str, Any] = {"state": {"type": {"any_": ["SCHEDULED", "PENDING", "R
 
 
 class _Pool:
-    """Runs of one deployment for one domain, never more than ``workers.runs`` at once."""
+    """Runs of one deployment for a split of one domain, never more than ``workers.runs`` at once."""
 
-    def __init__(self, client: SyncPrefectClient, domain: Domain, deployment: str, workers: WorkerSettings) -> None:
+    def __init__(self, client: SyncPrefectClient, domain: Domain, work: Work, split: str) -> None:
         from prefect.runtime import flow_run
 
-        self._client, self._deployment, self._workers = client, deployment, workers
+        self._client, self._deployment, self._workers = client, work.deployment, domain.workers or WorkerSettings()
         where = hashlib.sha256(f"{domain.store}\n{domain.name}".encode()).hexdigest()[:12]
-        self._mine = f"{deployment.split('/')[0]} of {domain.name} {where}"
+        # Splits are embedded side by side, and do not take each other's runs for those of an earlier attempt.
+        self._mine = f"{work.name} {split} of {domain.name} {where}"
         self._tags = [self._mine, *([_tag(flow_run.id)] if flow_run.id else [])]
         self._waiting: deque[Attempt] = deque()
         self._open: dict[UUID, Attempt] = {}
@@ -157,7 +182,7 @@ class _Pool:
     def add(self, attempt: Attempt) -> None:
         self._waiting.append(attempt)
 
-    def adopt(self, given: dict[str, Any]) -> list[tuple[int, int]]:
+    def adopt(self, given: Mapping[str, Any]) -> list[tuple[int, int]]:
         """Take over runs that an earlier attempt of this run left alive; those about other artifacts are cancelled.
 
         Returns:
@@ -177,7 +202,7 @@ class _Pool:
             log.info("%s: %d runs of an earlier attempt are still at work", self._mine, len(found))
         return found
 
-    def wait(self, on_done: Any) -> int:
+    def wait(self, on_done: Callable[[int], None] = lambda size: None) -> int:
         """Until everything is done; returns how many runs that took.
 
         Raises:
@@ -227,23 +252,19 @@ class _Pool:
         for other in self._open:
             self._client.set_flow_run_state(other, Cancelling(message=f"{run.name} failed"))
         raise WorkersFailed(
-            f"{run.name} failed {attempt.number} times, at last as {why}. What was written is kept: look at the run's "
+            f"{run.name} failed {attempt.number} times, at last as {why}. What was made is kept: look at the run's "
             "log, and run again"
         )
 
 
-def _is_made(domain: Domain, images: StageResult, features: StageResult) -> bool:
+def _is_made(work: Work, domain: Domain, results: Sequence[StageResult]) -> bool:
     try:
         with rules(make=False):
-            describe(domain, images, features)
-            group(domain, images, features)
+            for stage in work.stages:
+                stage(domain, *results)
     except NotMade:
         return False
     return True
-
-
-def _as_given(domain: Domain) -> dict[str, Any]:
-    return domain.model_dump(mode="json", exclude_unset=True)
 
 
 def _waits(run: FlowRun) -> bool:
@@ -255,10 +276,10 @@ def _tag(flow_run_id: Any) -> str:
 
 
 @contextmanager
-def _progress(domain: Domain, total: int) -> Iterator[Any]:
-    """A bar in the UI: texts that are there of those that were missing."""
-    key = f"{domain.name.replace('_', '-')}-texts"
-    artifact: Any = create_progress_artifact(0.0, key=key, description=f"{total} texts by the pool")
+def _progress(what: str, split: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar in the UI: what is there of what was missing."""
+    key = what.replace("_", "-") + ("" if split == "train" else f"-{split}")
+    artifact: Any = create_progress_artifact(0.0, key=key, description=f"{total} {what} by the pool")
     done = 0
 
     def on_done(size: int) -> None:

@@ -156,8 +156,11 @@ class WorkerSettings(Settings):
     texts: int = Field(default=50_000, ge=1)
     """Texts that one run on the pool `gpu` writes, about: it takes whole shards. Each run starts an engine, so give it
     minutes of work."""
+    images: int | None = Field(default=None, ge=1)
+    """Images that one run on the pool `train` embeds, about: it takes whole shards, and loads the model first. Default:
+    no pool, the run of the domain embeds them itself."""
     runs: int = Field(default=32, ge=1, le=200)
-    """Such runs that wait or work at once. How many really work is up to the workers of the pool."""
+    """Runs of a pool that wait or work at once. How many really work is up to the workers of the pool."""
     attempts: int = Field(default=3, ge=1)
     """How often a range of shards is begun before the whole run fails."""
     train: bool = False

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import polars as pl
 
 from latteflow.models.towers import clip
-from latteflow.storage.artifacts import Artifact, ArtifactWriter
+from latteflow.storage.artifacts import Artifact, ArtifactStore, ArtifactWriter, Part
 from latteflow.storage.fingerprint import canonical_json, sha256
-from latteflow.storage.shards import Greys, read_index, read_records
+from latteflow.storage.shards import Greys, packed_images, read_index, read_records
 from latteflow.storage.tables import parquet, read_parquet, safetensors
 from latteflow.tasks.core.decode import pixel_batches
 from latteflow.tasks.core.domain import Domain
@@ -33,36 +35,16 @@ def embed(domain: Domain, shards: StageResult) -> StageResult:
     """
     store = open_store(domain)
     images = store.open(shards.ref)
-    domain = domain.of_split(images.inputs["split"])
-    who = clip.identity(domain.clip)
-    model = _Lazy(domain)
-    inputs = {
-        "shards": shards.ref.digest,
-        "clip": who,
-        "prompts": domain.prompts(),
-        "centre": f"estimated, {ESTIMATE}" if domain.clip.centre is None else domain.clip.centre,
-    }
+    each = _Shards(domain, images)
+    domain, inputs = each.domain, each.inputs
 
     def body(writer: ArtifactWriter) -> Mapping[str, int]:
-        index, greys = read_index(images), Greys(images)
-        frames = []
-        for part in images.parts:
-            tar = f"{part.name}.tar"
-            if tar not in images.files:
-                continue
-            name, own = f"{part.name}.features.parquet", {"shard": images.files[tar][1].sha256, "clip": who}
-            if ranges := greys.digest(part.name):
-                own["greys"] = ranges
-            found = writer.find(part.name, own)
-            if found is None:
-                features = _features(domain, model, images, part.name)
-                writer.put(part.name, own, {name: parquet(features)}, rows=features.height)
-            else:
-                features = read_parquet(writer.read(found, name))
-            frames.append(features)
-        live = index.select("key").join(pl.concat(frames), on="key", how="inner", maintain_order="left")
-        text = class_text_features(domain, model.loaded.text_features)
-        labels, centre, share = _zero_shot(live, text, model.loaded.scale, domain.clip.centre)
+        index = read_index(images)
+        parts = [each.part(writer, shard) for shard in each.names]
+        features = pl.concat([read_parquet(writer.read(part, part.files[0].name)) for part in parts])
+        live = index.select("key").join(features, on="key", how="inner", maintain_order="left")
+        text = class_text_features(domain, each.model.text_features)
+        labels, centre, share = _zero_shot(live, text, each.model.scale, domain.clip.centre)
         writer.put(
             "zero_shot",
             {"features": sha256(canonical_json(live["key"].to_list())), **inputs},
@@ -76,38 +58,98 @@ def embed(domain: Domain, shards: StageResult) -> StageResult:
         )
         return {"images": live.height, "left_out": index.height - live.height}
 
-    return run_stage(store, domain, "embed", VERSION, inputs, body, split=str(images.inputs["split"]))
+    return run_stage(store, domain, "embed", VERSION, inputs, body, split=each.split)
 
 
-class _Lazy:
-    """The model, loaded when the first part needs it."""
+def embed_range(domain: Domain, shards: StageResult, first: int = 0, last: int | None = None) -> dict[str, int]:
+    """Make the features of some shards, which `embed`, wherever it runs then, finds in the store.
 
-    def __init__(self, domain: Domain) -> None:
-        self._domain = domain
-        self._clip: clip.Clip | None = None
+    Args:
+        first, last: numbers of shards, as of a slice.
 
-    @property
-    def loaded(self) -> clip.Clip:
-        if self._clip is None:
-            self._clip = clip.load(self._domain.clip)
-        return self._clip
+    Returns:
+        How many images the range has.
+    """
+    store = open_store(domain)
+    each = _Shards(domain, store.open(shards.ref, listed=False))
+    writer, names = each.writer(store), list(each.names)[first:last]
+    for shard in names:
+        each.part(writer, shard)
+    return {"images": sum(each.names[shard] for shard in names)}
 
 
-def _features(domain: Domain, model: _Lazy, images: Artifact, shard: str) -> pl.DataFrame:
-    # Removed images stay in their shard's features, so that a shard's part never changes.
-    rows = read_parquet(images.read(f"{shard}.index.parquet"))
-    keys: list[str] = []
-    embeds: list[np.ndarray] = []
-    for records, pixels in pixel_batches(read_records(images, rows), model.loaded.preprocess, batch=domain.embed.batch):
-        keys += [record.key for record in records]
-        embeds.append(model.loaded.image_embeds(pixels).numpy())
-    dim = model.loaded.dim
-    table = np.concatenate(embeds) if embeds else np.zeros((0, dim), np.float32)
-    norms = np.linalg.norm(table, axis=1)
-    return pl.DataFrame(
-        {"key": keys, "norm": norms, "feature": table / np.maximum(norms, 1e-12)[:, None]},
-        schema={"key": pl.String, "norm": pl.Float32, "feature": pl.Array(pl.Float32, dim)},
-    )
+def missing_features(domain: Domain, shards: StageResult) -> list[int]:
+    """Of each shard, how many images it has if their features are not there yet, else 0."""
+    store = open_store(domain)
+    each = _Shards(domain, store.open(shards.ref, listed=False))
+    writer = each.writer(store)
+    return [0 if each.find(writer, shard) else images for shard, images in each.names.items()]
+
+
+class _Shards:
+    """What is made of each shard by itself: its features, a part of the artifact.
+
+    Attributes:
+        domain: as it is for the images' split.
+        inputs: of the whole artifact.
+    """
+
+    def __init__(self, domain: Domain, images: Artifact) -> None:
+        self.split = str(images.inputs["split"])
+        self.domain = domain.of_split(self.split)
+        self._images, self._greys, self._who = images, Greys(images), clip.identity(self.domain.clip)
+        self.names = packed_images(images)
+        """And the images of each, with those that are gone by now: a shard's part never changes."""
+        self.inputs = {
+            "shards": images.ref.digest,
+            "clip": self._who,
+            "prompts": self.domain.prompts(),
+            "centre": f"estimated, {ESTIMATE}" if self.domain.clip.centre is None else self.domain.clip.centre,
+        }
+
+    @functools.cached_property
+    def model(self) -> clip.Clip:
+        """Loaded when the first part needs it."""
+        return clip.load(self.domain.clip)
+
+    def writer(self, store: ArtifactStore) -> ArtifactWriter:
+        """For parts alone; the artifact is made by `embed`."""
+        return store.writer(self.domain.name, "embed", VERSION, self.inputs)
+
+    def find(self, writer: ArtifactWriter, shard: str) -> Part | None:
+        return writer.find(shard, self._own(shard))
+
+    def part(self, writer: ArtifactWriter, shard: str) -> Part:
+        """Found or made."""
+        found = self.find(writer, shard)
+        if found is not None:
+            return found
+        features = self._features(shard)
+        files = {f"{shard}.features.parquet": parquet(features)}
+        return writer.put(shard, self._own(shard), files, rows=features.height)
+
+    def _own(self, shard: str) -> dict[str, Any]:
+        own: dict[str, Any] = {"shard": self._images.files[f"{shard}.tar"][1].sha256, "clip": self._who}
+        if ranges := self._greys.digest(shard):
+            own["greys"] = ranges
+        return own
+
+    def _features(self, shard: str) -> pl.DataFrame:
+        # Removed images stay in their shard's features, so that a shard's part never changes.
+        rows = read_parquet(self._images.read(f"{shard}.index.parquet"))
+        keys: list[str] = []
+        embeds: list[np.ndarray] = []
+        found, batch = read_records(self._images, rows), self.domain.embed.batch
+        for records, pixels in pixel_batches(found, self.model.preprocess, batch=batch):
+            keys += [record.key for record in records]
+            embeds.append(self.model.image_embeds(pixels).numpy())
+        dim = self.model.dim
+        table = np.concatenate(embeds) if embeds else np.zeros((0, dim), np.float32)
+        norms = np.linalg.norm(table, axis=1)
+        return pl.DataFrame(
+            {"key": keys, "norm": norms, "feature": table / np.maximum(norms, 1e-12)[:, None]},
+            schema={"key": pl.String, "norm": pl.Float32, "feature": pl.Array(pl.Float32, dim)},
+        )
 
 
 def class_text_features(domain: Domain, read: Callable[[Sequence[str]], np.ndarray]) -> np.ndarray:

@@ -6,7 +6,8 @@ each worker its exit status (negative: the signal that ended it) and what it pri
 
 Commands::
 
-    work      storage | pipeline
+    work      storage | pipeline | embed | compact
+    range     shards of `embed`: those of a worker; without it, what the run does that waited for workers
     domain    domain file
     store     URL that replaces the domain file's
     env       environment of the workers (credentials, endpoint)
@@ -94,6 +95,24 @@ def pipeline_work(domain: Domain) -> None:
     from latteflow.flows.pipeline import run_plainly
 
     run_plainly(domain)
+
+
+def embed_work(domain: Domain, shards: list[int] | None) -> None:
+    """A worker's range of features; or, without one, the stage that finishes them."""
+    from latteflow.tasks.ingest.embed import embed, embed_range
+
+    images = shard(domain, "train")
+    if shards is None:
+        embed(domain, images)
+    else:
+        embed_range(domain, images, *shards)
+
+
+def compact_work(domain: Domain) -> None:
+    """Compaction of all texts of a store."""
+    captions = CaptionStore(open_store(domain).objects)
+    for who in captions.describers():
+        captions.compact(who)
 
 
 def read_texts(store: ArtifactStore, domain: str) -> list[tuple[str, str]]:
@@ -184,7 +203,13 @@ def work(command: Mapping[str, Any]) -> None:
     watch(Journal(command.get("journal")), command.get("kill"))
     set_clock(command.get("clock"))
     with rules(refresh=command.get("refresh", ())):
-        {"storage": storage_work, "pipeline": pipeline_work}[command["work"]](domain)
+        works: dict[str, Callable[[Domain], None]] = {
+            "storage": storage_work,
+            "pipeline": pipeline_work,
+            "embed": lambda domain: embed_work(domain, command.get("range")),
+            "compact": compact_work,
+        }
+        works[command["work"]](domain)
 
 
 def fork(command: Mapping[str, Any], stderr: int) -> int:
@@ -223,7 +248,7 @@ def run(command: Mapping[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     late = (
-        ("latteflow.flows.adapt", "latteflow.models.towers.clip", "latteflow.models.methods.latteclip.tuning")
+        ("latteflow.flows.adapt", "latteflow.models.methods.latteclip.tuning", "open_clip")
         if "pipeline" in sys.argv[1:]
         else ("s3fs",)
     )

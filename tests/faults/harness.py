@@ -41,6 +41,8 @@ WORDS = {
     "kill random": "kills at random moments",
     "kill s3": "kills of a process that writes to S3",
     "kill pipeline": "kills of the whole pipeline",
+    "kill range": "kills of a worker of a range of shards",
+    "kill compaction": "kills within a compaction of texts",
     "kill refresh": "kills while a stage is made anew",
     "kill server": "kills of the S3 server under a running stage",
     "network": "network faults",

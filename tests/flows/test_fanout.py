@@ -15,7 +15,8 @@ from conftest import Domain
 from latteflow.flows import fanout
 from latteflow.flows.adapt import adapt
 from latteflow.flows.describe import describe as describe_flow
-from latteflow.flows.fanout import WorkersFailed, cancel_workers, ranges
+from latteflow.flows.embed import embed as embed_flow
+from latteflow.flows.fanout import FEATURES, WorkersFailed, cancel_workers, ranges
 from latteflow.flows.parameters import domain_of
 from latteflow.flows.pipeline import run_plainly
 from latteflow.storage.artifacts import ArtifactRef
@@ -68,16 +69,17 @@ def asked(domain: Domain, chat: ChatServer) -> Domain:
 def pool(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Instead of workers: a run is made here and now. What is in the list is raised by them, one after the other."""
     troubles: list[Any] = []
+    flows = {"describe/describe": describe_flow, "embed/embed": embed_flow}
 
-    @flow(name="describe")
-    def worker(given: dict[str, Any]) -> Any:
+    @flow(name="worker")
+    def worker(name: str, given: dict[str, Any]) -> Any:
         if troubles and (trouble := troubles.pop(0)):
             raise trouble
-        refs = {name: ArtifactRef(**given[name]) for name in ("images", "features")}
-        return describe_flow.fn(**{**given, **refs, "domain": Domain.model_validate(given["domain"])})
+        refs = {each: ArtifactRef(**given[each]) for each in ("images", "features") if each in given}
+        return flows[name].fn(**{**given, **refs, "domain": Domain.model_validate(given["domain"])})
 
     def start(name: str, *, parameters: dict[str, Any], **_: Any) -> Any:
-        state = worker(parameters, return_state=True)
+        state = worker(name, parameters, return_state=True)
         return SimpleNamespace(id=state.state_details.flow_run_id)
 
     monkeypatch.setattr(fanout, "run_deployment", start)
@@ -101,6 +103,46 @@ def test_a_failed_range_is_begun_again_and_the_rest_is_as_ever(
     plain = run_plainly(asked.model_copy(update={"workers": None}))
     assert all(each.cached for each in plain) and len(chat.asked) == prompts
     assert {each.label: each.ref for each in plain} == {label: each.ref for label, each in flowed.items()}
+
+
+def objects(domain: Domain) -> dict[str, bytes]:
+    """What a store holds of a domain, but for what is about a run."""
+    store = open_store(domain).objects
+    about_a_run = ("/stat", "/running.json", "/report/", "/lock")
+    return {key: store.read(key) for key in store.sizes(domain.name) if not any(part in key for part in about_a_run)}
+
+
+@pytest.mark.slow
+def test_features_by_ranges_are_those_of_one_process(server: None, domain: Domain, pool: list[Any]) -> None:
+    """Those of both splits, which are embedded side by side; the first range fails at first."""
+    given = domain.model_dump(exclude_unset=True)
+    plain = Domain.model_validate({**given, "store": f"{domain.store}-plain"})
+    run_plainly(plain)
+    pooled = Domain.model_validate({**given, "workers": {"images": 8, "attempts": 2}})
+    pool.append(RuntimeError("the GPU fell off the bus"))
+    adapt(pooled)
+    assert pool == [] and objects(pooled) == objects(plain)
+    with get_client(sync_client=True) as client:
+        runs = len(client.read_flow_runs())
+        assert all(each.cached for each in adapt(pooled))
+        assert len(client.read_flow_runs()) == runs + 1  # itself alone
+
+
+@pytest.mark.slow
+def test_splits_leave_each_others_runs_alone(server: None, domain: Domain) -> None:
+    @flow
+    def nothing() -> None:
+        pass
+
+    given = {"images": "those of train"}
+    with get_client(sync_client=True) as client:
+        train, test = (fanout._Pool(client, domain, FEATURES, split) for split in ("train", "test"))
+        mine, changed = (client.create_flow_run(nothing, parameters=given, state=Running()) for _ in range(2))
+        client.update_flow_run(mine.id, tags=train._tags)
+        client.update_flow_run(changed.id, tags=train._tags, parameters={"images": "other ones"})
+        assert test.adopt({"images": "those of test"}) == [] and train.adopt(given) == [(0, 1)]
+        names = {run.id: run.state.name for run in client.read_flow_runs() if run.state}
+    assert names[mine.id] == "Running" and names[changed.id] in ("Cancelling", "Cancelled")
 
 
 @pytest.mark.slow

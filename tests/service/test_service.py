@@ -78,6 +78,30 @@ def test_a_new_domain_on_two_pools_outlives_its_gpu_worker(
     assert "tune" in str(rows["shapes-stages"].data) and "/report/data/report." in str(rows["shapes-report"].data)
 
 
+def test_features_by_a_pool_whose_runs_die_twice(service: Service, tmp_path: Path, tiny_clip: Path) -> None:
+    draw_folder(tmp_path / "train", 48)
+    more = "workers: {images: 30, attempts: 3}\n"
+    file = write_domain(tmp_path, tiny_clip, "kind: tags", "embedded", more)
+    switch = tmp_path / "stage"
+    switch.write_text("embed")
+    path = f"{Path(__file__).parent / 'killer'}:{ROOT}"
+    worker = service.worker("train", PYTHONPATH=path, KILL_IN=str(switch))
+    service.prefect("deployment", "run", "adapt/adapt", "--param", f"domain={file}")
+    until(lambda: service.runs("embed", "Crashed"), "the first death")
+    switch.write_text("embed")
+    run = service.ended("adapt")
+    kill(worker)
+    assert run.state and run.state.is_completed(), service.logs(run)
+    assert switch.read_text() == "" and len(service.runs("embed", "Crashed")) == 2
+    done = service.runs("embed", "Completed")
+    assert {each.name for each in done} == {"embed-shapes-0-2", "embed-shapes-2-4"}
+    plain = Domain.load(write_domain(tmp_path, tiny_clip, "kind: tags", "alone"))
+    run_plainly(plain)
+    assert digests(plain) == digests(Domain.load(file))
+    rows = {each.key: each.data for each in service.client.read_artifacts()}
+    assert rows["shapes-images"] == 100.0
+
+
 def test_pairs_and_training_have_pools_of_their_own(
     service: Service, tmp_path: Path, tiny_clip: Path, vllm_python: str, chat: ChatServer
 ) -> None:
