@@ -44,14 +44,14 @@ from torch import Tensor
 from benchmarks.class_descriptions import class_descriptions
 from latteflow.models.judge.halves import Half, halves
 from latteflow.models.judge.metrics import bootstrap_interval
-from latteflow.models.judge.selection import Duel, Evidence, duel, hearing, judge, kappa, neighbours
+from latteflow.models.judge.selection import Duel, Evidence, duel, hearing, judge, kappa, neighbours, sureness
 from latteflow.models.judge.shift import centre_share
 from latteflow.models.methods import registry
 from latteflow.models.methods.adaptation import Adapted, TuneData
 from latteflow.models.methods.latteclip import DEFAULT_STEPS, LatteClipSettings
 from latteflow.models.methods.latteclip_plus.beliefs import beliefs, text_logits
 from latteflow.models.methods.transduction import TransductionSettings
-from latteflow.models.methods.transduction.tuning import transduce
+from latteflow.models.methods.transduction.tuning import nearest, transduce
 from latteflow.models.towers import clip
 from latteflow.models.vectors import unit
 from latteflow.storage.shards import read_index
@@ -75,7 +75,8 @@ WEIGHTS = 0.0, 0.1, 0.25, 0.5, 1.0, 2.0
 
 @dataclass(frozen=True)
 class Images:
-    """One split of a domain: embeds `(n, dim)`, truth `(n,)`, and text features with a mask, for images and groups."""
+    """One split of a domain: embeds `(n, dim)`, truth `(n,)`, text features with a mask, for images and groups, and
+    features by the tower of `neighbours`, where the domain names one."""
 
     embeds: Tensor
     truth: np.ndarray
@@ -83,6 +84,7 @@ class Images:
     has_text: Tensor
     group_texts: Tensor
     members: list[np.ndarray]
+    near: Tensor | None = None
 
     def only(self, rows: np.ndarray) -> Images:
         """Some of the images, and the groups they are all of."""
@@ -92,7 +94,7 @@ class Images:
         chosen = torch.from_numpy(rows)
         return Images(
             self.embeds[chosen], self.truth[rows], self.texts[chosen], self.has_text[chosen], self.group_texts[whole],
-            members,
+            members, None if self.near is None else self.near[chosen],
         )  # fmt: skip
 
 
@@ -138,6 +140,7 @@ class Case:
             class_texts=self.class_texts,
             image_embeds=train.embeds,
             centre=self.share * self.centre,
+            near_features=train.near,
         )
         if texts == "none":
             return found
@@ -203,7 +206,8 @@ def heard(data: TuneData, labels: Tensor, scale: float, parts: Iterable[Half] | 
     if data.image_texts is None or not data.independent_texts:
         return None
     x, classes = data.image_features, data.class_features
-    said = beliefs(x, classes, data.image_texts, data.has_image_text, scale, TransductionSettings().neighbours).logits
+    near = nearest(x if data.near_features is None else data.near_features, TransductionSettings().neighbours)
+    said = beliefs(x, classes, data.image_texts, data.has_image_text, scale, near).logits
     if said is None:
         return None
     own = (x @ classes.T).argmax(1)
@@ -227,7 +231,9 @@ def shipped(case: Case, seed: int) -> Tensor:
 
     data = case.data()
     told = heard(data, labels, case.scale, halves(data, adapt))
-    verdict = judge([Evidence(vouched, duel(features, labels, own))], case.share, told)
+    spaces = [features] if case.train.near is None else [features, case.train.near]
+    won = min((duel(space, labels, own) for space in spaces), key=sureness)
+    verdict = judge([Evidence(vouched, won)], case.share, told)
     return METHODS["latteclip_plus" if verdict.accepted else "zero_shot_estimated"](case, seed)
 
 
@@ -468,6 +474,7 @@ def split(domain: Domain, name: Split, texts_of: Domain | None = None) -> tuple[
         has_text=torch.tensor([text != "" for text in texts]),
         group_texts=features[[row[text] for text in groups["text"]]],
         members=[np.array([place[key] for key in keys]) for keys in groups["member_keys"]],
+        near=None if found.near_features is None else torch.from_numpy(found.near_features),
     ), found
 
 

@@ -24,7 +24,7 @@ from latteflow.tasks.tune.tune import missing_models
 
 # The inputs of a stage whose change makes all of its work anew; any other change leaves the parts of old images.
 _REMAKES = {
-    "embed": {"clip"},
+    "embed": {"clip", "neighbours"},
     "describe": {"describer", "prompts"},
     "group": {"describer", "prompts", "size"},
     "pair": {"describer", "prompts", "pairs"},

@@ -68,6 +68,18 @@ class ClipSettings(Settings):
     """Subtract the domain's mean image embedding before normalising. Default: as much of it as the images speak for."""
 
 
+class NeighbourSettings(Settings):
+    """A second image tower, which is not adapted and reads no texts: it says which images are alike."""
+
+    model: str
+    """A model of timm with the name of its weights, such as timm/vit_small_patch14_dinov2.lvd142m, or what
+    ``clip.model`` may be."""
+    pretrained: str | None = None
+    """As ``clip.pretrained``; of a timm model, if its weights are your own, the path of their .safetensors file."""
+    resize: Literal["crop", "pad"] = "crop"
+    """See ``clip.resize``."""
+
+
 class TagsSettings(Settings):
     """Zero-shot tags of the CLIP itself; no language model."""
 

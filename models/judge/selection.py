@@ -115,6 +115,11 @@ def duel(features: Tensor, one: Tensor, other: Tensor) -> Duel:
     return Duel(float(every.mean()), float(every.std(correction=0)) / math.sqrt(len(every)))
 
 
+def sureness(found: Duel) -> float:
+    """By how much more than ERRORS standard errors a duel is won."""
+    return found.score - ERRORS * found.error
+
+
 def hearing(said: Tensor, one: Tensor, other: Tensor) -> Duel:
     """Whom the images' own texts vouch for.
 

@@ -97,6 +97,8 @@ class TuneData:
             what is read off the embeds (the describer `tags`) is no second opinion.
         image_embeds: cached image embeds, `(n, dim)`, for `train` prototypes and projections.
         centre: subtracted from image embeds before they are normalized, `(dim,)`; None for nothing.
+        near_features: unit features by another tower, `(n, other dim)`, which say which images are near each other;
+            None where `image_embeds` do. A zero row is near none.
         pixels: images of a batch, for `train` last_blocks and all.
         pairs: texts about pairs of images, for pc_clip.
         captions: the texts themselves, for clamp.
@@ -114,6 +116,7 @@ class TuneData:
     independent_texts: bool = True
     image_embeds: Matrix | None = None
     centre: Tensor | None = None
+    near_features: Matrix | None = None
     pixels: Pixels | None = None
     pairs: PairData | None = None
     captions: CaptionData | None = None
@@ -139,6 +142,7 @@ class TuneData:
             ("has_image_text", (1,), len(self)),
             ("group_texts", (2,), n_groups),
             ("image_embeds", (2,), len(self)),
+            ("near_features", (2,), len(self)),
         ):
             tensor = getattr(self, name)
             if tensor is not None and (tensor.ndim not in dims or len(tensor) != rows):
@@ -159,7 +163,7 @@ class TuneData:
         """
         if not self.pixels is self.pairs is self.captions is None:
             raise ValueError("pixels, pairs and captions are about images by their number; take the others only")
-        names = ("pseudo_labels", "image_texts", "has_image_text", "image_embeds")
+        names = ("pseudo_labels", "image_texts", "has_image_text", "image_embeds", "near_features")
         known: dict[str, Any] = {name: getattr(self, name) for name in names}
         taken: dict[str, Any] = {
             name: each.take(rows) if isinstance(each, Rows) else each[rows]
@@ -170,7 +174,7 @@ class TuneData:
 
     def in_memory(self) -> TuneData:
         """The same without anything on disk."""
-        names = ("image_texts", "group_texts", "image_embeds")
+        names = ("image_texts", "group_texts", "image_embeds", "near_features")
         known = {name: getattr(self, name) for name in names}
         captions = self.captions and replace(self.captions, teacher=in_memory(self.captions.teacher))
         loaded: dict[str, Any] = {name: in_memory(each) for name, each in known.items() if each is not None}

@@ -220,10 +220,10 @@ def _load_open_clip(settings: ClipSettings) -> Clip:
     model.eval()
     size: Any = model.visual.image_size
     side = size if isinstance(size, int) else max(size)
-    prepare = functools.partial(_prepare, transform=transform, fit=settings.resize, side=side)
+    prepared = functools.partial(prepare, transform=transform, fit=settings.resize, side=side)
     with torch.inference_mode():
         dim = model.encode_text(tokenizer(["a"])).shape[1]
-    return Clip(settings.model, model, tokenizer, prepare, dim)
+    return Clip(settings.model, model, tokenizer, prepared, dim)
 
 
 def _check_name(name: str) -> None:
@@ -327,9 +327,16 @@ def _check_size(name: str, trunk: str, size: Any) -> None:
         ) from error
 
 
-def _prepare(
+def prepare(
     image: Image, *, transform: Callable[[Image], torch.Tensor], fit: Literal["crop", "pad"], side: int
 ) -> torch.Tensor:
+    """A picture, as a tower's own transform takes it.
+
+    Args:
+        transform: of RGB pictures, to ``(3, height, width)``.
+        fit: `clip.resize`.
+        side: of the square that the tower reads, in pixels.
+    """
     from PIL import ImageOps
 
     from latteflow.models.towers.images import reduced, to_rgb

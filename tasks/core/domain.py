@@ -23,6 +23,7 @@ from latteflow.models.settings import (
     ClipSettings,
     GreyRange,
     LanguageModelSettings,
+    NeighbourSettings,
     PairSettings,
     ScreenSettings,
     Settings,
@@ -208,6 +209,8 @@ class _Domain(Classes):
     evaluation: EvaluationSettings | None = None
     """Labels for evaluation; nothing that trains ever sees them."""
     clip: ClipSettings = ClipSettings()
+    neighbours: NeighbourSettings | None = None
+    """Of transduction and latteclip_plus: which images are alike. Default: those that are alike to the CLIP."""
     describer: DescriberSettings = TagsSettings()
     """Who writes the texts: `kind` says which settings it has."""
     method: Annotated[
@@ -470,6 +473,8 @@ def _resolve(raw: dict[str, Any], folder: Path) -> None:
     for section, field, is_path in [
         (raw.get("clip"), "model", is_model_folder),
         (raw.get("clip"), "pretrained", lambda value: (folder / value).is_file()),
+        (raw.get("neighbours"), "model", is_model_folder),
+        (raw.get("neighbours"), "pretrained", lambda value: (folder / value).is_file()),
         (raw.get("describer"), "model", is_model_folder),
         (raw.get("describer"), "prompts", prompts.is_path),
         (_below(raw, "pairs", "describer"), "model", is_model_folder),

@@ -36,6 +36,8 @@ class Features:
         share: how much of it the domain's models subtract, 0 to 1.
         zero_shot: pseudo-label of each image by the untouched model, ``(n,)`` int64.
         confidence: its probability, ``(n,)``.
+        near_features: unit features by the tower that says which images are alike, less their mean, ``(n, other dim)``;
+            None where that is the CLIP's. A row of zeros is an image that this tower could not take.
     """
 
     keys: list[str]
@@ -46,6 +48,7 @@ class Features:
     share: float
     zero_shot: np.ndarray
     confidence: np.ndarray
+    near_features: np.ndarray | None = None
 
     @property
     def embeds(self) -> np.ndarray:
@@ -68,6 +71,7 @@ class Features:
             norms=self.norms[rows],
             zero_shot=self.zero_shot[rows],
             confidence=self.confidence[rows],
+            near_features=None if self.near_features is None else self.near_features[rows],
         )
 
 
@@ -116,6 +120,8 @@ def read_features(embedded: Artifact) -> Features:
     Raises:
         DataError: images and features are not about the same images.
     """
+    from latteflow.models.rows import in_memory
+
     labels = read_parquet(embedded.read("zero_shot.parquet"))
     classes = read_safetensors(embedded.read("classes.safetensors"))
     features = np.empty((labels.height, classes["text_features"].shape[1]), np.float32)
@@ -131,6 +137,7 @@ def read_features(embedded: Artifact) -> Features:
         share=float(classes["share"][0]),
         zero_shot=labels["label"].to_numpy(),
         confidence=labels["probabilities"].list.first().to_numpy(),
+        near_features=None if (near := _near_features(embedded, labels["key"])) is None else in_memory(near).numpy(),
     )
 
 
@@ -148,6 +155,7 @@ class Embeds:
     class_features: np.ndarray
     shift: np.ndarray
     zero_shot: np.ndarray
+    near_features: Matrix | None
 
 
 def read_embeds(embedded: Artifact) -> Embeds:
@@ -164,7 +172,8 @@ def read_embeds(embedded: Artifact) -> Embeds:
     for at, rows in by_shard(embedded, labels["key"]):
         embeds[at] = torch.from_numpy(rows["feature"].to_numpy() * rows["norm"].to_numpy()[:, None])
     shift = float(classes["share"][0]) * classes["centre"]
-    return Embeds(labels["key"], embeds, classes["text_features"], shift, labels["label"].to_numpy())
+    near = _near_features(embedded, labels["key"])
+    return Embeds(labels["key"], embeds, classes["text_features"], shift, labels["label"].to_numpy(), near)
 
 
 def matrix(n: int, width: int) -> Filled:
@@ -174,6 +183,29 @@ def matrix(n: int, width: int) -> Filled:
     from latteflow.models.rows import Stored
 
     return Stored(n, width) if 4 * n * width > MOST_BYTES else torch.empty(n, width)
+
+
+def _near_features(embedded: Artifact, keys: pl.Series) -> Matrix | None:
+    """See :class:`Features`; on disk where there are many."""
+    import torch
+
+    from latteflow.models.rows import through
+    from latteflow.models.vectors import unit
+
+    names = embedded.names(".near.parquet")
+    if not names:
+        return None
+    width = read_parquet(embedded.read(names[0]), ["feature"])["feature"].to_numpy().shape[1]
+    found, total, seen = matrix(len(keys), width), torch.zeros(width, dtype=torch.float64), 0
+    for (at, rows), name in zip(by_shard(embedded, keys), names, strict=True):
+        # Each tower may have left out an image that the other could take.
+        place = rows.select("key").with_row_index("row")
+        theirs = place.join(read_parquet(embedded.read(name)), on="key", how="inner")
+        block, features = torch.zeros(rows.height, width), theirs["feature"].to_torch()
+        block[theirs["row"].cast(pl.Int64).to_torch()] = features
+        found[at], total, seen = block, total + features.sum(0, dtype=torch.float64), seen + len(features)
+    mean = (total / max(seen, 1)).float()
+    return through(found, lambda rows: torch.where(rows.any(1, keepdim=True), unit(rows - mean), 0))
 
 
 def by_shard(embedded: Artifact, keys: pl.Series) -> Iterator[tuple[slice, pl.DataFrame]]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from latteflow.models.towers import clip
+from latteflow.models.towers import clip, neighbours
 from latteflow.storage.artifacts import Artifact, ArtifactStore, ArtifactWriter, Part
 from latteflow.storage.fingerprint import canonical_json, sha256
 from latteflow.storage.shards import Greys, packed_images, read_index, read_records
@@ -19,6 +19,8 @@ from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.features import centred
 from latteflow.tasks.core.stage import StageResult, open_store, run_stage
 
+_Make = Callable[[str], tuple[str, pl.DataFrame]]
+"""A shard to a file's name and its rows."""
 VERSION = 3
 ESTIMATE = 1
 """Version of :mod:`models.judge.shift`; the features do not depend on it."""
@@ -31,7 +33,8 @@ def embed(domain: Domain, shards: StageResult) -> StageResult:
 
     Files: ``<shard>.features.parquet`` (key, norm, feature: unit rows), ``zero_shot.parquet`` (key, label, labels and
     probabilities of the best candidates; one row for each live image), ``classes.safetensors`` (text_features, centre,
-    share: how much of the centre is to be subtracted).
+    share: how much of the centre is to be subtracted). Of training images, where the domain names `neighbours`,
+    ``<shard>.near.parquet`` (key, feature: unit rows by that tower).
     """
     store = open_store(domain)
     images = store.open(shards.ref)
@@ -40,7 +43,7 @@ def embed(domain: Domain, shards: StageResult) -> StageResult:
 
     def body(writer: ArtifactWriter) -> Mapping[str, int]:
         index = read_index(images)
-        parts = [each.part(writer, shard) for shard in each.names]
+        parts = [each.parts(writer, shard)[0] for shard in each.names]
         features = pl.concat([read_parquet(writer.read(part, part.files[0].name)) for part in parts])
         live = index.select("key").join(features, on="key", how="inner", maintain_order="left")
         text = class_text_features(domain, each.model.text_features)
@@ -74,7 +77,7 @@ def embed_range(domain: Domain, shards: StageResult, first: int = 0, last: int |
     each = _Shards(domain, store.open(shards.ref, listed=False))
     writer, names = each.writer(store), list(each.names)[first:last]
     for shard in names:
-        each.part(writer, shard)
+        each.parts(writer, shard)
     return {"images": sum(each.names[shard] for shard in names)}
 
 
@@ -83,11 +86,11 @@ def missing_features(domain: Domain, shards: StageResult) -> list[int]:
     store = open_store(domain)
     each = _Shards(domain, store.open(shards.ref, listed=False))
     writer = each.writer(store)
-    return [0 if each.find(writer, shard) else images for shard, images in each.names.items()]
+    return [0 if each.are_there(writer, shard) else images for shard, images in each.names.items()]
 
 
 class _Shards:
-    """What is made of each shard by itself: its features, a part of the artifact.
+    """What is made of each shard by itself: its features by each tower, parts of the artifact.
 
     Attributes:
         domain: as it is for the images' split.
@@ -106,50 +109,74 @@ class _Shards:
             "prompts": self.domain.prompts(),
             "centre": f"estimated, {ESTIMATE}" if self.domain.clip.centre is None else self.domain.clip.centre,
         }
+        self._near = self.domain.neighbours if self.split == "train" else None
+        if self._near is not None:
+            self.inputs["neighbours"] = neighbours.identity(self._near)
 
     @functools.cached_property
     def model(self) -> clip.Clip:
         """Loaded when the first part needs it."""
         return clip.load(self.domain.clip)
 
+    @functools.cached_property
+    def _near_tower(self) -> neighbours.Tower:
+        assert self._near is not None
+        return neighbours.read(self._near)
+
     def writer(self, store: ArtifactStore) -> ArtifactWriter:
         """For parts alone; the artifact is made by `embed`."""
         return store.writer(self.domain.name, "embed", VERSION, self.inputs)
 
-    def find(self, writer: ArtifactWriter, shard: str) -> Part | None:
-        return writer.find(shard, self._own(shard))
+    def are_there(self, writer: ArtifactWriter, shard: str) -> bool:
+        """Whether the parts of a shard need not be made."""
+        return all(writer.find(name, own) for name, own, _ in self._wanted(shard))
 
-    def part(self, writer: ArtifactWriter, shard: str) -> Part:
-        """Found or made."""
-        found = self.find(writer, shard)
-        if found is not None:
-            return found
-        features = self._features(shard)
-        files = {f"{shard}.features.parquet": parquet(features)}
-        return writer.put(shard, self._own(shard), files, rows=features.height)
+    def parts(self, writer: ArtifactWriter, shard: str) -> list[Part]:
+        """Found or made; that of the CLIP comes first."""
+        found = []
+        for name, own, make in self._wanted(shard):
+            part = writer.find(name, own)
+            if part is None:
+                file, table = make(shard)
+                part = writer.put(name, own, {file: parquet(table)}, rows=table.height)
+            found.append(part)
+        return found
 
-    def _own(self, shard: str) -> dict[str, Any]:
-        own: dict[str, Any] = {"shard": self._images.files[f"{shard}.tar"][1].sha256, "clip": self._who}
+    def _wanted(self, shard: str) -> Iterator[tuple[str, dict[str, Any], _Make]]:
+        """Name of a part, what it is made from, and how."""
+        own: dict[str, Any] = {"shard": self._images.files[f"{shard}.tar"][1].sha256}
         if ranges := self._greys.digest(shard):
             own["greys"] = ranges
-        return own
+        yield shard, {**own, "clip": self._who}, self._features
+        if self._near is not None:
+            yield f"{shard}.near", {**own, "neighbours": self.inputs["neighbours"]}, self._near_features
 
-    def _features(self, shard: str) -> pl.DataFrame:
+    def _features(self, shard: str) -> tuple[str, pl.DataFrame]:
+        keys, table = self._embeds(shard, self.model)
+        norms = np.linalg.norm(table, axis=1)
+        return f"{shard}.features.parquet", pl.DataFrame(
+            {"key": keys, "norm": norms, "feature": table / np.maximum(norms, 1e-12)[:, None]},
+            schema={"key": pl.String, "norm": pl.Float32, "feature": pl.Array(pl.Float32, self.model.dim)},
+        )
+
+    def _near_features(self, shard: str) -> tuple[str, pl.DataFrame]:
+        keys, table = self._embeds(shard, self._near_tower)
+        norms = np.linalg.norm(table, axis=1)
+        return f"{shard}.near.parquet", pl.DataFrame(
+            {"key": keys, "feature": table / np.maximum(norms, 1e-12)[:, None]},
+            schema={"key": pl.String, "feature": pl.Array(pl.Float32, self._near_tower.dim)},
+        )
+
+    def _embeds(self, shard: str, tower: neighbours.Tower) -> tuple[list[str], np.ndarray]:
         # Removed images stay in their shard's features, so that a shard's part never changes.
         rows = read_parquet(self._images.read(f"{shard}.index.parquet"))
         keys: list[str] = []
         embeds: list[np.ndarray] = []
         found, batch = read_records(self._images, rows), self.domain.embed.batch
-        for records, pixels in pixel_batches(found, self.model.preprocess, batch=batch):
+        for records, pixels in pixel_batches(found, tower.preprocess, batch=batch):
             keys += [record.key for record in records]
-            embeds.append(self.model.image_embeds(pixels).numpy())
-        dim = self.model.dim
-        table = np.concatenate(embeds) if embeds else np.zeros((0, dim), np.float32)
-        norms = np.linalg.norm(table, axis=1)
-        return pl.DataFrame(
-            {"key": keys, "norm": norms, "feature": table / np.maximum(norms, 1e-12)[:, None]},
-            schema={"key": pl.String, "norm": pl.Float32, "feature": pl.Array(pl.Float32, dim)},
-        )
+            embeds.append(tower.image_embeds(pixels).numpy())
+        return keys, np.concatenate(embeds) if embeds else np.zeros((0, tower.dim), np.float32)
 
 
 def class_text_features(domain: Domain, read: Callable[[Sequence[str]], np.ndarray]) -> np.ndarray:

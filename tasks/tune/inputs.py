@@ -104,6 +104,7 @@ class Inputs:
             class_texts=torch.from_numpy(self._found.class_features),
             image_embeds=self._found.embeds,
             centre=torch.from_numpy(self.centre),
+            near_features=self._found.near_features,
         )
 
     @functools.cached_property

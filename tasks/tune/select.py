@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from latteflow.models.judge.selection import Duel
+    from latteflow.models.methods.transduction.tuning import Neighbours
 
 VERSION = 5
 MOST_IMAGES = 20_000
@@ -228,9 +229,22 @@ class Views:
             in_memory(read_text_features(screened, "images", texts)),
             torch.tensor([text != "" for text in texts]),
             scale,
-            self._domain.of(TransductionSettings).neighbours,
+            self._near(self._domain.of(TransductionSettings).neighbours),
         ).logits
         return None if said is None else in_memory(said)
+
+    @property
+    def spaces(self) -> list[Tensor]:
+        """Unit features that say which images are alike, by each tower that was asked, ``(n, dim)``."""
+        import torch
+
+        found = (self.space, self._found.near_features)
+        return [torch.from_numpy(each) for each in found if each is not None]
+
+    def _near(self, k: int) -> Neighbours:
+        from latteflow.models.methods.transduction.tuning import nearest
+
+        return nearest(self.spaces[-1], k)
 
     def logits(self, models: Artifact, method: str, seed: int | None) -> np.ndarray:
         """By a model of a `tune` artifact, ``(n, classes)``."""
@@ -242,11 +256,11 @@ class Views:
 def _selected(domain: Domain, images: Artifact, embedded: Artifact, screened: Artifact, models: Artifact) -> Selection:
     import torch
 
-    from latteflow.models.judge.selection import Duel, Evidence, duel, estimates, hearing, judge, neighbours
+    from latteflow.models.judge.selection import Duel, Evidence, duel, estimates, hearing, judge, neighbours, sureness
 
     views = Views(domain, images, embedded)
-    space, own = torch.from_numpy(views.space), torch.from_numpy(views.zero_shot())
-    near = neighbours(space)
+    spaces, own = views.spaces, torch.from_numpy(views.zero_shot())
+    near = neighbours(spaces[0])
     scale = read_tuned(models, domain.method[0], domain.seeds[0]).scale
     share, texts = views.centre_share(scale), views.texts(screened, scale)
 
@@ -272,8 +286,10 @@ def _selected(domain: Domain, images: Artifact, embedded: Artifact, screened: Ar
         said = [torch.from_numpy(views.logits(models, method.name, seed)).softmax(1) for seed in seeds]
         labels = [each.argmax(1) for each in said]
         guesses = [estimates(each, own, near) for each in said]
+        # Of two towers that say which images are alike, each has a veto.
         found = [
-            Evidence(guess["vouched"], duel(space, each, own)) for guess, each in zip(guesses, labels, strict=True)
+            Evidence(guess["vouched"], min((duel(space, each, own) for space in spaces), key=sureness))
+            for guess, each in zip(guesses, labels, strict=True)
         ]
         verdict = judge(found, share, told(method, labels))
         if chosen is None and verdict.accepted:

@@ -56,9 +56,10 @@ def tune_plus(
             f"latteclip_plus works on cached features: it needs train='projections' or 'prototypes', got {cfg.train!r}"
         )
     moved, (weight, found) = kept(data.image_features), Beliefs(0.0, None)
-    near = None
+    alike = None if data.near_features is None else nearest(data.near_features, transduction.neighbours)
+    near = alike
     if cfg.use_image_texts and data.image_texts is not None:
-        near = nearest(moved, transduction.neighbours)
+        near = near or nearest(moved, transduction.neighbours)
         asked = data.class_features, data.image_texts, data.has_image_text
         weight, found = beliefs(moved, *asked, scale, near)
     if not weight:
@@ -72,5 +73,5 @@ def tune_plus(
     with torch.no_grad():
         map_ = tuned.image_map
         features = moved if map_ is None else through(moved, lambda rows: unit(rows @ map_))
-        last = transduce(transduction, features, tuned.prototypes, scale, found)
+        last = transduce(transduction, features, tuned.prototypes, scale, found, alike)
     return replace(tuned, prototypes=last.prototypes, assignments=last.assignments, text_weight=weight)

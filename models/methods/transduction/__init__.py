@@ -32,10 +32,11 @@ class TransductionSettings(Settings):
 
 def _adapt(given: Given) -> Adapted:
     from latteflow.models.methods.adaptation import Adapted
-    from latteflow.models.methods.transduction.tuning import transduce
+    from latteflow.models.methods.transduction.tuning import nearest, transduce
 
-    data = given.data
-    found = transduce(given.of(TransductionSettings), data.image_features, data.class_features, given.scale)
+    data, cfg = given.data, given.of(TransductionSettings)
+    near = None if data.near_features is None else nearest(data.near_features, cfg.neighbours)
+    found = transduce(cfg, data.image_features, data.class_features, given.scale, near=near)
     return Adapted(prototypes=found.prototypes, scale=given.scale, assignments=found.assignments)
 
 

@@ -97,7 +97,7 @@ def transduce(
         class_texts: unit rows, `(classes, dim)`.
         scale: `exp(logit_scale)` of the CLIP.
         beliefs: logits of what else is known of each image, `(n, classes)`, added to those of its class texts in 2.
-        near: of the images, where they are known already.
+        near: of the images, where they are known already, or are near by another tower.
 
     Raises:
         ValueError: shapes that do not belong together, fewer than 2 classes, no image, or a value that is not finite.

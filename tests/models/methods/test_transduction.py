@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from latteflow.models import rows as rows_of
+from latteflow.models.methods.adaptation import TuneData
+from latteflow.models.methods.latteclip import LatteClipSettings
+from latteflow.models.methods.registry import adapt
 from latteflow.models.methods.transduction import TransductionSettings
 from latteflow.models.methods.transduction import tuning as transduction
 from latteflow.models.methods.transduction.tuning import nearest, propagate, transduce, whitening
@@ -197,3 +201,21 @@ def test_whitening() -> None:
 def test_errors_say_what_is_wrong(images: torch.Tensor, texts: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="transduce needs"):
         transduce(CFG, images, texts, 20.0)
+
+
+@pytest.mark.parametrize("method", ["transduction", "latteclip_plus"])
+def test_another_tower_says_who_is_near(method: str) -> None:
+    """One that sees the classes clearly, where the CLIP's features hardly tell them apart."""
+    generator = torch.Generator().manual_seed(0)
+    classes, truth = unit(torch.randn(4, 32, generator=generator)), torch.arange(400) % 4
+    embeds = classes[truth] + 0.45 * torch.randn(400, 32, generator=generator)
+    texts = unit(classes + 0.3 * torch.randn(4, 32, generator=generator))
+    clear = unit(torch.eye(4)[truth] + 0.05 * torch.randn(400, 4, generator=generator))
+    data = TuneData(pseudo_labels=(unit(embeds) @ texts.T).argmax(1), class_texts=texts, image_embeds=embeds)
+
+    def right(near: torch.Tensor | None) -> float:
+        found = adapt(method, replace(data, near_features=near), LatteClipSettings(epochs=2), scale=20.0)
+        return accuracy(found.assignments.argmax(1), truth)
+
+    assert right(unit(embeds)) == right(None)
+    assert right(clear) > right(None) + 0.03
