@@ -16,6 +16,7 @@ from latteflow.flows.pipeline import pipeline, repaired
 from latteflow.models.settings import LanguageModelSettings, SidecarSettings
 from latteflow.storage.lease import lease
 from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.progress import Log, watch
 from latteflow.tasks.core.stage import StageResult, open_store
 from latteflow.tasks.describe.describe import describe
 from latteflow.tasks.describe.group import group
@@ -69,7 +70,7 @@ class _Submit:
             before = self._first(train_on_pool, "train-on-pool", domain, *args)
         split = args[0] if isinstance(args[0], str) else self._splits[id(args[0])]
         label = f"{stage.__name__}-{split}" if stage.__name__ in SPLIT_STAGES else stage.__name__
-        task = _task(_skin(stage), f"{domain.name}-{label}", stage.__name__)
+        task = _task(_skin(stage, label), f"{domain.name}-{label}", stage.__name__)
         self.futures.append(task.submit(domain, *args, wait_for=[before] if before is not None else None))
         self._splits[id(self.futures[-1])] = split
         return self.futures[-1]
@@ -90,8 +91,9 @@ def _is_written_elsewhere(stage: Callable[..., StageResult], domain: Domain) -> 
     return isinstance(describer, LanguageModelSettings | SidecarSettings)
 
 
-def _skin(stage: Callable[..., StageResult]) -> Callable[..., Any]:
+def _skin(stage: Callable[..., StageResult], label: str) -> Callable[..., Any]:
     def skin(domain: Domain, *inputs: Any) -> Any:
+        watch(Log(), shown.Bar(domain, label))
         if _is_written_elsewhere(stage, domain):
             with collecting():
                 result = stage(domain, *inputs)

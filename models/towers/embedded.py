@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import tempfile
@@ -31,6 +32,7 @@ from latteflow.models.errors import ModelError
 from latteflow.models.towers.efficientnet import DIM, EfficientNetLite0, FoldedTower
 from latteflow.models.towers.images import reduced, to_rgb
 
+log = logging.getLogger("latteflow.models")
 SCHEMA = "latteflow-embedded"
 SCHEMA_VERSION = 1
 TEXT_DIM = 384
@@ -311,6 +313,7 @@ def build_embedded(cache: Path) -> EmbeddedClip:
     try:
         return load(entry)
     except (FileNotFoundError, CorruptModel):
+        log.info("the embedded model is put together, once on this machine")
         model = fit_embedded()
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{entry.name}-", dir=cache, ignore_cleanup_errors=True) as scratch:

@@ -10,11 +10,12 @@ import polars as pl
 from latteflow.models.towers import clip
 from latteflow.storage.artifacts import Artifact, ArtifactWriter
 from latteflow.storage.fingerprint import canonical_json, sha256
-from latteflow.storage.shards import Greys, read_index, read_records
+from latteflow.storage.shards import Greys, packed_images, read_index, read_records
 from latteflow.storage.tables import parquet, read_parquet, safetensors
 from latteflow.tasks.core.decode import pixel_batches
 from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.features import centred
+from latteflow.tasks.core.progress import tell
 from latteflow.tasks.core.stage import StageResult, open_store, run_stage
 
 VERSION = 3
@@ -45,7 +46,8 @@ def embed(domain: Domain, shards: StageResult) -> StageResult:
 
     def body(writer: ArtifactWriter) -> Mapping[str, int]:
         index, greys = read_index(images), Greys(images)
-        frames = []
+        frames: list[pl.DataFrame] = []
+        on_batch = _Counted(images)
         for part in images.parts:
             tar = f"{part.name}.tar"
             if tar not in images.files:
@@ -55,10 +57,11 @@ def embed(domain: Domain, shards: StageResult) -> StageResult:
                 own["greys"] = ranges
             found = writer.find(part.name, own)
             if found is None:
-                features = _features(domain, model, images, part.name)
+                features = _features(domain, model, images, part.name, on_batch)
                 writer.put(part.name, own, {name: parquet(features)}, rows=features.height)
             else:
                 features = read_parquet(writer.read(found, name))
+                on_batch.before += features.height
             frames.append(features)
         live = index.select("key").join(pl.concat(frames), on="key", how="inner", maintain_order="left")
         text = class_text_features(domain, model.loaded.text_features)
@@ -93,7 +96,23 @@ class _Lazy:
         return self._clip
 
 
-def _features(domain: Domain, model: _Lazy, images: Artifact, shard: str) -> pl.DataFrame:
+class _Counted:
+    """Tells of each image that was read, beside those that an earlier run has read."""
+
+    def __init__(self, images: Artifact) -> None:
+        self._total = sum(packed_images(images).values())
+        self.before = self._done = 0
+
+    def __call__(self, images: int) -> None:
+        if not self._done:
+            tell(self.before, self._total, "images")
+        self._done += images
+        tell(self.before + self._done, self._total, "images")
+
+
+def _features(
+    domain: Domain, model: _Lazy, images: Artifact, shard: str, on_batch: Callable[[int], None]
+) -> pl.DataFrame:
     # Removed images stay in their shard's features, so that a shard's part never changes.
     rows = read_parquet(images.read(f"{shard}.index.parquet"))
     keys: list[str] = []
@@ -101,6 +120,7 @@ def _features(domain: Domain, model: _Lazy, images: Artifact, shard: str) -> pl.
     for records, pixels in pixel_batches(read_records(images, rows), model.loaded.preprocess, batch=domain.embed.batch):
         keys += [record.key for record in records]
         embeds.append(model.loaded.image_embeds(pixels).numpy())
+        on_batch(len(records))
     dim = model.loaded.dim
     table = np.concatenate(embeds) if embeds else np.zeros((0, dim), np.float32)
     norms = np.linalg.norm(table, axis=1)
