@@ -10,7 +10,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import sysconfig
 import termios
 import venv
@@ -117,8 +116,6 @@ def test_from_a_folder_of_photos_to_a_served_model(machine: dict[str, str], tmp_
         assert {row["class"] for row in csv.DictReader(table)} <= BIRDS.keys()
     (answer,) = re.findall(r"^\{.*\"predictions\".*$", said, re.M)
     assert json.loads(answer)["predictions"][0]["file"] == "1.png" and '"status":"ok"' in said
-    where = subprocess.run(
-        [sys.executable, "-c", "import latteflow; print(latteflow.__file__)"], capture_output=True, text=True,
-        env=machine, cwd=tmp_path, executable=shutil.which("python", path=machine["PATH"]), check=True,
-    )  # fmt: skip
-    assert machine["HOME"] in where.stdout
+    python = Path(machine["HOME"], "venv", "bin", "python")
+    where = [python, "-c", "import latteflow; print(latteflow.__file__)"]
+    assert machine["HOME"] in subprocess.check_output(where, env=machine, cwd=tmp_path, text=True)
