@@ -15,6 +15,7 @@ from latteflow.flows.parameters import DomainOrFile, domain_flow, told
 from latteflow.flows.pipeline import pipeline, repaired
 from latteflow.storage.lease import lease
 from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.progress import Log, watch
 from latteflow.tasks.core.stage import StageResult, open_store
 from latteflow.tasks.describe.texts import collecting
 from latteflow.tasks.report.history import SPLIT_STAGES
@@ -58,9 +59,10 @@ class _Submit:
     def __call__(self, stage: Callable[..., StageResult], domain: Domain, *args: Any) -> Any:
         split = args[0] if isinstance(args[0], str) else self._splits[id(args[0])]
         end = f"-{split}" if stage.__name__ in SPLIT_STAGES else ""
+        label = f"{stage.__name__}{end}"
         work = work_before(stage, domain)
         before = [self._first(work, f"{domain.name}-{work.name}-on-pool{end}", domain, *args)] if work else None
-        task = _task(_skin(stage), f"{domain.name}-{stage.__name__}{end}", stage.__name__)
+        task = _task(_skin(stage, label), f"{domain.name}-{label}", stage.__name__)
         self.futures.append(task.submit(domain, *args, wait_for=before))
         self._splits[id(self.futures[-1])] = split
         return self.futures[-1]
@@ -74,8 +76,9 @@ class _Submit:
         return self._elsewhere[work, *args]
 
 
-def _skin(stage: Callable[..., StageResult]) -> Callable[..., Any]:
+def _skin(stage: Callable[..., StageResult], label: str) -> Callable[..., Any]:
     def skin(domain: Domain, *inputs: Any) -> Any:
+        watch(Log(), shown.Bar(domain, label))
         if work_before(stage, domain) in (TEXTS, PAIRS):
             with collecting():
                 result = stage(domain, *inputs)

@@ -18,7 +18,9 @@ from latteflow.flows import machine
 from latteflow.flows.console import document
 from latteflow.flows.errors import UsageError
 from latteflow.flows.machine import Gpu
-from latteflow.models.settings import OpenAISettings
+from latteflow.models.errors import ModelError
+from latteflow.models.settings import ClipSettings, OpenAISettings
+from latteflow.models.towers import clip
 from latteflow.storage.errors import DataError
 from latteflow.tasks.core.domain import Classes, at_home
 from latteflow.tasks.core.errors import ConfigError
@@ -314,6 +316,10 @@ def _model(gpus: Sequence[Gpu], resize: str) -> Choice:
     best = next(each for each in CLIPS if _memory(gpus) >= each.memory)
     if not best.is_within_reach:
         why = "a small stand-in that needs no download, as no model hub answers from here"
+        try:
+            clip.check(ClipSettings(model="embedded"))
+        except ModelError as error:
+            why = f"a small stand-in, as no model hub answers from here; {error}"
         return Choice(embedded, why, [line(each) for each in CLIPS])
     others = [line(each) for each in CLIPS if each is not best]
     return Choice(line(best), f"{_told(gpus)}; its weights are within reach", [*others, embedded])

@@ -152,6 +152,7 @@ def run(
         selection = read_selection(store.open(found["select"].ref))
         out.print(f"kept     {kept(settings, selection)}")
         out.print(f"report   {folder / 'report.html'}\nmetrics  {folder / 'metrics.json'}")
+        out.print(f"next     latteflow review {console.typed(domain)}; latteflow export {console.typed(domain)} MODEL")
 
 
 @app.command()
@@ -172,6 +173,8 @@ def plan(domain: DomainFile, as_json: Json = False) -> None:
     else:
         out.print(console.plan(found))
         out.print(console.totals(settings, found))
+        if any(each.reasons for each in found):
+            out.print(f"next: latteflow run {console.typed(domain)}")
 
 
 @app.command()
@@ -370,7 +373,7 @@ def export(
         verdict = export(settings, folder, method=method, seed=seed, formats=formats, force=force)
         if method is seed is None:
             out.print(f"kept     {verdict}")
-    out.print(f"model    {console.printable(str(folder))}")
+    out.print(f"model    {console.printable(str(folder))}\nnext     latteflow serve {console.typed(folder)}")
 
 
 @app.command()

@@ -10,13 +10,16 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
+
+from latteflow.tasks.core.progress import Step, duration, watch
 
 if TYPE_CHECKING:
     from latteflow.flows.begin import Begun
@@ -46,6 +49,30 @@ def progress() -> Progress:
     return Progress(console=failures, transient=True, disable=not failures.is_terminal)
 
 
+class Bar:
+    """How far a stage is, on standard error, as long as it is under way."""
+
+    every_s = 0.5
+
+    def __init__(self) -> None:
+        self._shown: Progress | None = None
+
+    def show(self, step: Step) -> None:
+        if self._shown is None:
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[of]}"))
+            self._shown = Progress(*columns, console=failures, transient=True)
+            self._shown.add_task("", of="")
+            self._shown.start()
+        left = "" if step.left_s is None else f", {duration(step.left_s)} left"
+        of = f"{step.done} of {step.total} {step.unit}{left}"
+        self._shown.update(TaskID(0), description=step.label, completed=step.done, total=step.total, of=of)
+
+    def end(self) -> None:
+        if self._shown is not None:
+            self._shown.stop()
+            self._shown = None
+
+
 def printable(text: str, keep: str = "") -> str:
     """A text whose control, direction and surrogate characters are written as escapes."""
     return "".join(
@@ -54,8 +81,13 @@ def printable(text: str, keep: str = "") -> str:
     )
 
 
+def typed(path: Path) -> str:
+    """A path as it is typed into a shell."""
+    return printable(shlex.quote(str(path)))
+
+
 def log_to_terminal() -> None:
-    """Our own progress, and everybody's warnings, on standard error."""
+    """Our own progress, and everybody's warnings, on standard error: a bar at a terminal, else a line a minute."""
 
     class Printable(logging.Formatter):
         def format(self, record: logging.LogRecord) -> str:
@@ -65,6 +97,8 @@ def log_to_terminal() -> None:
     handler.setFormatter(Printable("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("latteflow").setLevel(logging.INFO)
+    if failures.is_terminal:
+        watch(Bar())
 
 
 def fail(message: str) -> None:
@@ -80,7 +114,7 @@ def document(value: Mapping[str, Any]) -> str:
 def begun(found: Begun) -> Table:
     """What `init` wrote and why, and what to do next."""
     table = _pairs()
-    file = printable(shlex.quote(str(found.file)))
+    file = typed(found.file)
     named = f"{len(found.classes)} classes" if found.classes else "no classes yet"
     table.add_row("domain", f"{file}: {found.images}, {named}")
     if found.labels:
@@ -348,16 +382,6 @@ def size(number: float) -> str:
             return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
         number /= 1000
     return f"{number:.1f} TB"
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds for people: 4 min."""
-    if seconds is None:
-        return "unknown"
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def moment(seconds: float) -> str:

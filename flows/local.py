@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Callable, Collection
 
@@ -42,7 +43,7 @@ def app(page: str, shards: Artifact, keys: Collection[str], side_px: int) -> Fas
 
 
 def serve(own: FastAPI, port: int, on_ready: Callable[[str], None]) -> None:
-    """At 127.0.0.1, until the process is told to end.
+    """At 127.0.0.1, until the process is told to end, as by Ctrl-C.
 
     Args:
         port: 0 for any that is free.
@@ -58,7 +59,8 @@ def serve(own: FastAPI, port: int, on_ready: Callable[[str], None]) -> None:
     with listener:
         on_ready(f"http://127.0.0.1:{listener.getsockname()[1]}")
         config = uvicorn.Config(OwnNames(own, ()), log_config=None, server_header=False, ws="none")
-        uvicorn.Server(config).run(sockets=[listener])
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again when all is in order
+            uvicorn.Server(config).run(sockets=[listener])
 
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:

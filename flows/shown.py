@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
 
 from latteflow.models.judge.metrics import seen_note
 from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.progress import Step
 from latteflow.tasks.core.stage import StageResult, open_store
 from latteflow.tasks.report.scores import Scores, read_scores
 
@@ -40,6 +46,27 @@ def stages(domain: Domain, results: Sequence[StageResult]) -> None:
         where = store.open(by_label["report"].ref).address("report.html")
         text = _page(domain, where, read_scores(store.open(by_label["evaluate"].ref)))
         create_markdown_artifact(text, key=key(domain, "report"), description=f"Report of {domain.name}")
+
+
+class Bar:
+    """How far a stage is, in the UI: an artifact of its own, once it takes longer than some seconds."""
+
+    every_s = 5.0
+
+    def __init__(self, domain: Domain, label: str) -> None:
+        self._key = key(domain, f"{label}-progress")
+        self._artifact: Any = None
+
+    def show(self, step: Step) -> None:
+        share = 100.0 * step.done / max(step.total, 1)
+        if self._artifact is None:
+            self._artifact = create_progress_artifact(share, key=self._key, description=str(step))
+        else:
+            update_progress_artifact(self._artifact, share, description=str(step))
+
+    def end(self) -> None:
+        if self._artifact is not None:
+            update_progress_artifact(self._artifact, 100.0, description="done")
 
 
 def night(domain: Domain, found: Night) -> None:

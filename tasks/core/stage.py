@@ -22,6 +22,7 @@ from latteflow.storage.errors import StorageError
 from latteflow.storage.fingerprint import fingerprint
 from latteflow.storage.objects import ObjectStore
 from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.progress import told_as
 
 log = logging.getLogger("latteflow.tasks")
 _LIBRARIES = ("torch", "open_clip_torch", "timm", "transformers", "polars", "pillow", "numpy", "vllm")
@@ -128,7 +129,7 @@ def run_stage(
     write = AnewWriter if refresh else ArtifactWriter
     writer = write(store, domain.name, stage, version, inputs)
     folder = f"{domain.name}/{stage}/{fingerprint(stage, version, inputs)}"
-    with _under_way(store.objects, folder), _made_anew(refresh):
+    with _under_way(store.objects, folder), _made_anew(refresh), told_as(label):
         artifact = writer.finish(body(writer), _versions())
     seconds = time.perf_counter() - begin
     made = len(artifact.parts) - writer.reused

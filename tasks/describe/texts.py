@@ -44,6 +44,7 @@ from latteflow.storage.objects import ObjectStore
 from latteflow.storage.shards import Greys, read_image, read_index
 from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.features import read_features, read_labels
+from latteflow.tasks.core.progress import tell
 from latteflow.tasks.core.stage import StageResult, anew
 from latteflow.tasks.core.tables import digest_of_table, read_by_path
 
@@ -236,7 +237,11 @@ class Texts:
         if missing and _collecting.get():
             raise EngineStopped(f"{len(missing)} texts of kind {self._kind} were not written by the workers; run again")
         if missing:
+            there = len(wanted) - len(missing)
+            tell(there, len(wanted), "texts")
             for describer, batch in self._written([wanted[key] for key in missing]):
+                there += len(batch)
+                tell(there, len(wanted), "texts")
                 done = {missing[place]: text for place, text in batch.items()}
                 rows = [self._row(key, wanted[key], text, describer.engine) for key, text in done.items()]
                 self._captions.add(self._who, pl.DataFrame(rows, schema=CAPTION_SCHEMA), anew=anew())

@@ -17,10 +17,9 @@ from latteflow.storage.tables import parquet, read_parquet, safetensors
 from latteflow.tasks.core.decode import pixel_batches
 from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.features import centred
+from latteflow.tasks.core.progress import tell
 from latteflow.tasks.core.stage import StageResult, open_store, run_stage
 
-_Make = Callable[[str], tuple[str, pl.DataFrame]]
-"""A shard to a file's name and its rows."""
 VERSION = 3
 ESTIMATE = 1
 """Version of :mod:`models.judge.shift`; the features do not depend on it."""
@@ -34,7 +33,7 @@ def embed(domain: Domain, shards: StageResult) -> StageResult:
     Files: ``<shard>.features.parquet`` (key, norm, feature: unit rows), ``zero_shot.parquet`` (key, label, labels and
     probabilities of the best candidates; one row for each live image), ``classes.safetensors`` (text_features, centre,
     share: how much of the centre is to be subtracted). Of training images, where the domain names `neighbours`,
-    ``<shard>.near.parquet`` (key, feature: unit rows by that tower).
+    ``<shard>.near.parquet`` (the same by that tower).
     """
     store = open_store(domain)
     images = store.open(shards.ref)
@@ -109,6 +108,7 @@ class _Shards:
             "prompts": self.domain.prompts(),
             "centre": f"estimated, {ESTIMATE}" if self.domain.clip.centre is None else self.domain.clip.centre,
         }
+        self._seen = 0
         self._near = self.domain.neighbours if self.split == "train" else None
         if self._near is not None:
             self.inputs["neighbours"] = neighbours.identity(self._near)
@@ -129,54 +129,52 @@ class _Shards:
 
     def are_there(self, writer: ArtifactWriter, shard: str) -> bool:
         """Whether the parts of a shard need not be made."""
-        return all(writer.find(name, own) for name, own, _ in self._wanted(shard))
+        return all(writer.find(name, own) for name, own, *_ in self._wanted(shard))
 
     def parts(self, writer: ArtifactWriter, shard: str) -> list[Part]:
         """Found or made; that of the CLIP comes first."""
         found = []
-        for name, own, make in self._wanted(shard):
+        for name, own, file, tower in self._wanted(shard):
             part = writer.find(name, own)
             if part is None:
-                file, table = make(shard)
+                table = self._embedded(shard, tower())
                 part = writer.put(name, own, {file: parquet(table)}, rows=table.height)
+            else:
+                self._seen += self.names[shard]
             found.append(part)
         return found
 
-    def _wanted(self, shard: str) -> Iterator[tuple[str, dict[str, Any], _Make]]:
-        """Name of a part, what it is made from, and how."""
+    def _wanted(self, shard: str) -> Iterator[tuple[str, dict[str, Any], str, Callable[[], neighbours.Tower]]]:
+        """Name of a part, what it is made from, its file and its tower."""
         own: dict[str, Any] = {"shard": self._images.files[f"{shard}.tar"][1].sha256}
         if ranges := self._greys.digest(shard):
             own["greys"] = ranges
-        yield shard, {**own, "clip": self._who}, self._features
+        yield shard, {**own, "clip": self._who}, f"{shard}.features.parquet", lambda: self.model
         if self._near is not None:
-            yield f"{shard}.near", {**own, "neighbours": self.inputs["neighbours"]}, self._near_features
+            own["neighbours"] = self.inputs["neighbours"]
+            yield f"{shard}.near", own, f"{shard}.near.parquet", lambda: self._near_tower
 
-    def _features(self, shard: str) -> tuple[str, pl.DataFrame]:
-        keys, table = self._embeds(shard, self.model)
-        norms = np.linalg.norm(table, axis=1)
-        return f"{shard}.features.parquet", pl.DataFrame(
-            {"key": keys, "norm": norms, "feature": table / np.maximum(norms, 1e-12)[:, None]},
-            schema={"key": pl.String, "norm": pl.Float32, "feature": pl.Array(pl.Float32, self.model.dim)},
-        )
-
-    def _near_features(self, shard: str) -> tuple[str, pl.DataFrame]:
-        keys, table = self._embeds(shard, self._near_tower)
-        norms = np.linalg.norm(table, axis=1)
-        return f"{shard}.near.parquet", pl.DataFrame(
-            {"key": keys, "feature": table / np.maximum(norms, 1e-12)[:, None]},
-            schema={"key": pl.String, "feature": pl.Array(pl.Float32, self._near_tower.dim)},
-        )
-
-    def _embeds(self, shard: str, tower: neighbours.Tower) -> tuple[list[str], np.ndarray]:
+    def _embedded(self, shard: str, tower: neighbours.Tower) -> pl.DataFrame:
         # Removed images stay in their shard's features, so that a shard's part never changes.
         rows = read_parquet(self._images.read(f"{shard}.index.parquet"))
+        total, unit = sum(self.names.values()), "images"
+        if self._near is not None:
+            total, unit = 2 * total, "features"
         keys: list[str] = []
         embeds: list[np.ndarray] = []
         found, batch = read_records(self._images, rows), self.domain.embed.batch
+        tell(self._seen, total, unit)
         for records, pixels in pixel_batches(found, tower.preprocess, batch=batch):
             keys += [record.key for record in records]
             embeds.append(tower.image_embeds(pixels).numpy())
-        return keys, np.concatenate(embeds) if embeds else np.zeros((0, tower.dim), np.float32)
+            self._seen += len(records)
+            tell(self._seen, total, unit)
+        table = np.concatenate(embeds) if embeds else np.zeros((0, tower.dim), np.float32)
+        norms = np.linalg.norm(table, axis=1)
+        return pl.DataFrame(
+            {"key": keys, "norm": norms, "feature": table / np.maximum(norms, 1e-12)[:, None]},
+            schema={"key": pl.String, "norm": pl.Float32, "feature": pl.Array(pl.Float32, tower.dim)},
+        )
 
 
 def class_text_features(domain: Domain, read: Callable[[Sequence[str]], np.ndarray]) -> np.ndarray:

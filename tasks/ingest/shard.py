@@ -15,6 +15,7 @@ from latteflow.storage.listing import Listing, StatCache
 from latteflow.storage.shards import Packing, newest, retry_quarantined, write_shards
 from latteflow.storage.sources import Source
 from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.progress import tell, told_as
 from latteflow.tasks.core.stage import StageResult, anew, open_store, run_stage
 
 VERSION = 2
@@ -40,7 +41,11 @@ def shard(domain: Domain, split: Split) -> StageResult:
         def body(writer: ArtifactWriter) -> Mapping[str, int]:
             previous = None if anew() else newest(store, domain.name, split)
             again = previous is not None and _refusals(previous.inputs) != _refusals(inputs)
-            counts = write_shards(writer, source, images, previous, _packing(domain, split), again=again)
+            how = _packing(domain, split)
+            counts = write_shards(
+                writer, source, images, previous, how, again=again,
+                on_progress=lambda done, total: tell(done, total, "images"),
+            )  # fmt: skip
             if counts["images"] == 0:
                 raise DataError(
                     f"none of the {len(images)} images of {', '.join(source.urls)} can be used "
@@ -87,7 +92,10 @@ def look(store: ArtifactStore, domain: Domain, split: Split, source: Source | No
         DataError: the source is missing or empty.
     """
     cache = StatCache(store.objects, f"{domain.name}/shard/stat-{split}.parquet")
-    return cache.digested(source or open_source(domain, split), _packing(domain, split).limits)
+    source = source or open_source(domain, split)
+    with told_as(f"look at {split}"):
+        limits = _packing(domain, split).limits
+        return cache.digested(source, limits, lambda done, total: tell(done, total, "files"))
 
 
 @contextlib.contextmanager

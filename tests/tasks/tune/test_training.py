@@ -11,6 +11,7 @@ import pytest
 from latteflow.flows.pipeline import run_plainly
 from latteflow.storage.objects import ObjectStore
 from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.core.progress import told_as
 from latteflow.tasks.core.stage import StageResult, open_store
 from latteflow.tasks.tune.models import read_history, read_tuned
 from latteflow.tasks.tune.training import Progress, StoredCheckpoint
@@ -80,10 +81,12 @@ def test_two_processes_make_the_model_of_one(domain: Domain, tmp_path: Path) -> 
 
 
 def test_progress_says_how_long_it_will_take(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 4.0, 12.0, 13.0])
-    monkeypatch.setattr("latteflow.tasks.tune.training.time.monotonic", lambda: next(clock))
+    clock = iter([0.0, 4.0, 62.0, 63.0])
+    monkeypatch.setattr("latteflow.tasks.core.progress.time.monotonic", lambda: next(clock))
     caplog.set_level(logging.INFO)
-    progress = Progress("latteclip.seed-0", None)
-    for done in (21, 24, 25):  # twenty steps were done before
-        progress(done, 100, {"loss": 0.5})
-    assert caplog.messages == ["tune latteclip.seed-0 step=24/100 loss=0.5000 steps_per_s=0.3 eta_s=228"]
+    with told_as("tune"):
+        progress = Progress("latteclip.seed-0", None)
+        for done in (21, 50, 51):  # twenty steps were done before
+            progress(done, 100, {"loss": 0.5})
+    progress(52, 100, {"loss": 0.5})  # nobody's
+    assert caplog.messages == ["tune latteclip.seed-0 50 of 100 steps, about 2 min left, loss 0.5000"]
