@@ -14,7 +14,7 @@ from prefect.testing.utilities import prefect_test_harness
 import latteflow.storage.lease
 from conftest import draw_folder
 from latteflow.flows.pipeline import run_plainly
-from latteflow.flows.retune import Night, retune
+from latteflow.flows.retune import Found, retune
 from latteflow.models.judge import selection
 from latteflow.storage.artifacts import Artifact
 from latteflow.storage.lease import lease
@@ -54,7 +54,7 @@ def noise(folder: Path, count: int) -> None:
         Image.frombytes("RGB", (40, 32), pixels).save(folder / f"poison{number:03d}.png")
 
 
-def night(domain: Domain) -> tuple[str, Night]:
+def night(domain: Domain) -> tuple[str, Found]:
     state = retune(domain, return_state=True)
     return state.name, state.result()
 
