@@ -22,7 +22,6 @@ QUIET = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "OMP_NUM_THREADS": "1",
-    "PREFECT_WORKER_QUERY_SECONDS": "2",
 }
 WAIT_S = 420.0
 
@@ -63,7 +62,7 @@ class Service:
         self.environment = {
             **os.environ, **QUIET,
             "PREFECT_HOME": str(folder / "prefect"), "PREFECT_API_URL": self.url, "LATTEFLOW_HOME": str(ROOT),
-            "PYTHONPATH": str(ROOT), **environment,
+            "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **environment,
         }  # fmt: skip
         self.client = SyncPrefectClient(self.url)
         self._processes: list[subprocess.Popen[bytes]] = []
