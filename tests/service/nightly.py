@@ -26,7 +26,7 @@ from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.stage import open_store
 
 BERLIN = ZoneInfo("Europe/Berlin")
-FIRST, MORE, TESTED = 300, 12, 450
+FIRST, MORE, TESTED = 900, 20, 1000
 """Images of the first night, of each night that follows, and to judge the champions by."""
 KEPT_DAYS = 7
 """Of the server's records."""
@@ -98,7 +98,8 @@ class Nightly:
             # As the days fly by, and machines that run tests are slow.
             "PREFECT_SERVER_SERVICES_DB_VACUUM_LOOP_SECONDS": "60",
             "PREFECT_SERVER_SERVICES_DB_VACUUM_ORPHAN_CLEANUP_LOOP_SECONDS": "120",
-            "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5",
+            "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "20",
+            "PREFECT_WORKER_QUERY_SECONDS": "10",  # as ever
             "PREFECT_SERVER_DATABASE_TIMEOUT": "90", "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": "90",
         }  # fmt: skip
 
@@ -167,10 +168,12 @@ class Nightly:
         """The run, when it has come to its end."""
 
         def final() -> FlowRun | None:
+            if self.worker.poll() is not None:  # a worker ends by itself if it does not find the server for minutes
+                self.worker = self.service.worker("cpu")
             found = self.service.client.read_flow_run(run.id)
             return found if found.state and found.state.is_final() else None
 
-        found: FlowRun = until(final, f"the end of {run.name}", 900, every_s=1.0)
+        found: FlowRun = until(final, f"the end of {run.name}", 600, every_s=1.0)
         return found
 
     def kill_worker(self) -> None:
