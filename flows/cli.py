@@ -574,6 +574,30 @@ def champion(domain: DomainFile, as_json: Json = False) -> None:
 
 
 @app.command()
+def nights(
+    domain: DomainFile,
+    page: Annotated[Path | None, typer.Option("--out", help="The page; default: `OUTPUT/NAME/nights.html`.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what each night of the flow `retune` came to, newest first."""
+    _check_page(page)
+    settings = _domain(domain)
+    from latteflow.flows import documents
+    from latteflow.tasks.core.stage import open_store
+    from latteflow.tasks.ship.nights import nights as read_nights
+    from latteflow.tasks.ship.nights import write_page
+
+    found = read_nights(open_store(settings), settings.name)
+    if as_json:
+        out.print(console.document(documents.nights(settings.name, found)))
+    elif found:
+        out.print(console.nights(found))
+        out.print(f"page     {write_page(settings, found, page)}")
+    else:
+        out.print(f"domain {settings.name!r} had no night yet; the flow `retune` is one (docs/operations.md)")
+
+
+@app.command()
 def doctor(
     domain: Annotated[
         Path | None, typer.Argument(metavar="[DOMAIN]", help="A domain file, YAML.", show_default=False)

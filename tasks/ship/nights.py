@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from latteflow.storage.artifacts import ArtifactStore
 from latteflow.storage.register import Register
+from latteflow.tasks.core.domain import Domain
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,27 @@ def nights(store: ArtifactStore, domain: str, newest: int | None = None) -> list
     register = _register(store, domain)
     versions = register.versions()
     return [Night.of(register.record(version)) for version in versions[-newest if newest else 0 :]]
+
+
+def missed(found: Sequence[Night]) -> list[int]:
+    """Of how many nights nothing was heard before each of these, as one comes every day, ``(n,)``."""
+    began = [datetime.fromisoformat(each.at) for each in found]
+    days = [(later - earlier).total_seconds() / 86400 for earlier, later in itertools.pairwise(began)]
+    return [0, *(max(0, round(each) - 1) for each in days)][: len(found)]
+
+
+def write_page(domain: Domain, found: Sequence[Night], path: Path | None = None) -> Path:
+    """Write the page, by default to ``OUTPUT/<name>/nights.html``; returns where it is."""
+    from latteflow.tasks.report.html import html  # with all that pages need
+
+    silent = missed(found)
+    rows = [{"night": each, "missed": count} for each, count in zip(found, silent, strict=True)]
+    states = Counter(each.state for each in found)
+    text = html("nights.html.j2", domain=domain.name, rows=rows[::-1], states=states, silent=sum(silent))
+    path = path or Path(domain.output) / domain.name / "nights.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
 
 
 def _register(store: ArtifactStore, domain: str) -> Register:
