@@ -57,13 +57,13 @@ class Event:
 
 
 def _noise(service: Nightly) -> None:
-    for number in range(60):
+    for number in range(30):
         pixels = random.Random(number).randbytes(28 * 28 * 3)
         service.put(f"noise{number:02d}.png", Image.frombytes("RGB", (28, 28), pixels), "noise")
 
 
 def _foreign(service: Nightly) -> None:
-    for number in range(60):
+    for number in range(30):
         service.put(f"foreign{number:02d}.png", draw(number, ("red", "green", "blue")[number % 3]), "a coloured shape")
 
 
@@ -85,7 +85,7 @@ def _add_class(service: Nightly) -> None:
 
 
 def _change_describer(service: Nightly) -> None:
-    service.settings["describer"] = {"kind": "sidecar", "texts": "texts.csv"}
+    service.settings["describer"] = {"kind": "tags"}
 
 
 def _remove_noise(service: Nightly) -> None:
@@ -120,8 +120,8 @@ def _make_room(service: Nightly, run: FlowRun) -> None:
 EVENTS = {
     "": Event(),
     "quiet": Event(new=0),
-    "60 images of noise": Event(_noise),
-    "60 foreign images": Event(_foreign),
+    "30 images of noise": Event(_noise),
+    "30 foreign images": Event(_foreign),
     "20 broken files": Event(_broken),
     "noise removed": Event(_remove_noise, new=0),
     "a class added": Event(_add_class, new=40),
@@ -134,10 +134,10 @@ EVENTS = {
     "disk full": Event(_fill, _make_room, ends=(*GOOD, "Failed", "Crashed")),
     "summer time": Event(),
 }  # fmt: skip
-SHORT = ("", "60 images of noise", "worker killed", "summer time", "disk full")
+SHORT = ("", "30 images of noise", "worker killed", "summer time", "disk full")
 LONG = (
-    "", "", "quiet", "60 images of noise", "", "server off when due", "", "noise removed", "20 broken files", "",
-    "worker killed", "", "a class added", "", "server killed", "summer time", "", "60 foreign images", "",
+    "", "", "quiet", "30 images of noise", "", "server off when due", "", "noise removed", "20 broken files", "",
+    "worker killed", "", "a class added", "", "server killed", "summer time", "", "30 foreign images", "",
     "a class renamed", "", "disk full", "quiet", "describer changed", "", "", "server off all night", "", "", "quiet",
 )  # fmt: skip
 

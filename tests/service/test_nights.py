@@ -21,4 +21,4 @@ def test_five_nights(tmp_path_factory: pytest.TempPathFactory) -> None:
     assert rows[0].state == "Promoted" and rows[0].new == FIRST
     killed, summer = rows[SHORT.index("worker killed")], rows[SHORT.index("summer time")]
     assert killed.state == "Crashed" and summer.due == "01:30 CET"
-    assert summer.images == FIRST + 60 + 3 * MORE  # those of the night that was killed, too
+    assert summer.images == FIRST + 30 + 3 * MORE  # those of the night that was killed, too
