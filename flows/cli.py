@@ -21,8 +21,6 @@ from latteflow.storage.errors import DataError, StorageError
 from latteflow.tasks.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from latteflow.storage.artifacts import ArtifactStore
-    from latteflow.storage.upkeep import Loose
     from latteflow.tasks.core.domain import Domain
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
@@ -313,28 +311,18 @@ def gc(
     """
     age = _seconds(older_than)
     settings = [_domain(path) for path in domain or ()]
-    from latteflow.flows.upkeep import histories, loose, stores
-    from latteflow.storage.upkeep import leftovers
+    from latteflow.flows.upkeep import histories, sweep
 
-    found = histories(settings, store)
-    going: list[tuple[ArtifactStore, Loose]] = []
-    for history in found:
-        each = loose(history, settings, age)
-        if isinstance(each, str):
-            out.print(f"{history.domain}: {each}; nothing of it goes")
-        else:
-            going += [(history.store, one) for one in each]
-    going += [(each_store, one) for each_store in stores(found) for one in leftovers(each_store, age)]
-    if going:
-        out.print(console.loose([one for _, one in going]))
-    for owner, one in going if delete else ():
-        owner.objects.delete(one.key)
-    merged = sum(_compact(each_store) for each_store in stores(found)) if delete else 0
-    freed = f"{len(going)} objects, {console.size(sum(one.bytes for _, one in going))}"
+    swept = sweep(histories(settings, store), settings, age, delete=delete)
+    for name, why in swept.alone.items():
+        out.print(f"{name}: {why}; nothing of it goes")
+    if swept.loose:
+        out.print(console.loose([one for _, one in swept.loose]))
+    freed = f"{len(swept.loose)} objects, {console.size(swept.bytes)}"
     if delete:
-        out.print(f"deleted {freed}; {merged} small files of texts merged into others")
+        out.print(f"deleted {freed}; {swept.merged} small files of texts merged into others")
     else:
-        out.print(f"would delete {freed}; `--delete` does it" if going else "nothing to delete")
+        out.print(f"would delete {freed}; `--delete` does it" if swept.loose else "nothing to delete")
 
 
 @app.command()
@@ -589,6 +577,30 @@ def champion(domain: DomainFile, as_json: Json = False) -> None:
 
 
 @app.command()
+def nights(
+    domain: DomainFile,
+    page: Annotated[Path | None, typer.Option("--out", help="The page; default: `OUTPUT/NAME/nights.html`.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what each night of the flow `retune` came to, newest first."""
+    _check_page(page)
+    settings = _domain(domain)
+    from latteflow.flows import documents
+    from latteflow.tasks.core.stage import open_store
+    from latteflow.tasks.ship.nights import nights as read_nights
+    from latteflow.tasks.ship.nights import write_page
+
+    found = read_nights(open_store(settings), settings.name)
+    if as_json:
+        out.print(console.document(documents.nights(settings.name, found)))
+    elif found:
+        out.print(console.nights(found))
+        out.print(f"page     {write_page(settings, found, page)}")
+    else:
+        out.print(f"domain {settings.name!r} had no night yet; the flow `retune` is one (docs/operations.md)")
+
+
+@app.command()
 def doctor(
     domain: Annotated[
         Path | None, typer.Argument(metavar="[DOMAIN]", help="A domain file, YAML.", show_default=False)
@@ -658,13 +670,6 @@ def _check_page(page: Path | None) -> None:
     """A folder that is only mistyped is not made; the default one is."""
     if page is not None and not page.parent.is_dir():
         raise ConfigError(f"--out {str(page)!r}: there is no folder {str(page.parent)!r}; create it first")
-
-
-def _compact(store: ArtifactStore) -> int:
-    from latteflow.storage.captions import CaptionStore
-
-    captions = CaptionStore(store.objects)
-    return sum(captions.compact(describer) for describer in captions.describers())
 
 
 def _seconds(age: str) -> float:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from latteflow.tasks.report.history import History
     from latteflow.tasks.report.lineage import Guess, Lineage
     from latteflow.tasks.report.scores import General, Scores
+    from latteflow.tasks.ship.nights import Night
     from latteflow.tasks.ship.promote import Champion
 
 _PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
@@ -230,6 +231,16 @@ def champions(found: Sequence[Champion]) -> Table:
         seed = "" if each.seed is None else str(each.seed)
         model = f"tune {each.tuned.fingerprint[:12]}"
         table.add_row(str(each.version), each.at, model, each.method, seed, f"{each.score:+.3f}", Text(each.reason))
+    return table
+
+
+def nights(found: Sequence[Night]) -> Table:
+    """What nights came to, newest first."""
+    table = _table("night (UTC)", "ended as", "took>", "images>", "new>", "gone>", "set aside>", "champion>", "why")
+    for each in reversed(found):
+        counts = (each.images, each.new, each.removed, each.quarantined, each.champion)
+        at, words = each.at[:16].replace("T", " "), Text(printable(each.why))
+        table.add_row(at, each.state, duration(each.seconds), *map(str, counts), words)
     return table
 
 

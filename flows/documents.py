@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from latteflow.flows.plan import Planned
     from latteflow.tasks.report.history import History
     from latteflow.tasks.report.lineage import Lineage
+    from latteflow.tasks.ship.nights import Night
     from latteflow.tasks.ship.promote import Champion
 
 Document = dict[str, Any]
@@ -144,6 +145,11 @@ def champions(domain: str, found: Sequence[Champion]) -> Document:
     """The model that a domain serves, and those before it, newest first."""
     told = [_champion(each) for each in reversed(found)]
     return {"domain": domain, "champion": told[0] if told else None, "earlier": told[1:]}
+
+
+def nights(domain: str, found: Sequence[Night]) -> Document:
+    """What the nights of a domain came to, newest first."""
+    return {"domain": domain, "nights": [{**asdict(each), "made": list(each.made)} for each in reversed(found)]}
 
 
 def _champion(each: Champion) -> Document:

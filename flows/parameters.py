@@ -108,12 +108,13 @@ DomainOrFile = Annotated[
 ]
 
 
-_MISTAKES = (ConfigError, DataError, ModelError, StorageError)
+MISTAKES = (ConfigError, DataError, ModelError, StorageError)
+"""What the user or the world did wrong."""
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
     # The engine raises what a failed run holds once more, and logs where; the state has said what.
-    if record.exc_info and isinstance(record.exc_info[1], _MISTAKES):
+    if record.exc_info and isinstance(record.exc_info[1], MISTAKES):
         record.exc_info = None
     return True
 
@@ -131,7 +132,7 @@ def told(work: Callable[..., Any]) -> Callable[..., Any]:
             wrong = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
             mistake = ConfigError("\n".join(wrong))
             return Failed(message=str(mistake), data=mistake)
-        except _MISTAKES as error:
+        except MISTAKES as error:
             return Failed(message=str(error), data=error)
 
     return tell

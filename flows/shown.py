@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prefect.artifacts import (
     create_markdown_artifact,
@@ -17,9 +17,7 @@ from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.progress import Step
 from latteflow.tasks.core.stage import StageResult, open_store
 from latteflow.tasks.report.scores import Scores, read_scores
-
-if TYPE_CHECKING:
-    from latteflow.flows.retune import Night
+from latteflow.tasks.ship.nights import Night
 
 
 def key(domain: Domain, what: str) -> str:
@@ -69,16 +67,22 @@ class Bar:
             update_progress_artifact(self._artifact, 100.0, description="done")
 
 
-def night(domain: Domain, found: Night) -> None:
-    """What a night came to."""
-    decision = found.decision
-    lines = [
-        f"# {domain.name}: {'a new champion' if decision.promote else 'the champion stays'}", "",
-        f"{decision.method} seed {decision.seed}: {decision.reason}", "",
-        f"- images: {found.new} new, {found.removed} removed ({found.retired} texts retired)",
-        f"- made: {', '.join(found.made) or 'nothing, all was cached'}",
-    ]  # fmt: skip
-    create_markdown_artifact("\n".join(lines), key=key(domain, "night"), description=f"Night of {domain.name}")
+def nights(domain: Domain, found: Sequence[Night]) -> None:
+    """What the nights came to, newest first."""
+    rows: list[dict[str, Any]] = [
+        {
+            "night": each.at,
+            "": each.state,
+            "seconds": each.seconds,
+            "images": f"{each.images} ({each.new} new, {each.removed} removed, {each.quarantined} unreadable)",
+            "texts retired": each.retired,
+            "made": ", ".join(each.made) or "nothing",
+            "champion": each.champion,
+            "why": each.why,
+        }
+        for each in reversed(found)
+    ]
+    create_table_artifact(rows, key=key(domain, "nights"), description=f"Nights of {domain.name}")
 
 
 def _page(domain: Domain, where: str, scores: Scores) -> str:

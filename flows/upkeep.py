@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from latteflow.flows.errors import UsageError
 from latteflow.flows.pipeline import repaired
 from latteflow.flows.plan import plan
 from latteflow.storage.artifacts import Artifact, ArtifactStore
+from latteflow.storage.captions import CaptionStore
 from latteflow.storage.errors import DataError
 from latteflow.storage.inventory import domains
 from latteflow.storage.objects import ObjectStore
-from latteflow.storage.upkeep import Loose, garbage
+from latteflow.storage.upkeep import Loose, garbage, leftovers
 from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.stage import open_store
 from latteflow.tasks.report.history import History
@@ -56,6 +58,48 @@ def history(domain: Domain) -> History:
 def stores(found: Sequence[History]) -> list[ArtifactStore]:
     """The stores of some domains, each once."""
     return list({each.store.objects.url: each.store for each in found}.values())
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What `gc` found to go, and took if it was told to.
+
+    Attributes:
+        loose: each with the store it lies in.
+        alone: domains of which nothing goes, and why.
+        merged: small files of texts that went into others.
+    """
+
+    loose: list[tuple[ArtifactStore, Loose]]
+    alone: dict[str, str]
+    merged: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return sum(one.bytes for _, one in self.loose)
+
+
+def sweep(found: Sequence[History], files: Sequence[Domain], older_than: float, *, delete: bool) -> Swept:
+    """What nothing needs of some domains and of the texts of their stores; it is deleted if ``delete`` says so.
+
+    Args:
+        files, older_than: as for :func:`loose`.
+    """
+    going: list[tuple[ArtifactStore, Loose]] = []
+    alone: dict[str, str] = {}
+    for each in found:
+        free = loose(each, files, older_than)
+        if isinstance(free, str):
+            alone[each.domain] = free
+        else:
+            going += [(each.store, one) for one in free]
+    going += [(store, one) for store in stores(found) for one in leftovers(store, older_than)]
+    if not delete:
+        return Swept(going, alone)
+    for owner, one in going:
+        owner.objects.delete(one.key)
+    captions = [CaptionStore(store.objects) for store in stores(found)]
+    return Swept(going, alone, sum(each.compact(describer) for each in captions for describer in each.describers()))
 
 
 def loose(history: History, files: Sequence[Domain], older_than: float) -> list[Loose] | str:

@@ -24,6 +24,7 @@ from latteflow.storage.tables import read_parquet
 from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.stage import open_store
 from latteflow.tasks.describe.texts import Question, Texts
+from latteflow.tasks.ship.nights import Night, remember
 from latteflow.tasks.ship.promote import Champion
 
 HOSTILE = "[red]x[/red]\x1b[31m\u202e\n.png"
@@ -659,6 +660,19 @@ def test_champions_as_json(tell: Tell) -> None:
     assert [each["version"] for each in told["earlier"]] == [1]
 
 
+def test_nights_are_told(latteflow: Latteflow, tell: Tell, folder: Path) -> None:
+    assert tell("nights", "domain.yaml") == {"domain": "shapes", "nights": []}
+    assert "had no night yet" in latteflow("nights", "domain.yaml")[1]
+    night = Night(
+        "2027-03-28T00:30:01+00:00", "Promoted", "better", 12.0, images=24, new=24, made=("tune",), champion=1
+    )
+    remember(open_store(Domain.load("domain.yaml")), "shapes", night)
+    told = tell("nights", "domain.yaml")["nights"]
+    assert [(each["state"], each["images"], each["made"]) for each in told] == [("Promoted", 24, ["tune"])]
+    code, said, _ = latteflow("nights", "domain.yaml")
+    assert code == 0 and "2027-03-28 00:30" in said and (folder / "runs/shapes/nights.html").exists()
+
+
 def test_what_verify_finds_as_json(tell: Tell, folder: Path) -> None:
     told = tell("verify", "domain.yaml")
     assert list(told) == ["sound", "objects", "bytes", "damaged"] and told["sound"] and told["objects"] > 50
@@ -668,7 +682,7 @@ def test_what_verify_finds_as_json(tell: Tell, folder: Path) -> None:
     assert not told["sound"] and len(told["damaged"]) == 1 and str(harmed) in told["damaged"][0]
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "show", "champion", "verify", "doctor"])
+@pytest.mark.parametrize("command", ["run", "plan", "show", "champion", "nights", "verify", "doctor"])
 def test_a_mistake_is_no_document(latteflow: Latteflow, command: str) -> None:
     code, said, error = latteflow(command, "domian.yaml", "--json")
     assert (code, said) == (1, "") and error.startswith("error: domain file domian.yaml cannot be read")

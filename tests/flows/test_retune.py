@@ -14,7 +14,8 @@ from prefect.testing.utilities import prefect_test_harness
 import latteflow.storage.lease
 from conftest import draw_folder
 from latteflow.flows.pipeline import run_plainly
-from latteflow.flows.retune import Night, retune
+from latteflow.flows.retune import Found, retune
+from latteflow.flows.tidy import tidy
 from latteflow.models.judge import selection
 from latteflow.storage.artifacts import Artifact
 from latteflow.storage.lease import lease
@@ -22,6 +23,7 @@ from latteflow.storage.shards import read_index
 from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.stage import StageResult, open_store
 from latteflow.tasks.report.history import History
+from latteflow.tasks.ship.nights import nights
 from latteflow.tasks.ship.promote import champions, promote, read_champion, rollback
 from latteflow.tasks.tune.select import Views
 
@@ -54,7 +56,7 @@ def noise(folder: Path, count: int) -> None:
         Image.frombytes("RGB", (40, 32), pixels).save(folder / f"poison{number:03d}.png")
 
 
-def night(domain: Domain) -> tuple[str, Night]:
+def night(domain: Domain) -> tuple[str, Found]:
     state = retune(domain, return_state=True)
     return state.name, state.result()
 
@@ -93,6 +95,15 @@ def test_three_nights(server: None, nightly: Domain, tmp_path: Path) -> None:
     name, poisoned = night(nightly)
     assert name == "Kept" and poisoned.new == 90 and not poisoned.decision.promote
     assert "with the champion" in poisoned.decision.reason and read_champion(nightly) == served
+    told = nights(open_store(nightly), nightly.name)
+    assert [each.state for each in told][2:] == ["Unchanged", "Kept"]
+    assert [(each.images, each.new, each.removed) for each in told] == [
+        (48, 48, 0),
+        (53, 6, 1),
+        (53, 0, 0),
+        (143, 90, 0),
+    ]
+    assert told[-1].champion == served.version if served else False
     challenger = History(open_store(nightly), nightly.name).newest("tune")
     assert challenger is not None and served is not None
     assert share_right(nightly, challenger.artifact) < 0.5
@@ -107,6 +118,34 @@ def test_a_night_leaves_a_run_alone_and_does_not_pile_up(
         state = retune(nightly, return_state=True)
     assert state.name == "Skipped" and "is at work on this" in state.message
     assert read_champion(nightly) is None
+
+
+def test_a_night_that_fails_is_told_as_well(server: None, nightly: Domain, tmp_path: Path) -> None:
+    for each in (tmp_path / "train").iterdir():
+        each.unlink()
+    assert retune(nightly, return_state=True).is_failed()
+    (told,) = nights(open_store(nightly), nightly.name)
+    assert told.state == "Failed" and "train" in told.why and told.champion == 0
+
+
+def test_tidy_takes_what_is_old_and_leaves_what_is_served(
+    server: None, nightly: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    night(nightly)
+    served = read_champion(nightly)
+    for count in (48, 54):
+        draw_folder(tmp_path / "train", 6, first=count)
+        run_plainly(nightly)
+    store = open_store(nightly)
+    before, texts = store.objects.sizes("night_shapes"), store.objects.sizes("captions")
+    assert tidy(nightly, return_state=True).message.startswith("0 objects deleted")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 8 * 86400)
+    assert tidy(nightly, return_state=True).is_completed()
+    after = store.objects.sizes("night_shapes")
+    assert len(after) < len(before) and store.objects.sizes("captions").keys() == texts.keys()
+    assert served is not None and store.open(served.tuned) and all(each.cached for each in run_plainly(nightly))
+    assert len(nights(store, "night_shapes")) == 1
 
 
 def test_a_rolled_back_model_is_not_chosen_again(nightly: Domain, tmp_path: Path) -> None:

@@ -57,16 +57,20 @@ def until(true: Callable[[], Any], what: str, limit_s: float = WAIT_S, every_s: 
 class Service:
     """A server, and whatever workers a test starts; all logs in ``folder``."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **environment: str) -> None:
         self.folder, self.port = folder, free_port()
         self.url = f"http://127.0.0.1:{self.port}/api"
         self.environment = {
             **os.environ, **QUIET,
             "PREFECT_HOME": str(folder / "prefect"), "PREFECT_API_URL": self.url, "LATTEFLOW_HOME": str(ROOT),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **environment,
         }  # fmt: skip
         self.client = SyncPrefectClient(self.url)
         self._processes: list[subprocess.Popen[bytes]] = []
+        self.serve()
+
+    def serve(self) -> None:
+        """Start the server, the first time or after its end."""
         self.server = self.start(
             "server", sys.executable, "server", "start", "--host", "127.0.0.1", "--port", self.port
         )
