@@ -20,6 +20,7 @@ from latteflow.flows.pipeline import STAGES, as_they_are
 from latteflow.storage.artifacts import ArtifactRef
 from latteflow.storage.captions import CaptionStore
 from latteflow.storage.errors import StorageError
+from latteflow.storage.sources import Entry, Source
 from latteflow.storage.tables import read_parquet
 from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.stage import open_store
@@ -168,6 +169,19 @@ def test_plan_says_what_a_run_then_does(latteflow: Latteflow, folder: Path) -> N
         label for label, state in planned.items() if state == "will run"
     }
     assert states(latteflow("plan", "domain.yaml")[1]) == dict.fromkeys(LABELS, "cached")
+
+
+def test_plan_looks_at_each_source_once(latteflow: Latteflow, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw(500, "red").save(folder / "train" / "new.png")
+    looks, plain = [], Source.files
+
+    def files(self: Source) -> Iterator[Entry]:
+        looks.append(self.urls)
+        return plain(self)
+
+    monkeypatch.setattr(Source, "files", files)
+    assert "train images: 1 new, 25 kept, 0 removed" in latteflow("plan", "domain.yaml")[1]
+    assert len(looks) == 2 and looks[0] != looks[1]
 
 
 def test_plan_of_a_domain_that_was_never_run(latteflow: Latteflow, folder: Path) -> None:
