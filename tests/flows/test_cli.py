@@ -20,6 +20,7 @@ from latteflow.flows.pipeline import STAGES, as_they_are
 from latteflow.storage.artifacts import ArtifactRef
 from latteflow.storage.captions import CaptionStore
 from latteflow.storage.errors import StorageError
+from latteflow.storage.fingerprint import canonical_json, sha256
 from latteflow.storage.sources import Entry, Source
 from latteflow.storage.tables import read_parquet
 from latteflow.tasks.core.domain import Domain
@@ -149,6 +150,23 @@ def test_a_cached_command_loads_neither_torch_nor_prefect(folder: Path, command:
     assert "'latteflow.flows.cli'" in loaded
     for heavy in ("torch", "prefect", "open_clip", "transformers", "altair"):
         assert f"'{heavy}'" not in loaded
+
+
+@pytest.mark.parametrize("command", [["run"], ["plan"], ["show"], ["gc"], ["run", "--only", "embed"]])
+def test_a_store_of_a_newer_version_is_one_line_that_names_it(
+    latteflow: Latteflow, folder: Path, command: list[str]
+) -> None:
+    """And nothing is made beside what the newer version made."""
+    paths = list((folder / "store/shapes/shard").glob("*/manifest.json"))
+    for path in paths:
+        record = json.loads(path.read_text())
+        del record["sha256"]
+        record["format"] = 2
+        path.write_bytes(canonical_json({**record, "sha256": sha256(canonical_json(record))}))
+    before = tree(folder)
+    code, _, said = latteflow(command[0], "domain.yaml", *command[1:])
+    assert code == 1 and "has format 2 of a newer latteflow, this one reads 1: upgrade to read it" in said
+    assert "Traceback" not in said and tree(folder) == before
 
 
 def test_plan_says_what_a_run_then_does(latteflow: Latteflow, folder: Path) -> None:
