@@ -18,6 +18,7 @@ from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.stage import NotMade, StageResult, open_store, rules
 from latteflow.tasks.describe.reckon import mean_prompt_tokens
 from latteflow.tasks.ingest.changes import Images, image_changes
+from latteflow.tasks.ingest.shard import look
 from latteflow.tasks.report.history import History
 from latteflow.tasks.tune.check import check_models
 from latteflow.tasks.tune.tune import missing_models
@@ -96,21 +97,33 @@ class _Planner:
     def plan(self, step: Step) -> Planned:
         before = [self._planned[each] for each in step.feeders]
         behind = tuple(each.label for each in before if each.reasons)
-        found, missing = self._ask(step) if all(each.result for each in before) else (None, None)
         unit = _UNITS.get(step.name, "images")
+        if before:
+            found, missing = self._ask(step) if all(each.result for each in before) else (None, None)
+            images = before[0].images
+        else:
+            found, missing, images = self._look(step)
         if found is not None and not behind:
-            images = before[0].images if before else Images(0, found.counts["images"], 0)
             planned = Planned(step.label, (), (), found, images, unit)
         else:
             made = self._history.newest(step.name, step.split)
             old = made.artifact if made else None
-            images = before[0].images if before else image_changes(self._store, self._domain, step.split)
             reasons = self._reasons(step, missing, old, behind, images)
             stand_in = StageResult(old.ref, step.label, True, 0.0, old.counts) if old else None
             planned = Planned(step.label, reasons, behind, stand_in, images, unit)
             planned = self._estimated(step, planned, missing, old)
         self._planned[step] = planned
         return planned
+
+    def _look(self, step: Step) -> tuple[StageResult | None, NotMade | None, Images]:
+        """As :meth:`_ask`, of a stage that reads the source, and what became of that: by one look at it."""
+        with look(self._store, self._domain, step.split) as seen:
+            try:
+                with rules(make=False):
+                    found = step.stage(self._domain, step.split, seen)
+            except NotMade as missing:
+                return None, missing, image_changes(self._store, self._domain, step.split, seen)
+            return found, None, Images(0, found.counts["images"], 0)
 
     def _ask(self, step: Step) -> tuple[StageResult | None, NotMade | None]:
         """The artifact from what the stages before it came to, or what it would be made from.

@@ -8,11 +8,11 @@ import numpy as np
 import polars as pl
 
 from latteflow.storage.artifacts import Artifact, ArtifactStore
-from latteflow.storage.listing import identities
+from latteflow.storage.listing import Listing, identities
 from latteflow.storage.shards import index_tables, newest, read_quarantine
 from latteflow.storage.tables import are_in, read_parquet
 from latteflow.tasks.core.domain import Domain
-from latteflow.tasks.ingest.shard import Split, look
+from latteflow.tasks.ingest.shard import Split
 
 
 @dataclass(frozen=True)
@@ -26,24 +26,20 @@ class Images:
     """sha256 of the bytes of each new image."""
 
 
-def image_changes(store: ArtifactStore, domain: Domain, split: Split) -> Images:
-    """Compare the source with the shards that new images would be appended to.
+def image_changes(store: ArtifactStore, domain: Domain, split: Split, seen: Listing) -> Images:
+    """Compare the source, as it was seen, with the shards that new images would be appended to.
 
     In memory are eight bytes of each image, and what is new.
-
-    Raises:
-        DataError: the source is missing or empty.
     """
     previous = newest(store, domain.name, split)
     packed, live, refused = _held(previous) if previous is not None else (_NONE, _NONE, _NONE)
     kept, now, new = 0, [_NONE], []
-    with look(store, domain, split) as images:
-        for rows in images.rows():
-            numbers = identities(rows)
-            is_packed, is_refused = are_in(numbers, packed), are_in(numbers, refused)
-            kept += int((is_packed & ~is_refused).sum())
-            new.append(rows.filter(pl.Series(~is_packed & ~is_refused))["sha256"])
-            now.append(numbers)
+    for rows in seen.rows():
+        numbers = identities(rows)
+        is_packed, is_refused = are_in(numbers, packed), are_in(numbers, refused)
+        kept += int((is_packed & ~is_refused).sum())
+        new.append(rows.filter(pl.Series(~is_packed & ~is_refused))["sha256"])
+        now.append(numbers)
     contents = pl.concat(new)
     removed = int((~are_in(live, np.sort(np.concatenate(now)))).sum())
     return Images(len(contents), kept, removed, contents)

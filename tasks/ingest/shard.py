@@ -23,19 +23,22 @@ Split = Literal["train", "test", "general"]
 """What is adapted to, what only evaluation sees, and what shows what the model forgot."""
 
 
-def shard(domain: Domain, split: Split) -> StageResult:
+def shard(domain: Domain, split: Split, seen: Listing | None = None) -> StageResult:
     """List the source, and pack the images that no shard holds yet.
 
     The fingerprint is over paths and contents, so touching a file changes nothing. Only files whose size or time
     changed since the last listing are read again. What an earlier run refused is looked at again when the limits or the
     decoders are not those of then.
 
+    Args:
+        seen: the source as the caller saw it; it stays open. Default: as it is now.
+
     Raises:
         DataError: the source is missing or empty, or not one of its images can be used.
     """
     store = open_store(domain)
     source = open_source(domain, split)
-    with _room_for_listings(), look(store, domain, split, source) as images:
+    with look(store, domain, split, source) if seen is None else contextlib.nullcontext(seen) as images:
         inputs = {"split": split, "images": images.digest, **_how(domain)}
 
         def body(writer: ArtifactWriter) -> Mapping[str, int]:
@@ -85,17 +88,22 @@ def open_source(domain: Domain, split: Split) -> Source:
     return Source(urls or own.source, domain.shard.image_column)
 
 
-def look(store: ArtifactStore, domain: Domain, split: Split, source: Source | None = None) -> Listing:
+@contextlib.contextmanager
+def look(store: ArtifactStore, domain: Domain, split: Split, source: Source | None = None) -> Iterator[Listing]:
     """What the source of a split holds now; only what is new or changed since the last look is read.
 
     Raises:
         DataError: the source is missing or empty.
     """
     cache = StatCache(store.objects, f"{domain.name}/shard/stat-{split}.parquet")
-    source = source or open_source(domain, split)
-    with told_as(f"look at {split}"):
-        limits = _packing(domain, split).limits
-        return cache.digested(source, limits, lambda done, total: tell(done, total, "files"))
+    limits = _packing(domain, split).limits
+    with _room_for_listings(), contextlib.ExitStack() as opened:
+        with told_as(f"look at {split}"):
+            looked = cache.digested(
+                source or open_source(domain, split), limits, lambda *so_far: tell(*so_far, "files")
+            )
+            images = opened.enter_context(looked)
+        yield images
 
 
 @contextlib.contextmanager

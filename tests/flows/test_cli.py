@@ -20,6 +20,8 @@ from latteflow.flows.pipeline import STAGES, as_they_are
 from latteflow.storage.artifacts import ArtifactRef
 from latteflow.storage.captions import CaptionStore
 from latteflow.storage.errors import StorageError
+from latteflow.storage.fingerprint import canonical_json, sha256
+from latteflow.storage.sources import Entry, Source
 from latteflow.storage.tables import read_parquet
 from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.stage import open_store
@@ -151,6 +153,23 @@ def test_a_cached_command_loads_neither_torch_nor_prefect(folder: Path, command:
         assert f"'{heavy}'" not in loaded
 
 
+@pytest.mark.parametrize("command", [["run"], ["plan"], ["show"], ["gc"], ["run", "--only", "embed"]])
+def test_a_store_of_a_newer_version_is_one_line_that_names_it(
+    latteflow: Latteflow, folder: Path, command: list[str]
+) -> None:
+    """And nothing is made beside what the newer version made."""
+    paths = list((folder / "store/shapes/shard").glob("*/manifest.json"))
+    for path in paths:
+        record = json.loads(path.read_text())
+        del record["sha256"]
+        record["format"] = 2
+        path.write_bytes(canonical_json({**record, "sha256": sha256(canonical_json(record))}))
+    before = tree(folder)
+    code, _, said = latteflow(command[0], "domain.yaml", *command[1:])
+    assert code == 1 and "has format 2 of a newer latteflow, this one reads 1: upgrade to read it" in said
+    assert "Traceback" not in said and tree(folder) == before
+
+
 def test_plan_says_what_a_run_then_does(latteflow: Latteflow, folder: Path) -> None:
     draw(500, "red").save(folder / "train" / "new.png")
     (folder / "train" / "003.png").unlink()
@@ -169,6 +188,19 @@ def test_plan_says_what_a_run_then_does(latteflow: Latteflow, folder: Path) -> N
         label for label, state in planned.items() if state == "will run"
     }
     assert states(latteflow("plan", "domain.yaml")[1]) == dict.fromkeys(LABELS, "cached")
+
+
+def test_plan_looks_at_each_source_once(latteflow: Latteflow, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw(500, "red").save(folder / "train" / "new.png")
+    looks, plain = [], Source.files
+
+    def files(self: Source) -> Iterator[Entry]:
+        looks.append(self.urls)
+        return plain(self)
+
+    monkeypatch.setattr(Source, "files", files)
+    assert "train images: 1 new, 25 kept, 0 removed" in latteflow("plan", "domain.yaml")[1]
+    assert len(looks) == 2 and looks[0] != looks[1]
 
 
 def test_plan_of_a_domain_that_was_never_run(latteflow: Latteflow, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The caption store: every text once, whoever wrote it how often, wherever it lies."""
 
 import contextlib
+import shutil
 import threading
 import uuid
 from pathlib import Path
@@ -282,6 +283,22 @@ def test_parts_of_the_versions_before_are_read(objects: ObjectStore, version: in
     assert dict(captions.scan(WHO).select("text", "caption_key").collect().iter_rows()).keys() == {"old", "newer"}
     assert captions.compact(WHO) == 1
     assert texts(captions, "ab") == {"a": "old", "b": "newer"}
+
+
+def test_a_store_with_a_directory_is_read_on(tmp_path: Path) -> None:
+    """Written when directories were version 3's: a compacted part, its directory, and a later part without one."""
+    shutil.copytree(Path(__file__).parent / "compacted_store", tmp_path / "store")
+    objects = ObjectStore(str(tmp_path / "store"))
+    keys = {image: caption_key(WHO, [image]) for image in "abcdefg"}
+    said = {"a": "text a anew", "b": "text b", "c": "text c anew", "d": "text d", "e": "", "f": "text f"}
+    assert len(parts(objects)) == 2 and len(directories(objects)) == 1
+    for _ in range(2):
+        captions = CaptionStore(objects)
+        assert texts(captions, "abcdefg") == said
+        assert captions.known(WHO, keys.values()) == {keys[image] for image in "abcdf"}
+        assert captions.known(WHO, keys.values(), failed=True) == {keys[image] for image in "abcdef"}
+        captions.compact(WHO)
+        assert len(parts(objects)) == len(directories(objects)) == 1
 
 
 def test_a_newer_schema_is_an_error_and_not_an_empty_store(objects: ObjectStore) -> None:
