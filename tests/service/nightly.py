@@ -26,7 +26,7 @@ from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.stage import open_store
 
 BERLIN = ZoneInfo("Europe/Berlin")
-FIRST, MORE, TESTED = 500, 12, 500
+FIRST, MORE, TESTED = 300, 12, 450
 """Images of the first night, of each night that follows, and to judge the champions by."""
 KEPT_DAYS = 7
 """Of the server's records."""
@@ -47,7 +47,6 @@ class Nightly:
             "name": "clothes", "source": "train", "clip": {"model": "embedded", "resize": "pad"},
             "templates": ["a photo of a {}."], "evaluation": {"source": "test", "labels": "labels.csv"},
             "method": "transduction", "shard": {"images": 100}, "store": f"s3://{BUCKET}/nights", "output": "disk/runs",
-            "describer": {"kind": "sidecar", "texts": "texts.csv"},
         }  # fmt: skip
         self.texts: dict[str, str] = {}
         self.seen_texts: set[str] = set()
