@@ -34,7 +34,7 @@ def main() -> None:
     nights = options.parse_args().nights
     with tempfile.TemporaryDirectory() as scratch, service(Path(scratch)) as running:
         prefect: Service = running
-        prefect.prefect("work-pool", "create", "cpu", "--type", "process")
+        prefect.prefect("work-pool", "create", "cpu", "--type", "process", "--overwrite")
         prefect.prefect("--no-prompt", "deploy", "--all", "--prefect-file", str(deployments(Path(scratch))))
         worker = prefect.worker("cpu").pid
         domain = write_domain(Path(scratch))

@@ -79,7 +79,7 @@ class Nightly:
         self.write()
         self.service = Service(self.folder, **self._environment())
         self._ends.callback(self.service.close)
-        self.service.prefect("work-pool", "create", "cpu", "--type", "process")
+        self.service.prefect("work-pool", "create", "cpu", "--type", "process", "--overwrite")
         self.service.prefect("--no-prompt", "deploy", "--all", "--prefect-file", str(self._deployments()))
         self.service.prefect("automation", "create", "--from-file", "deploy/automations.yaml")
         self.worker = self.service.worker("cpu")
