@@ -95,11 +95,8 @@ class Nightly:
             **self.clock.environment, **self._keys(), "PYTHONPATH": f"{HERE / 'moved'}:{ROOT}",
             "TMPDIR": str(self.disk), "PREFECT_SERVER_DATABASE_CONNECTION_URL": self.postgres.url,
             "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": f"{retention:.0f}",
-            # As the days fly by, and machines that run tests are slow.
-            "PREFECT_SERVER_SERVICES_DB_VACUUM_LOOP_SECONDS": "60",
-            "PREFECT_SERVER_SERVICES_DB_VACUUM_ORPHAN_CLEANUP_LOOP_SECONDS": "120",
-            "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "20",
             "PREFECT_WORKER_QUERY_SECONDS": "10",  # as ever
+            # Machines that run tests are slow.
             "PREFECT_SERVER_DATABASE_TIMEOUT": "90", "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": "90",
         }  # fmt: skip
 
