@@ -27,14 +27,14 @@ HOW = {"retune": "one process", "plain": "Prefect's own way"}
 
 
 def main() -> None:
-    from service.harness import Service, service
+    from service.harness import Service, descendants, service, until
 
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--nights", type=int, default=5, help="of each kind")
     nights = options.parse_args().nights
     with tempfile.TemporaryDirectory() as scratch, service(Path(scratch)) as running:
         prefect: Service = running
-        prefect.prefect("work-pool", "create", "cpu", "--type", "process")
+        prefect.prefect("work-pool", "create", "cpu", "--type", "process", "--overwrite")
         prefect.prefect("--no-prompt", "deploy", "--all", "--prefect-file", str(deployments(Path(scratch))))
         worker = prefect.worker("cpu").pid
         domain = write_domain(Path(scratch))
@@ -45,6 +45,7 @@ def main() -> None:
                 prefect.prefect("deployment", "run", f"retune/{name}", "--param", f"domain={domain}")
                 run = prefect.ended("retune", len(prefect.runs("retune")) - 1)
                 states = {state.name: state.timestamp for state in prefect.client.read_flow_run_states(run.id)}
+                until(lambda: descendants(worker) == [worker], "the processes of the run to end")
                 assert run.end_time and run.state and (number == 0 or run.state.name == "Unchanged"), run.state
                 wall = (run.end_time - states["Pending"]).total_seconds()
                 each.append((wall, spent(worker) - own, spent(prefect.server.pid) - server))

@@ -1,8 +1,8 @@
 "use strict";
 (() => {
-  const images = JSON.parse(document.getElementById("images").dataset.images);
-  const names = [...document.querySelectorAll("#names option")].map((option) => option.value);
-  const [picture, path, typed, told] = ["picture", "path", "typed", "told"].map((id) => document.getElementById(id));
+  const [images, names] = ["images", "names"].map((of) => JSON.parse(document.getElementById("images").dataset[of]));
+  const [picture, path, typed, told, offered] = ["picture", "path", "typed", "told", "names"].map((id) => document.getElementById(id));
+  const OFFERED = 40;
   let place = Math.max(0, images.findIndex((image) => image.answer === null));
 
   const show = () => {
@@ -10,10 +10,24 @@
     picture.src = `images/${image.key}`;
     path.textContent = image.path;
     typed.value = image.answer ?? "";
-    typed.focus();
+    if (matchMedia("(pointer: fine)").matches) typed.focus();  // on a phone the keyboard would hide the picture
     typed.select();
+    offer();
     const done = images.filter((each) => each.answer !== null).length;
-    told.textContent = `${done} of ${images.length} answered${image.answer === "" ? "; this one: none of them" : ""}`;
+    const all = done === images.length ? ". That is all: end the command, by Ctrl-C, and run again" : "";
+    told.textContent = `${done} of ${images.length} answered${image.answer === "" ? "; this one: none of them" : ""}${all}`;
+  };
+  // The classes that begin with what was typed, to be pressed.
+  const offer = () => {
+    const answer_of = images[place].answer;
+    const wanted = typed.value === answer_of ? "" : typed.value.trim().toLowerCase();
+    const fitting = names.filter((name) => name.toLowerCase().startsWith(wanted));
+    offered.replaceChildren(...fitting.slice(0, OFFERED).map((name) => {
+      const button = document.createElement("button");
+      Object.assign(button, { type: "button", textContent: name, ariaPressed: String(name === answer_of) });
+      button.addEventListener("click", () => answer(name));
+      return button;
+    }));
   };
   const go = (step) => { place = Math.min(images.length - 1, Math.max(0, place + step)); show(); };
   // What was typed, if it can only mean one class: as it is, else as the beginning of a single name.
@@ -47,6 +61,7 @@
     if (name === null) told.textContent = "No class, or several, begin like this.";
     else answer(name);
   });
+  typed.addEventListener("input", offer);
   document.getElementById("none").addEventListener("click", () => answer(""));
   document.getElementById("back").addEventListener("click", () => go(-1));
   document.getElementById("forth").addEventListener("click", () => go(1));

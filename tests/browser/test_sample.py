@@ -51,6 +51,11 @@ def test_images_are_labelled_by_keys_and_evaluated(open_tab, serving: Any, file:
         page.locator("#typed").fill("RED")
         page.keyboard.press("Enter")
         expect(told).to_contain_text("2 of 6")
+        page.keyboard.type("bl")
+        expect(page.locator("#names button")).to_have_text(["blue"])
+        page.keyboard.press("Control+A")
+        page.keyboard.press("Delete")
+        expect(page.locator("#names button")).to_have_text(["red", "green", "blue", HARM])
         page.locator("#none").click()
         expect(told).to_contain_text("3 of 6")
         assert not tab.complaints and not tab.blocked and all(each.startswith(url) for each in tab.requests)
@@ -61,8 +66,7 @@ def test_images_are_labelled_by_keys_and_evaluated(open_tab, serving: Any, file:
     with serving("sample", file, "--n", "6") as url:  # gone on with, by the same images
         page = open_tab(url).page
         expect(page.locator("#told")).to_contain_text("3 of 6")
-        page.keyboard.type("blue")
-        page.keyboard.press("Enter")
+        page.get_by_role("button", name="blue").click()
         expect(page.locator("#told")).to_contain_text("4 of 6")
     assert rows(file)[:4] == [head, *answers] and rows(file)[4][1] == "blue"
     file.write_text(f"{file.read_text()}evaluation: {{labels: shapes.labels.csv}}\n")
@@ -83,5 +87,5 @@ def test_another_file_is_not_gone_on_with(file: Path, text: str) -> None:
 @pytest.mark.parametrize("width", [390, 1280])
 def test_it_fits_a_phone_and_a_desk(open_tab, serving: Any, file: Path, width: int) -> None:
     with serving("sample", file, "--n", "3", "--out", str(file.with_name(f"{width}.csv"))) as url:
-        page = open_tab(url, viewport={"width": width, "height": 800}, color_scheme="dark").page
+        page = open_tab(url, viewport={"width": width, "height": 800}, color_scheme="dark", has_touch=width == 390).page
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

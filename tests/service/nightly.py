@@ -26,7 +26,7 @@ from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.stage import open_store
 
 BERLIN = ZoneInfo("Europe/Berlin")
-FIRST, MORE, TESTED = 500, 12, 500
+FIRST, MORE, TESTED = 300, 12, 450
 """Images of the first night, of each night that follows, and to judge the champions by."""
 KEPT_DAYS = 7
 """Of the server's records."""
@@ -47,7 +47,6 @@ class Nightly:
             "name": "clothes", "source": "train", "clip": {"model": "embedded", "resize": "pad"},
             "templates": ["a photo of a {}."], "evaluation": {"source": "test", "labels": "labels.csv"},
             "method": "transduction", "shard": {"images": 100}, "store": f"s3://{BUCKET}/nights", "output": "disk/runs",
-            "describer": {"kind": "sidecar", "texts": "texts.csv"},
         }  # fmt: skip
         self.texts: dict[str, str] = {}
         self.seen_texts: set[str] = set()
@@ -80,7 +79,7 @@ class Nightly:
         self.write()
         self.service = Service(self.folder, **self._environment())
         self._ends.callback(self.service.close)
-        self.service.prefect("work-pool", "create", "cpu", "--type", "process")
+        self.service.prefect("work-pool", "create", "cpu", "--type", "process", "--overwrite")
         self.service.prefect("--no-prompt", "deploy", "--all", "--prefect-file", str(self._deployments()))
         self.service.prefect("automation", "create", "--from-file", "deploy/automations.yaml")
         self.worker = self.service.worker("cpu")
@@ -96,11 +95,8 @@ class Nightly:
             **self.clock.environment, **self._keys(), "PYTHONPATH": f"{HERE / 'moved'}:{ROOT}",
             "TMPDIR": str(self.disk), "PREFECT_SERVER_DATABASE_CONNECTION_URL": self.postgres.url,
             "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": f"{retention:.0f}",
-            # As the days fly by, and machines that run tests are slow.
-            "PREFECT_SERVER_SERVICES_DB_VACUUM_LOOP_SECONDS": "60",
-            "PREFECT_SERVER_SERVICES_DB_VACUUM_ORPHAN_CLEANUP_LOOP_SECONDS": "120",
-            "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "20",
             "PREFECT_WORKER_QUERY_SECONDS": "10",  # as ever
+            # Machines that run tests are slow.
             "PREFECT_SERVER_DATABASE_TIMEOUT": "90", "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": "90",
         }  # fmt: skip
 

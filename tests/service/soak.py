@@ -85,7 +85,7 @@ def _add_class(service: Nightly) -> None:
 
 
 def _change_describer(service: Nightly) -> None:
-    service.settings["describer"] = {"kind": "tags"}
+    service.settings["describer"] = {"kind": "sidecar", "texts": "texts.csv"}
 
 
 def _remove_noise(service: Nightly) -> None:
@@ -136,9 +136,10 @@ EVENTS = {
 }  # fmt: skip
 SHORT = ("", "30 images of noise", "worker killed", "summer time", "disk full")
 LONG = (
-    "", "", "quiet", "30 images of noise", "", "server off when due", "", "noise removed", "20 broken files", "",
-    "worker killed", "", "a class added", "", "server killed", "summer time", "", "30 foreign images", "",
-    "a class renamed", "", "disk full", "quiet", "describer changed", "", "", "server off all night", "", "", "quiet",
+    "", "", "30 images of noise", "quiet", "server off when due", "worker killed", "", "20 broken files",
+    "a class added", "server killed", "disk full", "summer time", "noise removed", "a class renamed",
+    "30 foreign images", "describer changed", "server off all night", "", "quiet", "", "", "worker killed", "", "quiet",
+    "", "disk full", "", "", "quiet", "",
 )  # fmt: skip
 
 
