@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sqlite3
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -99,9 +100,8 @@ def look(store: ArtifactStore, domain: Domain, split: Split, source: Source | No
     limits = _packing(domain, split).limits
     with _room_for_listings(), contextlib.ExitStack() as opened:
         with told_as(f"look at {split}"):
-            looked = cache.digested(
-                source or open_source(domain, split), limits, lambda *so_far: tell(*so_far, "files")
-            )
+            on_progress = functools.partial(tell, unit="files")
+            looked = cache.digested(source or open_source(domain, split), limits, on_progress)
             images = opened.enter_context(looked)
         yield images
 
