@@ -132,6 +132,18 @@ class Stored(Rows):
         return torch.from_numpy(found).to(self.device)
 
 
+def mapped(shape: tuple[int, int]) -> np.ndarray:
+    """Zeros, float32, in a temporary file without a name, of which the system keeps in memory what it has room for.
+
+    Raises:
+        ModelError: the temporary folder is full.
+    """
+    with tempfile.TemporaryFile() as file:
+        with _room():
+            os.posix_fallocate(file.fileno(), 0, 4 * math.prod(shape))  # or a full disk would be the end of the process
+        return np.memmap(file, np.float32, "r+", shape=shape)
+
+
 Matrix = Tensor | Rows
 Filled = Tensor | Stored
 """A matrix that can be written by stretches."""

@@ -58,7 +58,7 @@ def centre_share(image_embeds: Tensor, class_texts: Tensor, scale: float) -> flo
     Raises:
         ValueError: a value is not finite.
     """
-    if not (image_embeds.isfinite().all() and class_texts.isfinite().all()):
+    if not all(bool(some.isfinite().all()) for some in (class_texts, *image_embeds.split(1 << 14))):
         raise ValueError("a domain's shift needs finite features: embed the images again, or drop the rows with NaN")
     mean = image_embeds.mean(0, dtype=torch.float64)  # not of a copy: there may be millions
     step = math.ceil(len(image_embeds) / MOST_IMAGES)

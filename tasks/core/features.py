@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -183,6 +184,13 @@ def matrix(n: int, width: int) -> Filled:
     from latteflow.models.rows import Stored
 
     return Stored(n, width) if 4 * n * width > MOST_BYTES else torch.empty(n, width)
+
+
+def array(shape: tuple[int, int]) -> np.ndarray:
+    """As :func:`matrix`, for what wants all of it at once: zeros in memory or, where that is much, mapped from disk."""
+    from latteflow.models.rows import mapped
+
+    return mapped(shape) if 4 * math.prod(shape) > MOST_BYTES else np.zeros(shape, np.float32)
 
 
 def _near_features(embedded: Artifact, keys: pl.Series) -> Matrix | None:

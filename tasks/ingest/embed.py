@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from latteflow.storage.shards import Greys, packed_images, read_index, read_reco
 from latteflow.storage.tables import parquet, read_parquet, safetensors
 from latteflow.tasks.core.decode import pixel_batches
 from latteflow.tasks.core.domain import Domain
-from latteflow.tasks.core.features import centred
+from latteflow.tasks.core.features import array, centred
 from latteflow.tasks.core.progress import tell
 from latteflow.tasks.core.stage import StageResult, open_store, run_stage
 
@@ -25,6 +25,8 @@ ESTIMATE = 1
 """Version of :mod:`models.judge.shift`; the features do not depend on it."""
 CANDIDATES = 5
 """Pseudo-label candidates kept for each image."""
+_ROWS = 1 << 14
+"""Images whose probabilities are reckoned at once."""
 
 
 def embed(domain: Domain, shards: StageResult) -> StageResult:
@@ -41,15 +43,15 @@ def embed(domain: Domain, shards: StageResult) -> StageResult:
     domain, inputs = each.domain, each.inputs
 
     def body(writer: ArtifactWriter) -> Mapping[str, int]:
-        index = read_index(images)
         parts = [each.parts(writer, shard)[0] for shard in each.names]
-        features = pl.concat([read_parquet(writer.read(part, part.files[0].name)) for part in parts])
-        live = index.select("key").join(features, on="key", how="inner", maintain_order="left")
+        index = read_index(images).select("key", "shard")
         text = class_text_features(domain, each.model.text_features)
-        labels, centre, share = _zero_shot(live, text, each.model.scale, domain.clip.centre)
+        shards = ((part.name, read_parquet(writer.read(part, part.files[0].name))) for part in parts)
+        keys, embeds = _embeds(index, text.shape[1], shards)
+        labels, centre, share = _zero_shot(keys, embeds, text, each.model.scale, domain.clip.centre)
         writer.put(
             "zero_shot",
-            {"features": sha256(canonical_json(live["key"].to_list())), **inputs},
+            {"features": sha256(canonical_json(keys.to_list())), **inputs},
             {
                 "zero_shot.parquet": parquet(labels),
                 "classes.safetensors": safetensors(
@@ -58,7 +60,7 @@ def embed(domain: Domain, shards: StageResult) -> StageResult:
             },
             rows=labels.height,
         )
-        return {"images": live.height, "left_out": index.height - live.height}
+        return {"images": len(keys), "left_out": index.height - len(keys)}
 
     return run_stage(store, domain, "embed", VERSION, inputs, body, split=each.split)
 
@@ -195,25 +197,53 @@ def _estimated(embeds: np.ndarray, text: np.ndarray, scale: float) -> float:
     return centre_share(torch.from_numpy(embeds), torch.from_numpy(text), scale)
 
 
+def _embeds(index: pl.DataFrame, dim: int, shards: Iterable[tuple[str, pl.DataFrame]]) -> tuple[pl.Series, np.ndarray]:
+    """Keys of the live images that have features, in their order, and their embeddings, ``(n, dim)``.
+
+    Args:
+        index: key and shard of the live images, in the order of shards.
+        shards: name and features of each shard, with those of images that are gone.
+    """
+    live = dict(index.group_by("shard").len().iter_rows())
+    embeds, keys, first, n = array((index.height, dim)), [index["key"].clear()], 0, 0
+    for name, features in shards:
+        asked = index[first : first + live.get(name, 0)].select("key")
+        rows = asked.join(features, on="key", how="inner", maintain_order="left")
+        embeds[n : n + rows.height] = rows["feature"].to_numpy() * rows["norm"].to_numpy()[:, None]
+        keys.append(rows["key"])
+        first, n = first + asked.height, n + rows.height
+    return pl.concat(keys), embeds[:n]
+
+
+def _blocks(n: int) -> Iterator[slice]:
+    return (slice(start, start + _ROWS) for start in range(0, n, _ROWS))
+
+
 def _zero_shot(
-    live: pl.DataFrame, text: np.ndarray, scale: float, centre_first: bool | None
+    keys: pl.Series, embeds: np.ndarray, text: np.ndarray, scale: float, centre_first: bool | None
 ) -> tuple[pl.DataFrame, np.ndarray, float]:
     """Pseudo-labels; the centre of the images, and how much of it was subtracted first."""
-    embeds = live["feature"].to_numpy() * live["norm"].to_numpy()[:, None]
     centre = embeds.mean(axis=0, dtype=np.float64).astype(np.float32)
     share = _estimated(embeds, text, scale) if centre_first is None else float(centre_first)
-    features = centred(embeds, share * centre)
-    logits = scale * features @ text.T
+    features, logits = array(embeds.shape), array((len(embeds), len(text)))
+    for at in _blocks(len(embeds)):
+        features[at] = scale * centred(embeds[at], share * centre)
+    np.matmul(features, text.T, out=logits)  # all at once: of blocks, the last bits are others
+    labels = [_best(keys[at], logits[at]) for at in _blocks(len(embeds))]
+    return pl.concat(labels, rechunk=True), centre, share
+
+
+def _best(keys: pl.Series, logits: np.ndarray) -> pl.DataFrame:
+    """The best candidates of each image."""
     probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     best = np.argsort(-logits, axis=1, kind="stable")[:, :CANDIDATES]
-    labels = pl.DataFrame(
+    return pl.DataFrame(
         {
-            "key": live["key"],
+            "key": keys,
             "label": best[:, 0],
             "labels": best.tolist(),
             "probabilities": np.take_along_axis(probabilities, best, axis=1).tolist(),
         },
         schema={"key": pl.String, "label": pl.Int64, "labels": pl.List(pl.Int64), "probabilities": pl.List(pl.Float32)},
     )
-    return labels, centre, share
