@@ -1,6 +1,6 @@
 """The pictures of pages in docs, as Chromium shows them: at a desk in the light, on a phone in the dark.
 
-    python docs/screens.py domains/demo.yaml            # after `latteflow run` of it
+    python docs/screens.py DOMAIN           # after `latteflow run DOMAIN`; those in docs are of 300 photos of the demo
 
 Writes review.png and sample.png beside this file; each has both pages side by side.
 """
@@ -69,7 +69,7 @@ def beside(desk: Image.Image, phone: Image.Image) -> Image.Image:
     both = Image.new("RGBA", (desk.width + _SPACE + phone.width, height))
     both.paste(desk, (0, 0))
     both.paste(phone, (desk.width + _SPACE, 0))
-    return both.quantize(256)
+    return both
 
 
 if __name__ == "__main__":
