@@ -40,7 +40,7 @@ SUMMER = date(2027, 3, 28)
 """At two o'clock it is three, and half past two, when nights are due, is no time of that night."""
 GOOD = ("Promoted", "Kept", "Unchanged")
 SLACK = 1.0
-"""Points by which a champion may be worse on clean images than the best before it."""
+"""Points by which a champion should at most be worse on clean images than the best before it."""
 
 
 @dataclass(frozen=True)
@@ -270,13 +270,22 @@ def _wrong(service: Nightly, rows: Sequence[Row]) -> list[str]:
     if gone := service.seen_texts - (now := _texts(service)):
         found.append(f"{len(gone)} texts are gone")
     service.seen_texts |= now
-    best = max((each.right for each in rows[:-1] if each.classes == row.classes and each.served), default=0.0)
-    if row.right < best - SLACK:
-        found.append(f"the champion is right about {row.right:.1f} %, the best was about {best:.1f} %")
     limit = service.clock.time() - (KEPT_DAYS + 2) * 86400
     old = f"SELECT count(*) FROM flow_run WHERE end_time < to_timestamp({limit:.0f})"
     if int(left := service.postgres.ask(old)):
         found.append(f"{left} runs are on record for longer than {KEPT_DAYS + 2} days")
+    return found
+
+
+def behind(rows: Sequence[Row]) -> float:
+    """Points by which a champion was at worst behind the best before it with as many classes, on clean images.
+
+    Nobody sees that without labels: `make soak` asks for at most :data:`SLACK`, a test of five nights cannot.
+    """
+    found, best = 0.0, dict[int, float]()
+    for row in rows:
+        best[row.classes] = max(best.get(row.classes, 0.0), row.right)
+        found = max(found, best[row.classes] - row.right)
     return found
 
 
@@ -298,16 +307,19 @@ def main() -> int:
     folder = Path(sys.argv[1]) if sys.argv[1:] else Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o755)  # Postgres has a user of its own
-    begin, wrong = time.monotonic(), 0
+    begin, rows = time.monotonic(), []
     sys.stdout.write(f"{Row.HEAD}\n{'| --- ' * (Row.HEAD.count('|') - 1)}|\n")
     for row in soak(folder, LONG):
+        rows.append(row)
         sys.stdout.write(f"{row}\n")
         sys.stdout.flush()
-        wrong += bool(row.wrong)
+    wrong = sum(bool(row.wrong) for row in rows)
+    minutes = (time.monotonic() - begin) / 60
     sys.stdout.write(
-        f"{len(LONG)} nights in {(time.monotonic() - begin) / 60:.0f} minutes, {wrong} of them not as they should be\n"
+        f"{len(rows)} nights in {minutes:.0f} minutes, {wrong} not as they should be; "
+        f"the champion at worst {behind(rows):.1f} points behind the best before it, where {SLACK:.0f} is asked for\n"
     )
-    return int(wrong > 0)
+    return int(wrong > 0 or behind(rows) > SLACK)
 
 
 if __name__ == "__main__":
