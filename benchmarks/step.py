@@ -200,17 +200,21 @@ def domain(n: int, batch: int) -> tuple[LatteClipSettings, TuneData, Texts, Toke
     return cfg, data, texts, tokenize
 
 
-def run(variant: str, batch: int, steps: int) -> tuple[list[float], float]:
-    """Seconds of each step, and MiB of memory above what was held before the model."""
+def run(variant: str, batch: int, steps: int) -> tuple[list[float], list[float], float]:
+    """Seconds of each step, seconds of its processor time, MiB of memory above what was held before the model."""
     cfg, data, texts, tokenize = domain(batch * steps, batch)
     before = _peak()
     torch.manual_seed(0)
     clip = open_clip.CLIP(**MODEL)
-    times: list[float] = []
+    times: list[tuple[float, float]] = []
+
+    def ended(*_: Any) -> None:
+        times.append((time.perf_counter(), time.process_time()))
+
     if variant.startswith("product"):
         micro = int(variant.split()[-1]) if " " in variant else None
         method = LatteClip(cfg, data, clip=clip)
-        train(method, TrainingSettings(micro_batch=micro), on_step=lambda *_: times.append(time.perf_counter()))
+        train(method, TrainingSettings(micro_batch=micro), on_step=ended)
     else:
         drawn = LatteClip(cfg, data, clip=clip)
         batches = ((rows[:, 0], rows[:, 1]) for rows in (b.inputs["images"] for b in drawn.batches()))
@@ -218,9 +222,10 @@ def run(variant: str, batch: int, steps: int) -> tuple[list[float], float]:
             cfg, data, texts, tokenize, clip, batches=batches, n_steps=drawn.n_steps,
             steps_per_epoch=drawn.steps_per_epoch, learning_rate=drawn.learning_rate,
             savings=[] if variant == "plain" else SAVINGS if variant == "plain, all savings" else [variant],
-            on_step=lambda: times.append(time.perf_counter()),
+            on_step=ended,
         )  # fmt: skip
-    return [after - now for now, after in pairwise(times)], _peak() - before
+    wall, processor = ([after - now for now, after in pairwise(clock)] for clock in zip(*times, strict=True))
+    return wall, processor, _peak() - before
 
 
 def _peak() -> float:
@@ -240,15 +245,21 @@ def main() -> None:
     for variant in variants:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             found[variant] = pool.apply(run, (variant, args.batch, args.steps))
-    seconds, memory = (statistics.median(found["plain"][0]), found["plain"][1])
+    plain_s, plain_processor_s, memory = _middle(found["plain"])
     sys.stdout.write(
         f"batch {args.batch}, median of {args.steps - 1} steps; product {halves}: in micro-batches of {halves}\n"
     )
-    for variant, (times, peak) in found.items():
-        now = statistics.median(times)
+    for variant, each in found.items():
+        now_s, processor_s, peak = _middle(each)
         sys.stdout.write(
-            f"{variant:22} {now:6.2f} s/step  x{seconds / now:5.2f}   {peak:7.0f} MiB  {100 * peak / memory:4.0f} %\n"
+            f"{variant:22} {now_s:6.2f} s/step  x{plain_s / now_s:5.2f}   processor {processor_s:6.2f} s  "
+            f"x{plain_processor_s / processor_s:5.2f}   {peak:7.0f} MiB  {100 * peak / memory:4.0f} %\n"
         )
+
+
+def _middle(measured: tuple[list[float], list[float], float]) -> tuple[float, float, float]:
+    wall, processor, peak = measured
+    return statistics.median(wall), statistics.median(processor), peak
 
 
 if __name__ == "__main__":

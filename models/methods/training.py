@@ -28,6 +28,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from latteflow.models.errors import ModelError
+from latteflow.models.products import fast_products
 from latteflow.models.settings import TrainingSettings
 
 Stats = dict[str, float]
@@ -179,7 +180,8 @@ class _Run:
         frozen = _digest(self.frozen())
         kept = time.monotonic()
         for batch, loaded in self.ahead():
-            stats = self.one(batch, loaded)
+            with fast_products():
+                stats = self.one(batch, loaded)
             if on_step is not None and self.rank == 0:
                 on_step(self.step, self.method.n_steps, stats)
             if self.step % self.method.steps_per_epoch == 0 or self.step == self.method.n_steps:
@@ -204,8 +206,8 @@ class _Run:
             losses = self.method.losses(features, batch.about)
             loss = torch.stack(list(losses.values())).sum()
         lr, norm = self.method.learning_rate(self.step), 0.0
-        if self.optimizer is not None and loss.isfinite():
-            loss.backward()
+        if self.optimizer is not None:
+            loss.backward()  # of whatever it is: to look first would stop a GPU half-way, and the norm tells as well
             for p in self.trained.values():  # Parameters of the loss itself: every process has their whole gradient.
                 if p.grad is not None and self.world > 1:
                     p.grad /= self.world

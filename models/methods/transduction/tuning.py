@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latteflow.models.methods.transduction import TransductionSettings
+from latteflow.models.products import fast_products
 from latteflow.models.rows import Filled, Matrix, Rows, Spread, block_rows, blocks, kept, room
 from latteflow.models.vectors import at_least_float32
 
@@ -111,7 +112,7 @@ def transduce(
     x = kept(x) if isinstance(x, Rows) else at_least_float32(x)
     if not (texts.isfinite().all() and all(block.isfinite().all() for _, block in blocks(x))):
         raise ValueError("transduce needs finite features: embed the images again, or drop the rows with NaN")
-    size = block_rows(max(x.shape[1], len(texts)))
+    size = block_rows(max(x.shape[1], len(texts)), x.device)
     z, spread = room(len(x), len(texts), x), Spread()
     for at, block in blocks(x, size):
         logits = scale * block @ texts.T
@@ -137,15 +138,16 @@ def transduce(
         means = (sums.sums + cfg.anchor * anchors) / (sums.counts[:, None] + cfg.anchor) @ inverse
         if not steps:
             kappa = spread.deviation / max(_evidence(x, means).deviation, FLOOR)
-        towards, sums, moved = (kappa * means).to(x.dtype), _Sums(x, len(texts)), 0.0
+        towards, sums = (kappa * means).to(x.dtype), _Sums(x, len(texts))
+        moved = torch.zeros((), dtype=torch.float64, device=x.device)
         for (at, block), (_, log), (_, before) in zip(
             blocks(x, size), blocks(logs, size), blocks(z, size), strict=True
         ):
             after = (block @ towards.T).add_(log).softmax(1)
-            moved += float((after - before).abs_().sum())
+            moved += (after - before).abs_().sum()
             sums.add(block, after)
             z[at] = after
-        change, steps = moved / 2 / len(x), steps + 1
+        change, steps = float(moved) / 2 / len(x), steps + 1
     classifier = scale * texts + (kappa * means).to(texts)
     return Transduction(assignments=z, classifier=classifier, steps=steps, change=change)
 
@@ -164,7 +166,7 @@ class _Sums:
 
 def _evidence(x: Matrix, means: Tensor) -> Spread:
     found = Spread()
-    for _, block in blocks(x, block_rows(max(x.shape[1], len(means)))):
+    for _, block in blocks(x, block_rows(max(x.shape[1], len(means)), x.device)):
         found.add(block @ means.to(block).T)
     return found
 
@@ -181,8 +183,9 @@ def nearest(features: Matrix, k: int) -> Neighbours:
     weights = torch.empty((len(features), k), dtype=features.dtype, device=features.device)
     for at, block in blocks(features):
         best, who = block.new_empty(len(block), 0), rows.new_empty(len(block), 0)
-        for among, others in blocks(features, block_rows(len(block))):
-            cosines = block @ others.T
+        for among, others in blocks(features, block_rows(len(block), features.device)):
+            with fast_products():
+                cosines = block @ others.T
             first, last = max(at.start, among.start), min(at.stop, among.stop)
             if first < last:
                 cosines[first - at.start : last - at.start, first - among.start : last - among.start].fill_diagonal_(-2)
