@@ -282,7 +282,7 @@ class LatteClip(Trainable):
         self.device = data.pseudo_labels.device
         self.steps_per_epoch = cfg.n_steps(len(data))
         self.n_steps = cfg.n_epochs(len(data)) * self.steps_per_epoch
-        self.clip: Any = None if clip is None else _own(clip, _tower_parameters(clip, cfg) if cfg.trains_towers else [])
+        self.clip: Any = None if clip is None else _own(clip, tower_parameters(clip, cfg) if cfg.trains_towers else [])
         self.read = TextReader(self.clip)
         clip_scale = scale if clip is None else float(clip.logit_scale.detach().exp())
         log_scale = torch.tensor(math.log(cfg.first_scale(clip_scale)), device=self.device)
@@ -290,7 +290,7 @@ class LatteClip(Trainable):
         self.image_map: nn.Parameter | None = None
         self.text_map: nn.Parameter | None = None
         if cfg.trains_towers:
-            for parameter in _tower_parameters(self.clip, cfg):
+            for parameter in tower_parameters(self.clip, cfg):
                 parameter.requires_grad_()
         else:
             self.image_features = data.image_features
@@ -496,7 +496,7 @@ def _check(cfg: LatteClipSettings, data: TuneData, has_clip: bool) -> None:
             raise ValueError(f"{name} are embeds, but the text tower trains: give tokens, or text_tower='frozen'")
 
 
-def _tower_parameters(clip: Any, cfg: LatteClipSettings) -> list[nn.Parameter]:
+def tower_parameters(clip: Any, cfg: LatteClipSettings) -> list[nn.Parameter]:
     """The parameters that `last_blocks` or `all` trains, without the scale."""
     named = {name: p for name, p in clip.named_parameters() if not name.startswith(NO_TOWERS)}
     if not cfg.trains_texts:
