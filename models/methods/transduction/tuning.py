@@ -35,7 +35,7 @@ from latteflow.models.vectors import at_least_float32
 ROUNDS = 30
 """Of 2.; what is then left to travel is `spread ** ROUNDS`, nothing by default."""
 COLUMN_NUMBERS = 1 << 25
-"""Beliefs that travel at once, where they are on disk: 128 MB."""
+"""Beliefs that travel at once: 128 MB, of which there are four at a time."""
 FLOOR = 1e-12
 
 
@@ -206,13 +206,14 @@ def propagate(beliefs: Filled, rows: Tensor, weights: Tensor, spread: float) -> 
         rows, weights: from `nearest`, `(n, k)`. An image without any weight keeps its own beliefs.
         spread: 0 to 1.
     """
-    if isinstance(beliefs, Tensor):
-        return _travelled(beliefs, rows, weights, spread)
     n, classes = beliefs.shape
     found = room(n, classes, beliefs)
     width = max(1, COLUMN_NUMBERS // n)  # classes know nothing of each other
     for first in range(0, classes, width):
         some = slice(first, first + width)
+        if isinstance(beliefs, Tensor) and isinstance(found, Tensor):
+            found[:, some] = _travelled(beliefs[:, some], rows, weights, spread)
+            continue
         travelled = _travelled(torch.cat([block[:, some] for _, block in blocks(beliefs)]), rows, weights, spread)
         for at, block in blocks(found):
             block[:, some] = travelled[at]
