@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection
-from importlib.metadata import EntryPoint, EntryPoints, entry_points
-from typing import TypeVar
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar
 
 from latteflow.models.errors import ModelError
 
@@ -32,8 +32,8 @@ def found(group: str, kind: type[T], what: str, name: Callable[[T], str], ours: 
 
 
 @functools.cache
-def _installed() -> EntryPoints:
-    """Of every package, which are a few hundred small files."""
+def _installed() -> Any:  # Python 3.11 and 3.12 call it differently
+    """The entry points of every package, which are a few hundred small files."""
     return entry_points()
 
 
