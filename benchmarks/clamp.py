@@ -49,13 +49,16 @@ class OnePass(Clamp):
 
     def encode(self, kind: str, loaded: torch.Tensor) -> torch.Tensor:
         tower, tokens = self.tower, self.tokens[loaded]
-        mask = read_only_mask(tokens.valid, len(tower.prompts), self.cfg.prompt_mask)[:, None]
+        ids, valid = tokens.ids.to(tower.device), tokens.valid.to(tower.device)
+        mask = read_only_mask(valid, len(tower.prompts), self.cfg.prompt_mask)[:, None]
         states = tower.lm.base_model(
             inputs_embeds=torch.cat(
-                [tower.lm.get_input_embeddings()(tokens.ids), tower.prompts.expand(len(tokens.ids), -1, -1)], dim=1
+                [tower.lm.get_input_embeddings()(ids), tower.prompts.expand(len(ids), -1, -1)], dim=1
             ),
-            attention_mask=torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min),
-            position_ids=positions(tokens.valid, len(tower.prompts)),
+            attention_mask=torch.zeros(mask.shape, device=ids.device).masked_fill(
+                ~mask, torch.finfo(torch.float32).min
+            ),
+            position_ids=positions(valid, len(tower.prompts)),
             use_cache=False,
         ).last_hidden_state
         return unit(tower.pool(states[:, -len(tower.prompts) :]))

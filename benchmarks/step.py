@@ -6,12 +6,13 @@
 The plain schedule is what the released code does for each batch, and nothing worse: both towers by gradient
 checkpointing; 4 x batch texts of full length, the class sentences of every sample and branch among them, tokenized
 again; margins of each kind of text by themselves and twice where both branches need them; prototypes as a Python loop;
-a second model that is loaded and not used; a second augmented view that is made and thrown away. The mathematics is the
-same, and tests/models/methods/test_plain_schedule.py holds it so: the product against the plain schedule, and the plain
-schedule against itself with each saving alone.
+a second augmented view that is made and thrown away. The second model that it loads and does not use is the one that
+every way here starts from and keeps. The mathematics is the same, and tests/models/methods/test_plain_schedule.py
+holds it so: the product against the plain schedule, and the plain schedule against itself with each saving alone.
 
 Same model (an open_clip architecture with random weights), same batch, same captions, same processor. Each variant runs
-in a process of its own; memory is its peak while it trains, less what it held before it built the model.
+in a process of its own; memory is its peak while it trains, less what it held before it built the model. Processor time
+is that of all threads, the same on a busy machine.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
 import torch
@@ -34,7 +35,7 @@ from torch import Tensor
 
 from latteflow.models.methods.adaptation import Adapted, TuneData
 from latteflow.models.methods.latteclip import LatteClipSettings
-from latteflow.models.methods.latteclip.tuning import LatteClip, margins
+from latteflow.models.methods.latteclip.tuning import LatteClip, margins, tower_parameters
 from latteflow.models.methods.losses import clip_loss
 from latteflow.models.methods.training import train
 from latteflow.models.settings import TrainingSettings
@@ -49,6 +50,8 @@ SAVINGS = ("class_texts_once", "trimmed", "tokens_once", "no_recomputation", "on
 """What the product does not do, switch by switch; none changes a result."""
 
 Tokenize = Callable[[list[str]], Tensor]
+_DISTINCT = 256
+"""Images of noise that are made; more would only fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -74,17 +77,20 @@ def plain_schedule(
     savings: Collection[str] = (),
     on_step: Callable[[], None] = lambda: None,
 ) -> Adapted:
-    """LatteCLIP with both towers trained, as the released code goes about it.
+    """LatteCLIP with towers trained, as the released code goes about it; on the device of the model.
 
     Args:
         batches: image numbers and seeds of the views, as `LatteClip.batches` draws them.
         savings: of SAVINGS, those that are on.
     """
     model = copy.deepcopy(clip).eval()
+    device = model.logit_scale.device
+    model.requires_grad_(False)
+    for parameter in (*tower_parameters(model, cfg), model.logit_scale):
+        parameter.requires_grad_()
     if "no_recomputation" not in savings:
         model.set_grad_checkpointing()
-    unused = None if "one_view" in savings else copy.deepcopy(model)
-    named = list(model.named_parameters())
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": cfg.weight_decay},
@@ -95,7 +101,8 @@ def plain_schedule(
     ready = {text: tokenize([text])[0] for text in {*texts.classes, *texts.images, *texts.groups}}
 
     def tokens(sentences: list[str]) -> Tensor:
-        return torch.stack([ready[s] for s in sentences]) if "tokens_once" in savings else tokenize(sentences)
+        found = torch.stack([ready[s] for s in sentences]) if "tokens_once" in savings else tokenize(sentences)
+        return found.to(device)
 
     def read(rows: Tensor) -> Tensor:
         if "trimmed" in savings:
@@ -107,27 +114,30 @@ def plain_schedule(
 
     with torch.no_grad():
         model.train(False)
-        prototypes = read(tokenize(texts.classes))
+        prototypes = read(tokens(texts.classes))
     model.train("no_recomputation" not in savings)  # open_clip recomputes only in training mode
     history = []
     for step, (images, seeds) in zip(range(n_steps), batches, strict=False):
         if step % steps_per_epoch == 0:
             epoch_prototypes = prototypes
         assert data.pixels is not None
-        pixels = data.pixels(images, seeds)
-        if unused is not None:
+        pixels = data.pixels(images, seeds).to(device)
+        if "one_view" not in savings:
             data.pixels(images, seeds)
         v = unit(model.encode_image(pixels))
-        z = data.pseudo_labels[images].tolist()
+        z = data.pseudo_labels[images.to(device)].tolist()
         y = (v.detach() @ prototypes.T).argmax(1).tolist()
         described = read(tokens([texts.images[i] for i in images]))
         grouped = read(tokens([texts.groups[i] for i in images]))
         if "class_texts_once" in savings:
             table = read(tokens(texts.classes))
-            of_label = {name: table.index_select(0, torch.tensor(labels)) for name, labels in (("y", y), ("z", z))}
+            of_label = {
+                name: table.index_select(0, torch.tensor(labels, device=device))
+                for name, labels in (("y", y), ("z", z))
+            }
         else:
             of_label = {name: read(tokens([texts.classes[k] for k in labels])) for name, labels in (("y", y), ("z", z))}
-        loss, contributions = torch.zeros((), dtype=v.dtype), []
+        loss, contributions = torch.zeros((), dtype=v.dtype, device=device), []
         for name, labels in (("y", y), ("z", z)):
             weights = torch.stack([margins(t, epoch_prototypes) for t in (of_label[name], described, grouped)])
             mixed = (weights[..., None] * torch.stack([of_label[name], described, grouped])).sum(0)
@@ -154,7 +164,7 @@ def plain_schedule(
 def _moved(prototypes: Tensor, contributions: list[tuple[list[int], Tensor]], *, loops: bool) -> Tensor:
     """Each class's prototype becomes the unit mean of its targets."""
     if not loops:
-        labels = torch.tensor([label for each, _ in contributions for label in each])
+        labels = torch.tensor([label for each, _ in contributions for label in each], device=prototypes.device)
         sums = torch.zeros_like(prototypes).index_add_(0, labels, torch.cat([target for _, target in contributions]))
         counts = torch.bincount(labels, minlength=len(prototypes))[:, None]
         return torch.where(counts > 0, unit(sums / counts.clamp(min=1)), prototypes)
@@ -169,8 +179,16 @@ def _moved(prototypes: Tensor, contributions: list[tuple[list[int], Tensor]], *,
 # --- the measurement --------------------------------------------------------------------------------------------------
 
 
-def domain(n: int, batch: int) -> tuple[LatteClipSettings, TuneData, Texts, Tokenize]:
-    """Images of noise and captions of some twenty words, about ten classes, as EuroSAT has them."""
+Work = tuple[LatteClipSettings, TuneData, Texts, Tokenize]
+
+
+def domain(n: int, batch: int, trained: Literal["all", "last_blocks"] = "all", side: int = 224) -> Work:
+    """Images of noise and captions of some twenty words, about ten classes, as EuroSAT has them.
+
+    Args:
+        trained: what LatteCLIP is to train.
+        side: of the images, in pixels.
+    """
     tokenize = open_clip.get_tokenizer("ViT-B-32")
     draws = torch.Generator().manual_seed(0)
     words = ["river", "road", "field", "forest", "house", "crop", "water", "green", "brown", "long", "wide", "small"]
@@ -183,10 +201,10 @@ def domain(n: int, batch: int) -> tuple[LatteClipSettings, TuneData, Texts, Toke
         images=[f"the image shows {sentence()}" for _ in range(n)],
         groups=[f"the images show {sentence()}" for _ in range(n)],
     )
-    images = torch.randn((n, 3, 224, 224), generator=draws)
+    images = torch.randn((min(n, _DISTINCT), 3, side, side), generator=draws)
 
     def pixels(rows: Tensor, seeds: Tensor | None) -> Tensor:
-        return images[rows]
+        return images[rows % len(images)]
 
     data = TuneData(
         pseudo_labels=torch.randint(10, (n,), generator=draws), class_texts=tokenize(texts.classes),
@@ -196,31 +214,59 @@ def domain(n: int, batch: int) -> tuple[LatteClipSettings, TuneData, Texts, Toke
     groups = [texts.groups[k] for k in range(10)]
     texts = replace(texts, groups=[groups[k] for k in data.pseudo_labels])
     data = replace(data, group_texts=tokenize(groups), group_classes=torch.arange(10))
-    cfg = LatteClipSettings(train="all", batch_size=batch, epochs=1, lr=1e-6, scale=100.0)
+    cfg = LatteClipSettings(train=trained, batch_size=batch, epochs=1, lr=1e-6, scale=100.0)
     return cfg, data, texts, tokenize
 
 
-def run(variant: str, batch: int, steps: int) -> tuple[list[float], float]:
-    """Seconds of each step, and MiB of memory above what was held before the model."""
-    cfg, data, texts, tokenize = domain(batch * steps, batch)
+def run(variant: str, batch: int, steps: int) -> tuple[list[float], list[float], float]:
+    """Seconds of each step, seconds of its processor time, MiB of memory above what was held before the model."""
+    work = domain(batch * steps, batch)
     before = _peak()
     torch.manual_seed(0)
-    clip = open_clip.CLIP(**MODEL)
-    times: list[float] = []
+    clip, times = open_clip.CLIP(**MODEL), list[tuple[float, float]]()
+
+    def ended(*_: Any) -> None:
+        times.append((time.perf_counter(), time.process_time()))
+
     if variant.startswith("product"):
         micro = int(variant.split()[-1]) if " " in variant else None
-        method = LatteClip(cfg, data, clip=clip)
-        train(method, TrainingSettings(micro_batch=micro), on_step=lambda *_: times.append(time.perf_counter()))
+        product(work, clip, TrainingSettings(micro_batch=micro), ended)
     else:
-        drawn = LatteClip(cfg, data, clip=clip)
-        batches = ((rows[:, 0], rows[:, 1]) for rows in (b.inputs["images"] for b in drawn.batches()))
-        plain_schedule(
-            cfg, data, texts, tokenize, clip, batches=batches, n_steps=drawn.n_steps,
-            steps_per_epoch=drawn.steps_per_epoch, learning_rate=drawn.learning_rate,
-            savings=[] if variant == "plain" else SAVINGS if variant == "plain, all savings" else [variant],
-            on_step=lambda: times.append(time.perf_counter()),
-        )  # fmt: skip
-    return [after - now for now, after in pairwise(times)], _peak() - before
+        plain(
+            work, clip, [] if variant == "plain" else SAVINGS if variant == "plain, all savings" else [variant], ended
+        )
+    wall, processor = ([after - now for now, after in pairwise(clock)] for clock in zip(*times, strict=True))
+    return wall, processor, _peak() - before
+
+
+def product(
+    work: Work,
+    clip: Any,
+    settings: TrainingSettings,
+    ended: Callable[..., None],
+    changed: Callable[[LatteClip], None] = lambda method: None,
+) -> None:
+    """The product's steps.
+
+    Args:
+        changed: is given the method before it trains.
+    """
+    cfg, data, _, _ = work
+    method = LatteClip(cfg, data.to(clip.logit_scale.device), clip=clip)
+    changed(method)
+    train(method, settings, on_step=ended)
+
+
+def plain(work: Work, clip: Any, savings: Collection[str], ended: Callable[[], None]) -> None:
+    """The plain schedule's, on the batches that the product would draw."""
+    cfg, data, texts, tokenize = work
+    data = data.to(clip.logit_scale.device)
+    drawn = LatteClip(cfg, data, clip=clip)
+    rows = [batch.inputs["images"] for batch in drawn.batches()]
+    how = {"n_steps": drawn.n_steps, "steps_per_epoch": drawn.steps_per_epoch, "learning_rate": drawn.learning_rate}
+    drawn.clip = drawn.read = None  # a model that is only here for what it draws is no part of what is measured
+    batches = ((each[:, 0], each[:, 1]) for each in rows)
+    plain_schedule(cfg, data, texts, tokenize, clip, batches=batches, savings=savings, on_step=ended, **how)
 
 
 def _peak() -> float:
@@ -240,15 +286,21 @@ def main() -> None:
     for variant in variants:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             found[variant] = pool.apply(run, (variant, args.batch, args.steps))
-    seconds, memory = (statistics.median(found["plain"][0]), found["plain"][1])
+    plain_s, plain_processor_s, memory = _middle(found["plain"])
     sys.stdout.write(
         f"batch {args.batch}, median of {args.steps - 1} steps; product {halves}: in micro-batches of {halves}\n"
     )
-    for variant, (times, peak) in found.items():
-        now = statistics.median(times)
+    for variant, each in found.items():
+        now_s, processor_s, peak = _middle(each)
         sys.stdout.write(
-            f"{variant:22} {now:6.2f} s/step  x{seconds / now:5.2f}   {peak:7.0f} MiB  {100 * peak / memory:4.0f} %\n"
+            f"{variant:22} {now_s:6.2f} s/step  x{plain_s / now_s:5.2f}   processor {processor_s:6.2f} s  "
+            f"x{plain_processor_s / processor_s:5.2f}   {peak:7.0f} MiB  {100 * peak / memory:4.0f} %\n"
         )
+
+
+def _middle(measured: tuple[list[float], list[float], float]) -> tuple[float, float, float]:
+    wall, processor, peak = measured
+    return statistics.median(wall), statistics.median(processor), peak
 
 
 if __name__ == "__main__":

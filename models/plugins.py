@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection
 from importlib.metadata import EntryPoint, entry_points
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from latteflow.models.errors import ModelError
 
@@ -22,12 +23,18 @@ def found(group: str, kind: type[T], what: str, name: Callable[[T], str], ours: 
         ModelError: one cannot be loaded, is not of this kind, or has a name that is taken.
     """
     added: dict[str, T] = {}
-    for point in entry_points(group=group):
+    for point in _installed().select(group=group):
         value = _loaded(point, kind)
         if (own := name(value)) in (*ours, *added):
             raise ModelError(f"{_package(point)} brings a {what} {own!r}, and there is one of that name")
         added[own] = value
     return added
+
+
+@functools.cache
+def _installed() -> Any:  # Python 3.11 and 3.12 call it differently
+    """The entry points of every package, which are a few hundred small files."""
+    return entry_points()
 
 
 def _loaded(point: EntryPoint, kind: type[T]) -> T:

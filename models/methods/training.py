@@ -28,6 +28,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from latteflow.models.errors import ModelError
+from latteflow.models.methods.remade import Remade
+from latteflow.models.products import fast_products
 from latteflow.models.settings import TrainingSettings
 
 Stats = dict[str, float]
@@ -155,13 +157,14 @@ class _Run:
     def __init__(self, method: Trainable, settings: TrainingSettings, seed: int, checkpoint: Checkpoint | None) -> None:
         self.method, self.settings, self.seed, self.checkpoint = method, settings, seed, checkpoint
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.device = next(chain(method.parameters(), method.buffers()), torch.empty(0)).device
         self.trained = {name: p for name, p in method.named_parameters() if p.requires_grad}
         self.optimizer = method.optimizer()
+        self.remade = Remade(method, self.autocast)
         self.average = {name: p.detach().clone() for name, p in self.trained.items()} if settings.ema else {}
         self.step = 0
         self.sums: Stats = {}
         self.history: list[Stats] = []
-        self.device = next(chain(method.parameters(), method.buffers()), torch.empty(0)).device
         if checkpoint is not None and (found := checkpoint.read()):
             self.restore(found)
         self.agree(chain(self.trained.values(), self.state.values()))
@@ -179,7 +182,8 @@ class _Run:
         frozen = _digest(self.frozen())
         kept = time.monotonic()
         for batch, loaded in self.ahead():
-            stats = self.one(batch, loaded)
+            with fast_products():
+                stats = self.one(batch, loaded)
             if on_step is not None and self.rank == 0:
                 on_step(self.step, self.method.n_steps, stats)
             if self.step % self.method.steps_per_epoch == 0 or self.step == self.method.n_steps:
@@ -204,8 +208,8 @@ class _Run:
             losses = self.method.losses(features, batch.about)
             loss = torch.stack(list(losses.values())).sum()
         lr, norm = self.method.learning_rate(self.step), 0.0
-        if self.optimizer is not None and loss.isfinite():
-            loss.backward()
+        if self.optimizer is not None:
+            loss.backward()  # of whatever it is: to look first would stop a GPU half-way, and the norm tells as well
             for p in self.trained.values():  # Parameters of the loss itself: every process has their whole gradient.
                 if p.grad is not None and self.world > 1:
                     p.grad /= self.world
@@ -268,15 +272,16 @@ class _Run:
 
         def one(chunk: Tensor, number: int) -> Tensor:
             # Dropout must be the same when a chunk is encoded again, and when the run is gone on with.
-            bf16 = self.settings.precision == "bfloat16"
-            with (
-                _random(self.device, f"{self.seed} {self.step} {self.rank} {kind} {number}"),
-                torch.autocast(self.device.type, torch.bfloat16, enabled=bf16),
-            ):
+            random = _random(self.device, f"{self.seed} {self.step} {self.rank} {kind} {number}")
+            with random, self.autocast(), self.remade():
                 return self.method.encode(kind, chunk)
 
         chunks = loaded.split(self.settings.micro_batch or max(len(loaded), 1))
         return _Encoded(one, chunks, self.optimizer is not None)
+
+    def autocast(self) -> torch.autocast:
+        """The arithmetic inside towers."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16")
 
     def share(self, rows: Tensor) -> Tensor:
         """The rows that fall to this process."""

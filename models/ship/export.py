@@ -76,7 +76,7 @@ def export(
     Raises:
         ModelError: there is a map, and the tower ends without a projection it could be multiplied into.
     """
-    model = copy.deepcopy(clip.model)
+    model = copy.deepcopy(clip.model).cpu()  # as maps are, wherever the model is
     changes: dict[str, dict[str, Any]] = {}
     if image_map is not None:
         changes["vision_cfg"] = fold(model, "image", image_map)

@@ -60,18 +60,23 @@ class Clip:
         """``(n, 3, h, w)`` -> ``(n, dim)`` float32, not normalised, without gradient."""
         import torch
 
-        with torch.inference_mode():
+        from latteflow.models.products import fast_products
+
+        with torch.inference_mode(), fast_products():
             # CoCa's own default is to normalise.
-            return self.model.encode_image(pixels.to(self.device), normalize=False).float().cpu()  # type: ignore[operator]
+            pixels = pixels.to(self.device, non_blocking=True)
+            return self.model.encode_image(pixels, normalize=False).float().cpu()  # type: ignore[operator]
 
     def text_features(self, texts: Sequence[str], batch: int = 256) -> np.ndarray:
         """Unit rows ``(len(texts), dim)`` float32; equal texts are encoded once."""
         import numpy as np
         import torch
 
+        from latteflow.models.products import fast_products
+
         distinct = sorted(set(texts), key=lambda text: (len(text), text))
         rows = []
-        with torch.inference_mode():
+        with torch.inference_mode(), fast_products():
             for start in range(0, len(distinct), batch):
                 tokens = self.tokenizer(distinct[start : start + batch]).to(self.device)
                 embeds = self.model.encode_text(tokens)  # type: ignore[operator]

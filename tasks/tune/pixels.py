@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from latteflow.storage.artifacts import Artifact
 from latteflow.storage.shards import read_index, read_records
-from latteflow.tasks.core.decode import opened
+from latteflow.tasks.core.decode import THREADS, opened, stacked
 
 if TYPE_CHECKING:
     import torch
@@ -30,14 +30,12 @@ class PixelReader:
         found = {record.key: record for record in read_records(images, read_index(images))}
         self._records = [found[key] for key in keys]
         self._preprocess = preprocess
-        self._pool = ThreadPoolExecutor(4)
+        self._pool = ThreadPoolExecutor(THREADS)
 
     def __call__(self, rows: torch.Tensor, seeds: torch.Tensor | None) -> torch.Tensor:
         """Image numbers ``(b,)`` -> pixels ``(b, 3, h, w)``: views that the seeds ``(b,)`` decide, or plain."""
-        import torch
-
         from latteflow.models.methods.augment import augment
 
         images = self._pool.map(lambda row: opened(self._records[row]), rows.tolist())
         views = images if seeds is None else self._pool.map(augment, images, seeds.tolist())
-        return torch.stack(list(self._pool.map(self._preprocess, views)))
+        return stacked(list(self._pool.map(self._preprocess, views)))

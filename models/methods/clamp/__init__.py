@@ -106,9 +106,11 @@ def _adapt(given: Given) -> Adapted:
 
 
 def _read(adapter: bytes, sections: Sections) -> Callable[[Sequence[str]], np.ndarray]:
+    import torch
+
     from latteflow.models.methods.clamp.adapter import unpack
 
-    tower = unpack(adapter, sections.of(ClampSettings).lm)
+    tower = unpack(adapter, sections.of(ClampSettings).lm, "cuda" if torch.cuda.is_available() else "cpu")
     return lambda texts: tower.text_features(texts).cpu().numpy()
 
 

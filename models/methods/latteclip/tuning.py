@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -282,7 +282,7 @@ class LatteClip(Trainable):
         self.device = data.pseudo_labels.device
         self.steps_per_epoch = cfg.n_steps(len(data))
         self.n_steps = cfg.n_epochs(len(data)) * self.steps_per_epoch
-        self.clip: Any = None if clip is None else copy.deepcopy(clip).eval().requires_grad_(False)
+        self.clip: Any = None if clip is None else _own(clip, tower_parameters(clip, cfg) if cfg.trains_towers else [])
         self.read = TextReader(self.clip)
         clip_scale = scale if clip is None else float(clip.logit_scale.detach().exp())
         log_scale = torch.tensor(math.log(cfg.first_scale(clip_scale)), device=self.device)
@@ -290,7 +290,7 @@ class LatteClip(Trainable):
         self.image_map: nn.Parameter | None = None
         self.text_map: nn.Parameter | None = None
         if cfg.trains_towers:
-            for parameter in _tower_parameters(self.clip, cfg):
+            for parameter in tower_parameters(self.clip, cfg):
                 parameter.requires_grad_()
         else:
             self.image_features = data.image_features
@@ -355,10 +355,11 @@ class LatteClip(Trainable):
                 z = data.pseudo_labels[images]
                 groups, has_group_text = draw_groups(z, group_draws)
                 texts = torch.cat([self.class_rows, self.image_rows[images], self.group_rows[groups]])
-                inputs = {"images": images}
+                # Pixels are read by numbers that no GPU has to be asked for.
+                inputs = {"images": drawn if cfg.trains_towers else images}
                 if cfg.trains_towers and cfg.augment:
-                    seeds = torch.randint(2**62, (len(drawn),), generator=view_draws).to(self.device)
-                    inputs["images"] = torch.stack([images, seeds], 1)
+                    seeds = torch.randint(2**62, (len(drawn),), generator=view_draws)
+                    inputs["images"] = torch.stack([drawn, seeds], 1)
                 if cfg.trains_texts:
                     inputs["texts"], texts = texts.unique(return_inverse=True)
                 about = _About(images=images, zero_shot_labels=z, texts=texts, has_group_text=has_group_text)
@@ -495,7 +496,7 @@ def _check(cfg: LatteClipSettings, data: TuneData, has_clip: bool) -> None:
             raise ValueError(f"{name} are embeds, but the text tower trains: give tokens, or text_tower='frozen'")
 
 
-def _tower_parameters(clip: Any, cfg: LatteClipSettings) -> list[nn.Parameter]:
+def tower_parameters(clip: Any, cfg: LatteClipSettings) -> list[nn.Parameter]:
     """The parameters that `last_blocks` or `all` trains, without the scale."""
     named = {name: p for name, p in clip.named_parameters() if not name.startswith(NO_TOWERS)}
     if not cfg.trains_texts:
@@ -506,6 +507,13 @@ def _tower_parameters(clip: Any, cfg: LatteClipSettings) -> list[nn.Parameter]:
             last |= last_blocks(clip, TEXT_TAILS, cfg.n_blocks)
         named = {name: p for name, p in named.items() if name in last}
     return list(named.values())
+
+
+def _own(clip: Any, trained: Sequence[Tensor]) -> Any:
+    """A copy of the model for training; what is not trained, most of it at times, shares its memory."""
+    ours = {id(each) for each in (*trained, clip.logit_scale)}
+    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in clip.parameters() if id(p) not in ours}
+    return copy.deepcopy(clip, shared).eval().requires_grad_(False)
 
 
 def batches(cfg: LatteClipSettings, n: int, n_steps: int, generator: torch.Generator) -> Iterator[Tensor]:

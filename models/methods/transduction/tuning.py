@@ -28,13 +28,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latteflow.models.methods.transduction import TransductionSettings
+from latteflow.models.products import fast_products
 from latteflow.models.rows import Filled, Matrix, Rows, Spread, block_rows, blocks, kept, room
 from latteflow.models.vectors import at_least_float32
 
 ROUNDS = 30
 """Of 2.; what is then left to travel is `spread ** ROUNDS`, nothing by default."""
 COLUMN_NUMBERS = 1 << 25
-"""Beliefs that travel at once, where they are on disk: 128 MB."""
+"""Beliefs that travel at once: 128 MB, of which there are four at a time."""
 FLOOR = 1e-12
 
 
@@ -111,7 +112,7 @@ def transduce(
     x = kept(x) if isinstance(x, Rows) else at_least_float32(x)
     if not (texts.isfinite().all() and all(block.isfinite().all() for _, block in blocks(x))):
         raise ValueError("transduce needs finite features: embed the images again, or drop the rows with NaN")
-    size = block_rows(max(x.shape[1], len(texts)))
+    size = block_rows(max(x.shape[1], len(texts)), x.device)
     z, spread = room(len(x), len(texts), x), Spread()
     for at, block in blocks(x, size):
         logits = scale * block @ texts.T
@@ -137,15 +138,16 @@ def transduce(
         means = (sums.sums + cfg.anchor * anchors) / (sums.counts[:, None] + cfg.anchor) @ inverse
         if not steps:
             kappa = spread.deviation / max(_evidence(x, means).deviation, FLOOR)
-        towards, sums, moved = (kappa * means).to(x.dtype), _Sums(x, len(texts)), 0.0
+        towards, sums = (kappa * means).to(x.dtype), _Sums(x, len(texts))
+        moved = torch.zeros((), dtype=torch.float64, device=x.device)
         for (at, block), (_, log), (_, before) in zip(
             blocks(x, size), blocks(logs, size), blocks(z, size), strict=True
         ):
             after = (block @ towards.T).add_(log).softmax(1)
-            moved += float((after - before).abs_().sum())
+            moved += (after - before).abs_().sum()
             sums.add(block, after)
             z[at] = after
-        change, steps = moved / 2 / len(x), steps + 1
+        change, steps = float(moved) / 2 / len(x), steps + 1
     classifier = scale * texts + (kappa * means).to(texts)
     return Transduction(assignments=z, classifier=classifier, steps=steps, change=change)
 
@@ -164,7 +166,7 @@ class _Sums:
 
 def _evidence(x: Matrix, means: Tensor) -> Spread:
     found = Spread()
-    for _, block in blocks(x, block_rows(max(x.shape[1], len(means)))):
+    for _, block in blocks(x, block_rows(max(x.shape[1], len(means)), x.device)):
         found.add(block @ means.to(block).T)
     return found
 
@@ -181,8 +183,9 @@ def nearest(features: Matrix, k: int) -> Neighbours:
     weights = torch.empty((len(features), k), dtype=features.dtype, device=features.device)
     for at, block in blocks(features):
         best, who = block.new_empty(len(block), 0), rows.new_empty(len(block), 0)
-        for among, others in blocks(features, block_rows(len(block))):
-            cosines = block @ others.T
+        for among, others in blocks(features, block_rows(len(block), features.device)):
+            with fast_products():
+                cosines = block @ others.T
             first, last = max(at.start, among.start), min(at.stop, among.stop)
             if first < last:
                 cosines[first - at.start : last - at.start, first - among.start : last - among.start].fill_diagonal_(-2)
@@ -203,13 +206,14 @@ def propagate(beliefs: Filled, rows: Tensor, weights: Tensor, spread: float) -> 
         rows, weights: from `nearest`, `(n, k)`. An image without any weight keeps its own beliefs.
         spread: 0 to 1.
     """
-    if isinstance(beliefs, Tensor):
-        return _travelled(beliefs, rows, weights, spread)
     n, classes = beliefs.shape
     found = room(n, classes, beliefs)
     width = max(1, COLUMN_NUMBERS // n)  # classes know nothing of each other
     for first in range(0, classes, width):
         some = slice(first, first + width)
+        if isinstance(beliefs, Tensor) and isinstance(found, Tensor):
+            found[:, some] = _travelled(beliefs[:, some], rows, weights, spread)
+            continue
         travelled = _travelled(torch.cat([block[:, some] for _, block in blocks(beliefs)]), rows, weights, spread)
         for at, block in blocks(found):
             block[:, some] = travelled[at]
