@@ -19,6 +19,7 @@ from latteflow.flows.embed import embed as embed_flow
 from latteflow.flows.fanout import FEATURES, WorkersFailed, cancel_workers, ranges
 from latteflow.flows.parameters import domain_of
 from latteflow.flows.pipeline import run_plainly
+from latteflow.flows.tune import tune as tune_flow
 from latteflow.storage.artifacts import ArtifactRef
 from latteflow.storage.captions import CaptionStore
 from latteflow.tasks.core.errors import ConfigError
@@ -69,13 +70,13 @@ def asked(domain: Domain, chat: ChatServer) -> Domain:
 def pool(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Instead of workers: a run is made here and now. What is in the list is raised by them, one after the other."""
     troubles: list[Any] = []
-    flows = {"describe/describe": describe_flow, "embed/embed": embed_flow}
+    flows = {"describe/describe": describe_flow, "embed/embed": embed_flow, "tune/tune": tune_flow}
 
     @flow(name="worker")
     def worker(name: str, given: dict[str, Any]) -> Any:
         if troubles and (trouble := troubles.pop(0)):
             raise trouble
-        refs = {each: ArtifactRef(**given[each]) for each in ("images", "features") if each in given}
+        refs = {each: ArtifactRef(**given[each]) for each in ("images", "features", "screened") if each in given}
         return flows[name].fn(**{**given, **refs, "domain": Domain.model_validate(given["domain"])})
 
     def start(name: str, *, parameters: dict[str, Any], **_: Any) -> Any:
@@ -113,12 +114,12 @@ def objects(domain: Domain) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_features_by_ranges_are_those_of_one_process(server: None, domain: Domain, pool: list[Any]) -> None:
+def test_features_by_ranges_and_models_are_those_of_one_process(server: None, domain: Domain, pool: list[Any]) -> None:
     """Those of both splits, which are embedded side by side; the first range fails at first."""
     given = domain.model_dump(exclude_unset=True)
     plain = Domain.model_validate({**given, "store": f"{domain.store}-plain"})
     run_plainly(plain)
-    pooled = Domain.model_validate({**given, "workers": {"images": 8, "attempts": 2}})
+    pooled = Domain.model_validate({**given, "workers": {"images": 8, "attempts": 2, "train": True}})
     pool.append(RuntimeError("the GPU fell off the bus"))
     adapt(pooled)
     assert pool == [] and objects(pooled) == objects(plain)
