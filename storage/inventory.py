@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 from latteflow.storage.artifacts import Artifact, ArtifactStore
 from latteflow.storage.errors import Damaged, NotFound
+from latteflow.storage.lease import is_gone
 from latteflow.storage.objects import ObjectStore, Stored, is_unfinished
 
 _OWN = re.compile(
@@ -89,11 +91,23 @@ class Inventory:
         return list(found.values())
 
     def under_way(self, younger_than: float, now: float | None = None) -> list[str]:
-        """Stages that were begun, not ended, and wrote something less than so many seconds ago."""
+        """Stages that were begun, not ended, and wrote something less than so many seconds ago.
+
+        Those that a process of this machine began that is no more do not count: it may never be begun again.
+        """
         limit = (time.time() if now is None else now) - younger_than
-        begun = {key.split("/")[1] for key in self.objects if key.endswith("/running.json")}
+        marks = [key for key in self.objects if key.endswith("/running.json")]
+        begun = {key.split("/")[1] for key in marks if not self._is_left(key)}
         alive = {key.split("/")[1] for key, stored in self.objects.items() if stored.modified > limit}
         return sorted(begun & alive)
+
+    def _is_left(self, key: str) -> bool:
+        try:
+            return is_gone(json.loads(self.store.objects.read(key)))
+        except NotFound:
+            return True
+        except (ValueError, AttributeError):
+            return False
 
     def _load(self, key: str) -> Artifact | None:
         """The artifact of a manifest; None, with a warning, if it cannot be used."""

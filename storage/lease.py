@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def lease(objects: ObjectStore, key: str, *, wait: bool, dead_s: float = DEAD_S)
         Busy: without ``wait``, somebody holds it and gave a beat while we looked.
     """
     register = Register(objects, key)
-    version, me = _acquire(register, wait, dead_s), _holder()
+    version, me = _acquire(register, wait, dead_s), holder()
     register.clear(version)
     done = threading.Event()
     beats = threading.Thread(target=_beat, args=(register, version, me, done), daemon=True, name=f"lease {key}")
@@ -63,22 +63,22 @@ def _acquire(register: Register, wait: bool, dead_s: float) -> int:
     seen, since = None, time.monotonic()
     told = False
     while True:
-        version, holder = register.read()
-        if not holder or holder.get("released") or _is_gone(holder):
-            if register.replace(version, _holder()):
+        version, held = register.read()
+        if not held or held.get("released") or is_gone(held):
+            if register.replace(version, holder()):
                 return version + 1
             continue
-        if (version, holder) != seen:
+        if (version, held) != seen:
             if seen is not None and not wait:
-                raise Busy(f"{_words(holder)} is at work on this; run again when it is done")
-            seen, since = (version, holder), time.monotonic()
+                raise Busy(f"{_words(held)} is at work on this; run again when it is done")
+            seen, since = (version, held), time.monotonic()
         elif time.monotonic() - since > dead_s:
-            log.warning("%s has not been heard of for %.0f s and is taken over", _words(holder), dead_s)
-            if register.replace(version, _holder()):
+            log.warning("%s has not been heard of for %.0f s and is taken over", _words(held), dead_s)
+            if register.replace(version, holder()):
                 return version + 1
             continue
         if not told:
-            log.info("waiting for %s", _words(holder))
+            log.info("waiting for %s", _words(held))
             told = True
         time.sleep(min(_LOOK_S, dead_s / 4))
 
@@ -96,11 +96,12 @@ def _beat(register: Register, version: int, me: dict[str, Any], done: threading.
             log.warning("the lease could not be renewed: %s", error)
 
 
-def _holder() -> dict[str, Any]:
+def holder() -> dict[str, Any]:
+    """This process, as others may know it."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "space": _space(), "id": uuid.uuid4().hex}
 
 
-def _is_gone(holder: dict[str, Any]) -> bool:
+def is_gone(holder: Mapping[str, Any]) -> bool:
     """Whether the holder was a process of this machine (and container) that is no more."""
     if (holder.get("host"), holder.get("space")) != (socket.gethostname(), _space()) or not _space():
         return False

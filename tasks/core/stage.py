@@ -6,8 +6,6 @@ import contextlib
 import json
 import logging
 import math
-import os
-import socket
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
@@ -20,6 +18,7 @@ from latteflow.storage.anew import AnewWriter
 from latteflow.storage.artifacts import Artifact, ArtifactRef, ArtifactStore, ArtifactWriter
 from latteflow.storage.errors import StorageError
 from latteflow.storage.fingerprint import fingerprint
+from latteflow.storage.lease import holder
 from latteflow.storage.objects import ObjectStore
 from latteflow.tasks.core.domain import Domain
 from latteflow.tasks.core.progress import told_as
@@ -143,7 +142,7 @@ def run_stage(
 @contextlib.contextmanager
 def _under_way(objects: ObjectStore, folder: str) -> Iterator[None]:
     # Seen by `gc`, which leaves a domain alone while one of its stages runs. A killed run leaves it to its successor.
-    objects.put(f"{folder}/running.json", json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
+    objects.put(f"{folder}/running.json", json.dumps(holder()).encode())
     try:
         yield
     finally:

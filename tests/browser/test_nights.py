@@ -32,3 +32,4 @@ def test_opens_and_fits_without_a_request_or_a_complaint(open_tab: Any, url: str
     assert (
         tab.page.locator("tbody tr", has_text="no word of 1 before it").locator("th").inner_text()[:10] == "2027-03-15"
     )
+    assert tab.page.locator("tbody tr").first.bounding_box()["height"] < 400

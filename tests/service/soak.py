@@ -227,6 +227,7 @@ def _tidied(service: Nightly) -> None:
         service.clock.set(run.expected_start_time - timedelta(seconds=3))
         state = service.ended(run).state
         assert state is not None and state.name == "Completed", f"tidy ended as {state}"
+        assert "under way" not in (state.message or ""), f"tidy left all as it was: {state.message}"
     service.clock.set(datetime(service.day.year, service.day.month, service.day.day, 20, tzinfo=BERLIN))
 
 

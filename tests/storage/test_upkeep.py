@@ -1,6 +1,9 @@
 """gc and verify: what goes, in which order, and what is found broken."""
 
+import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import pytest
 from latteflow.storage.artifacts import Artifact, ArtifactStore, ArtifactWriter
 from latteflow.storage.captions import CaptionStore
 from latteflow.storage.inventory import Inventory
+from latteflow.storage.lease import holder
 from latteflow.storage.objects import ObjectStore, Stored
 from latteflow.storage.upkeep import Loose, garbage, leftovers, verify
 
@@ -132,6 +136,14 @@ def test_a_stage_is_under_way_while_it_writes(store: ArtifactStore) -> None:
     assert Inventory(store, "d").under_way(DAY) == []
     store.writer("d", "first", 1, {}).put("a", {}, {"a.bin": b"a long run, and still at work"})
     assert Inventory(store, "d").under_way(DAY) == ["first"]
+
+
+def test_a_stage_whose_process_is_dead_is_not_under_way(store: ArtifactStore) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for pid, expected in ((os.getpid(), ["first"]), (ended.pid, [])):
+        store.objects.put(f"d/first/{'0' * 64}/running.json", json.dumps({**holder(), "pid": pid}).encode())
+        assert Inventory(store, "d").under_way(DAY) == expected
 
 
 def test_ages_are_known_in_memory_too() -> None:
