@@ -33,6 +33,7 @@ import open_clip
 import torch
 from torch import Tensor
 
+from latteflow.models import products
 from latteflow.models.methods.adaptation import Adapted, TuneData
 from latteflow.models.methods.latteclip import LatteClipSettings
 from latteflow.models.methods.latteclip.tuning import LatteClip, margins, tower_parameters
@@ -229,7 +230,10 @@ def run(variant: str, batch: int, steps: int) -> tuple[list[float], list[float],
         times.append((time.perf_counter(), time.process_time()))
 
     if variant.startswith("product"):
-        micro = int(variant.split()[-1]) if " " in variant else None
+        last = variant.split()[-1]
+        micro = int(last) if last.isdigit() else None
+        if last == "MKL":
+            products._is_slow = lambda: False  # type: ignore[assignment]
         product(work, clip, TrainingSettings(micro_batch=micro), ended)
     else:
         plain(
@@ -281,14 +285,15 @@ def main() -> None:
     args = parser.parse_args()
     each = [*SAVINGS, "plain, all savings"] if args.each else []
     halves, thirds = -(-args.batch // 2), -(-args.batch // 3)
-    variants = ["plain", *each, "product", f"product {halves}", f"product {thirds}"]
+    variants = ["plain", *each, "product", "product by MKL", f"product {halves}", f"product {thirds}"]
     found = {}
     for variant in variants:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             found[variant] = pool.apply(run, (variant, args.batch, args.steps))
     plain_s, plain_processor_s, memory = _middle(found["plain"])
     sys.stdout.write(
-        f"batch {args.batch}, median of {args.steps - 1} steps; product {halves}: in micro-batches of {halves}\n"
+        f"batch {args.batch}, median of {args.steps - 1} steps; product {halves}: in micro-batches of {halves}; "
+        "by MKL: with PyTorch's own matrix products\n"
     )
     for variant, each in found.items():
         now_s, processor_s, peak = _middle(each)

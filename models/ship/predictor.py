@@ -166,7 +166,7 @@ class Predictor:
         model = clip.read(ClipSettings(model=str(folder.resolve()), resize=settings["resize"]))
         for name, tensor in model.model.state_dict().items():
             # Of a sum first, which is a tenth of the work and never finite where a number is not.
-            if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
+            if tensor.is_floating_point() and not (torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()):
                 raise ModelError(f"model {folder}: {name} holds a number that is not finite; export it again")
         if model.dim != head.prototypes.shape[1]:
             raise ModelError(
