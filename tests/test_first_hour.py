@@ -37,11 +37,14 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(place)}))
     (packages / "libraries.pth").write_text(f"{sysconfig.get_path('purelib')}\n")  # an editable latteflow is not on it
     pip = [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
-    subprocess.run([*pip, str(build_wheel(folder))], check=True)
     kept = {name: value for name, value in os.environ.items() if name in ("LANG", "OMP_NUM_THREADS", "TMPDIR")}
     # No model hub, on any machine: what `init` proposes is then the same.
     home = {"HOME": str(folder), "HF_HUB_OFFLINE": "1", "TERM": "xterm", "DO_NOT_TRACK": "1"}
-    return {**kept, **home, "PATH": f"{place / 'bin'}:{os.environ['PATH']}"}
+    found = {**kept, **home, "PATH": f"{place / 'bin'}:{os.environ['PATH']}"}
+    subprocess.run([*pip, "--ignore-installed", str(build_wheel(folder))], env=found, cwd=folder, check=True)
+    where = [place / "bin" / "python", "-c", "import latteflow; print(latteflow.__file__)"]
+    assert subprocess.check_output(where, env=found, cwd=folder, text=True).startswith(str(packages))
+    return found
 
 
 def free_port() -> int:
@@ -116,6 +119,3 @@ def test_from_a_folder_of_photos_to_a_served_model(machine: dict[str, str], tmp_
         assert {row["class"] for row in csv.DictReader(table)} <= BIRDS.keys()
     (answer,) = re.findall(r"^\{.*\"predictions\".*$", said, re.M)
     assert json.loads(answer)["predictions"][0]["file"] == "1.png" and '"status":"ok"' in said
-    python = Path(machine["HOME"], "venv", "bin", "python")
-    where = [python, "-c", "import latteflow; print(latteflow.__file__)"]
-    assert machine["HOME"] in subprocess.check_output(where, env=machine, cwd=tmp_path, text=True)
