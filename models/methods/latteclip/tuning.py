@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from latteflow.models.methods.adaptation import Adapted, TuneData
 from latteflow.models.methods.latteclip import LatteClipSettings
+from latteflow.models.methods.latteclip.vocabulary import Vocabulary, vocabulary
 from latteflow.models.methods.losses import clip_loss
 from latteflow.models.methods.training import Batch, Checkpoint, Stats, Trainable, train
 from latteflow.models.rows import Matrix, Rows, in_memory, through, together
@@ -312,10 +313,13 @@ class LatteClip(Trainable):
         self.n_templates = templates.shape[1]
         kinds = [t for t in (templates.flatten(0, 1), data.image_texts, data.group_texts) if t is not None]
         self.table: Matrix
+        self.vocabulary: Vocabulary | None = None
         if self.cfg.trains_towers and self.cfg.trains_texts:
             tokens = [in_memory(texts) for texts in kinds]
             width = max(texts.shape[1] for texts in tokens)
-            self.table = torch.cat([F.pad(texts, (0, width - texts.shape[1])) for texts in tokens])
+            table = torch.cat([F.pad(texts, (0, width - texts.shape[1])) for texts in tokens])
+            self.vocabulary = vocabulary(self.clip, table)
+            self.table = table if self.vocabulary is None else self.vocabulary.numbers(table)
         else:
             with torch.no_grad():
                 features = [self._fixed(texts) for texts in kinds]
@@ -405,7 +409,9 @@ class LatteClip(Trainable):
             has_group_text=about.has_group_text,
         )
         self.agreement = (self.batch.tuned_labels == about.zero_shot_labels).float().mean()
-        return self.batch.losses
+        if self.vocabulary is None:
+            return self.batch.losses
+        return {name: loss + self.vocabulary.untouched() for name, loss in self.batch.losses.items()}
 
     def optimizer(self) -> torch.optim.Optimizer | None:
         """AdamW that decays matrices only (3.2)."""
@@ -445,8 +451,10 @@ class LatteClip(Trainable):
         return {"scale": float(self.log_scale.detach().exp()), "drift": float(drift)}
 
     def result(self, history: list[Stats]) -> Adapted:
-        """The model as it is now."""
+        """The model as it is now; it cannot be trained on."""
         tuned = self.clip if self.cfg.trains_towers else None
+        if self.vocabulary is not None:
+            self.vocabulary.give_back()
         if tuned is not None:
             tuned.requires_grad_(False).logit_scale.fill_(float(self.log_scale.detach()))
         return Adapted(
