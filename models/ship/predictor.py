@@ -7,7 +7,6 @@ docs/serving.md has it beside other scores that need no label.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -150,7 +149,7 @@ class Predictor:
         settings = _settings(folder)
         with ThreadPoolExecutor(1) as beside:
             checked = beside.submit(_check_digests, folder, settings["sha256"])
-            importlib.import_module("torch")  # seconds, which a folder that is none is told without
+            import torch  # seconds, which a folder that is none is told without
 
             checked.result()
         try:
