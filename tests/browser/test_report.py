@@ -166,7 +166,7 @@ def test_a_matrix_of_many_classes_has_its_numbers_where_there_is_room(open_tab: 
 @pytest.mark.parametrize("name", ["few", "labelled", "two methods", "twenty-eight"])
 def test_a_phone_need_not_scroll_for_ever(open_tab: Any, urls: dict[str, str], name: str) -> None:
     page = open_tab(urls[name], viewport={"width": 390, "height": 800}).page
-    assert page.evaluate("document.documentElement.scrollHeight") < 18_000
+    assert page.evaluate("document.documentElement.scrollHeight") < 19_000  # with a wide font, as DejaVu
     cards = page.locator("#examples .cards").first
     assert cards.evaluate("row => row.scrollWidth > row.clientWidth && row.offsetHeight < 800")
     width = cards.locator(".card").first.evaluate("card => card.offsetWidth")
