@@ -16,12 +16,16 @@ def check_models(domain: Domain) -> None:
         ModelError: one cannot be had, with what was probably meant.
         DataError: a file or folder of a describer is not there.
     """
+    # What has embedded the domain before is known to work, and to look closer takes the seconds that open_clip and timm
+    # take.
+    before = [made.inputs for made in open_store(domain).all(domain.name, "embed")]
     who = clip.identity(domain.clip)
-    # What has embedded the domain before is known to work, and to look closer takes the seconds that open_clip takes.
-    if not any(made.inputs["clip"] == who for made in open_store(domain).all(domain.name, "embed")):
+    if not any(inputs["clip"] == who for inputs in before):
         clip.check(domain.clip)
     if domain.neighbours is not None:
-        neighbours.check(domain.neighbours)
+        near = neighbours.identity(domain.neighbours)
+        if not any(inputs.get("neighbours") == near for inputs in before):
+            neighbours.check(domain.neighbours)
     for method in domain.methods:  # by which a language model, say, is looked for
         method.made_from(domain.sections)
     for writer in (domain, domain.of_pairs()) if domain.compares else (domain,):

@@ -11,9 +11,13 @@ from safetensors.torch import save_file
 from latteflow.flows.pipeline import run_plainly
 from latteflow.flows.plan import plan
 from latteflow.models.errors import ModelError
-from latteflow.models.towers import clip
+from latteflow.models.settings import NeighbourSettings
+from latteflow.models.towers import clip, neighbours
 from latteflow.storage.errors import DataError
 from latteflow.tasks.core.domain import Domain
+from latteflow.tasks.ingest.embed import embed
+from latteflow.tasks.ingest.shard import shard
+from latteflow.tasks.tune.check import check_models
 
 
 def with_line(path: Path, name: str, line: str) -> Domain:
@@ -115,3 +119,16 @@ def test_a_model_that_embedded_the_domain_is_not_looked_at_again(
     monkeypatch.setattr(clip, "check", lambda settings: pytest.fail("the seconds that open_clip takes"))
     assert all(each.cached for each in run_plainly(domain))
     assert not any(each.reasons for each in plan(domain))
+
+
+def test_a_second_tower_that_has_embedded_is_not_looked_at_again(
+    domain: Domain, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = domain.model_copy(update={"neighbours": NeighbourSettings(model=str(tiny_clip))})
+    looked: list[NeighbourSettings] = []
+    monkeypatch.setattr(neighbours, "check", looked.append)
+    check_models(named)
+    assert looked == [named.neighbours]
+    embed(named, shard(named, "train"))
+    check_models(named)
+    assert len(looked) == 1
