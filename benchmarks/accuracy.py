@@ -44,7 +44,7 @@ from torch import Tensor
 from benchmarks.class_descriptions import class_descriptions
 from latteflow.models.judge.halves import Half, halves
 from latteflow.models.judge.metrics import bootstrap_interval
-from latteflow.models.judge.selection import Duel, Evidence, duel, hearing, judge, kappa, neighbours, sureness
+from latteflow.models.judge.selection import Duel, Evidence, hardest_duel, hearing, judge, kappa, neighbours
 from latteflow.models.judge.shift import centre_share
 from latteflow.models.methods import registry
 from latteflow.models.methods.adaptation import Adapted, TuneData
@@ -232,8 +232,7 @@ def shipped(case: Case, seed: int) -> Tensor:
     data = case.data()
     told = heard(data, labels, case.scale, halves(data, adapt))
     spaces = [features] if case.train.near is None else [features, case.train.near]
-    won = min((duel(space, labels, own) for space in spaces), key=sureness)
-    verdict = judge([Evidence(vouched, won)], case.share, told)
+    verdict = judge([Evidence(vouched, hardest_duel(spaces, labels, own))], case.share, told)
     return METHODS["latteclip_plus" if verdict.accepted else "zero_shot_estimated"](case, seed)
 
 

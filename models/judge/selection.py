@@ -115,9 +115,13 @@ def duel(features: Tensor, one: Tensor, other: Tensor) -> Duel:
     return Duel(float(every.mean()), float(every.std(correction=0)) / math.sqrt(len(every)))
 
 
-def sureness(found: Duel) -> float:
-    """By how much more than ERRORS standard errors a duel is won."""
-    return found.score - ERRORS * found.error
+def hardest_duel(spaces: Sequence[Tensor], one: Tensor, other: Tensor) -> Duel:
+    """The :func:`duel` that is won least surely: of several towers that say which images are alike, each has a veto.
+
+    Args:
+        spaces: unit features by each tower, `(n, dim)`; at least one.
+    """
+    return min((duel(space, one, other) for space in spaces), key=lambda found: found.score - ERRORS * found.error)
 
 
 def hearing(said: Tensor, one: Tensor, other: Tensor) -> Duel:

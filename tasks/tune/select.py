@@ -257,7 +257,7 @@ class Views:
 def _selected(domain: Domain, images: Artifact, embedded: Artifact, screened: Artifact, models: Artifact) -> Selection:
     import torch
 
-    from latteflow.models.judge.selection import Duel, Evidence, duel, estimates, hearing, judge, neighbours, sureness
+    from latteflow.models.judge.selection import Duel, Evidence, estimates, hardest_duel, hearing, judge, neighbours
 
     views = Views(domain, images, embedded)
     spaces, own = views.spaces, torch.from_numpy(views.zero_shot())
@@ -288,9 +288,8 @@ def _selected(domain: Domain, images: Artifact, embedded: Artifact, screened: Ar
         said = [torch.from_numpy(views.logits(models, method.name, seed)).softmax(1) for seed in seeds]
         labels = [each.argmax(1) for each in said]
         guesses = [estimates(each, own, near) for each in said]
-        # Of two towers that say which images are alike, each has a veto.
         found = [
-            Evidence(guess["vouched"], min((duel(space, each, own) for space in spaces), key=sureness))
+            Evidence(guess["vouched"], hardest_duel(spaces, each, own))
             for guess, each in zip(guesses, labels, strict=True)
         ]
         verdict = judge(found, share, told(method, labels))
