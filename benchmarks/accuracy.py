@@ -315,9 +315,7 @@ def main() -> None:
     rows: dict[str, dict[str, list[Found]]] = {}
     names = []
     for path in chosen.domains:
-        domain = Domain.load(path)
-        if chosen.store:
-            domain = domain.model_copy(update={"store": str(Path(chosen.store).resolve())})
+        domain = opened(path, chosen.store)
         names.append(domain.name)
         for kind, cases in build(
             domain, chosen.imbalance, chosen.few_classes, chosen.cases, chosen.draws, chosen.steps
@@ -375,6 +373,12 @@ def markdown(names: Sequence[str], table: Mapping[str, Sequence[Found]]) -> str:
 
 
 # --- cases ------------------------------------------------------------------------------------------------------------
+
+
+def opened(path: Path, store: str | None) -> Domain:
+    """The domain of a file, in its own store or another."""
+    domain = Domain.load(path)
+    return domain.model_copy(update={"store": str(Path(store).resolve())}) if store else domain
 
 
 def build(

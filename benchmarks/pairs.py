@@ -32,6 +32,7 @@ import numpy as np
 import polars as pl
 import torch
 
+from benchmarks.accuracy import opened
 from latteflow.models.methods.adaptation import PairData, TuneData
 from latteflow.models.methods.pc_clip import PcClipSettings
 from latteflow.models.methods.pc_clip.comparative import (
@@ -105,9 +106,7 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     columns, rows = ["before", "after"], {}
     for path in chosen.domains:
-        domain = Domain.load(path)
-        if chosen.store:
-            domain = domain.model_copy(update={"store": str(Path(chosen.store).resolve())})
+        domain = opened(path, chosen.store)
         cfg = PcClipSettings(train="projection", averaging=chosen.averaging)
         texts = written(domain) if chosen.written else None
         rows[domain.name] = measured(domain, cfg, chosen.seeds, chosen.budget, chosen.lr_factor, texts)

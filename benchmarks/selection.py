@@ -32,8 +32,8 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from benchmarks.accuracy import Case, answers, build, heard
-from benchmarks.synthetic import verdicts
+from benchmarks.accuracy import Case, answers, build, heard, opened
+from benchmarks.synthetic import kind_of, verdicts
 from latteflow.models.judge.halves import halves
 from latteflow.models.judge.selection import Evidence, duel, estimates, judge, kappa, neighbours
 from latteflow.models.methods.adaptation import Adapted, TuneData
@@ -42,12 +42,9 @@ from latteflow.models.methods.registry import METHODS, adapt
 from latteflow.models.methods.transduction import TransductionSettings
 from latteflow.models.methods.transduction.tuning import transduce
 from latteflow.models.vectors import unit
-from latteflow.tasks.core.domain import Domain
 
 JUDGED: tuple[str, ...] = ("latteclip", "latteclip_plus", "transduction")
 IMBALANCE = 50
-EVEN = 0.01
-"""Differences in top-1 that count as none."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class Row:
     @property
     def kind(self) -> str:
         """Against the better zero-shot."""
-        return "better" if self.gain > EVEN else "worse" if self.gain < -EVEN else "even"
+        return kind_of(self.gain)
 
 
 def wrong_names(data: TuneData, draws: torch.Generator) -> TuneData:
@@ -221,9 +218,7 @@ def main() -> None:
     torch.set_num_threads(1)
     found: list[Row] = []
     for path in chosen.domains:
-        domain = Domain.load(path)
-        if chosen.store:
-            domain = domain.model_copy(update={"store": str(Path(chosen.store).resolve())})
+        domain = opened(path, chosen.store)
         if chosen.subsets:
             ((_, (whole,)),) = build(domain, [], False, ["transductive"], steps=chosen.steps)
             drawn = [("subset", [subset(whole, seed) for seed in range(chosen.subsets)])]

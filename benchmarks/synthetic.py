@@ -266,6 +266,11 @@ def _proportions(shape: Shape, rng: np.random.Generator) -> np.ndarray:
     return shares / shares.sum()
 
 
+def kind_of(gain: float) -> str:
+    """What a model is against the better zero-shot, by its gain in top-1."""
+    return "better" if gain > EVEN else "worse" if gain < -EVEN else "even"
+
+
 @dataclass(frozen=True)
 class Row:
     """One model of a problem; zero-shots have no verdict."""
@@ -280,7 +285,7 @@ class Row:
 
     @property
     def kind(self) -> str:
-        return "better" if self.gain > EVEN else "worse" if self.gain < -EVEN else "even"
+        return kind_of(self.gain)
 
 
 def rows(found: Problem) -> Iterator[Row]:
@@ -407,7 +412,7 @@ class Told:
 
     @property
     def kind(self) -> str:
-        return "better" if self.gain > EVEN else "worse" if self.gain < -EVEN else "even"
+        return kind_of(self.gain)
 
 
 def of_texts(found: Problem) -> dict[Written, Told]:
